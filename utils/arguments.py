@@ -1,0 +1,298 @@
+"""Flags of the training run, shared by `train.py` and its generator; no torch."""
+
+import argparse
+import math
+import re
+from pathlib import Path
+
+from utils.cli import UsageError
+from utils.data_utils import is_labelled
+from utils.prompts import PROMPT_STYLES, UNCONDITIONAL
+
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the line breaks of a script's docstring."""
+
+
+def make_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser that takes full flag names only, so that a typing error is never guessed at."""
+    return argparse.ArgumentParser(
+        description=docstring, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that training and sampling share."""
+    parser.add_argument("--model_name", required=True, help="base model: a hub id or a folder")
+    parser.add_argument("--job_sess", required=True, type=job_name, help="name of this run")
+    parser.add_argument(
+        "--prompt_style",
+        choices=PROMPT_STYLES,
+        required=True,
+        help="how a text becomes a prompt; uncond_generation has an empty one",
+    )
+    parser.add_argument(
+        "--max_seq_len",
+        type=positive_int,
+        default=2048,
+        help="longest sequence in tokens; longer ones are cut",
+    )
+    parser.add_argument(
+        "--perdevice_bs",
+        type=positive_int,
+        default=4,
+        help="sequences of max_seq_len that fit on a device at once; shorter ones "
+        "are packed into the same number of padded tokens",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="dtype of the frozen base; auto: bfloat16 on GPUs that have it",
+    )
+    parser.add_argument("--seed", type=natural_int, default=0, help="initialisation and dropout; "
+                        "never the noise, and in a DP run not who is sampled")  # fmt: skip
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every flag of `train.py`."""
+    parser.add_argument(
+        "--dataset_name",
+        required=True,
+        help="data/NAME, a path or a hub id; a name that starts with `labelled` "
+        "trains (instruction, answer) pairs, any other the instruction itself",
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--output_dir", default="outputs", help="runs are written to its JOB_SESS")
+
+    group = parser.add_argument_group("privacy")
+    group.add_argument("--eps", type=float, default=-1, help="target epsilon; -1 trains without DP")
+    group.add_argument("--delta", type=float, default=5e-7, help="target delta, below 1/N")
+    group.add_argument(
+        "--clip",
+        type=float,
+        default=-1,
+        help="clip norm C: l2 bound of one example's gradient; needed with --eps",
+    )
+    group.add_argument(
+        "--clip_function",
+        choices=("flat", "automatic"),
+        default="flat",
+        help="flat: min(1, C/norm); automatic: C/(norm + 0.01), needs no tuning",
+    )
+    group.add_argument(
+        "--loss_normalization",
+        choices=("max_seq_len", "tokens"),
+        default="max_seq_len",
+        help="an example's summed loss is divided by "
+        "max_seq_len, or by its own number of tokens (better for short texts)",
+    )
+    group.add_argument(
+        "--noise_multiplier",
+        type=float,
+        default=None,
+        help="sigma, noise deviation over C; calibrated from --eps if left out",
+    )
+    group.add_argument(
+        "--num_train_examples",
+        type=positive_int,
+        default=None,
+        help="N, public; counted from the data set if left out",
+    )
+    group.add_argument(
+        "--reserve_histogram_sigma",
+        type=positive_float,
+        default=None,
+        help="calibrate so that training and one Gaussian histogram of this sigma "
+        "(sensitivity 1) together meet --eps",
+    )
+    group.add_argument(
+        "--insecure_fixed_noise_seed",
+        type=int,
+        default=None,
+        help="TESTS ONLY: noise and sampling from a known seed; no guarantee",
+    )
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "--total_bs",
+        type=positive_int,
+        default=32,
+        help="(expected) examples in a logical batch, over all devices",
+    )
+    group.add_argument(
+        "--num_epochs",
+        type=positive_float,
+        default=3,
+        help="steps = floor(num_epochs * N / total_bs)",
+    )
+    group.add_argument("--lr", type=positive_float, default=3e-4, help="peak learning rate")
+    group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant")
+    group.add_argument(
+        "--warmup_steps", type=natural_int, default=30, help="steps; `constant` has none"
+    )
+    group.add_argument("--wd", type=float, default=0.0, help="AdamW's weight decay")
+
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora_r", type=positive_int, default=8, help="rank")
+    group.add_argument("--lora_alpha", type=positive_float, default=16, help="scale is alpha / r")
+    group.add_argument("--lora_dropout", type=float, default=0.05, help="probability")
+    group.add_argument(
+        "--target_modules",
+        nargs="+",
+        default=["q_proj", "k_proj", "v_proj", "o_proj"],
+        help="names of Linear layers, or all-linear",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, slower",
+    )
+
+    group = parser.add_argument_group("evaluation, checkpoints, reporting")
+    group.add_argument(
+        "--no_eval_at_start",
+        action="store_true",
+        help="skip the validation loss before the first step",
+    )
+    group.add_argument(
+        "--max_eval_examples", type=positive_int, default=1000, help="validation examples used"
+    )
+    group.add_argument(
+        "--save_steps", type=positive_int, default=20, help="logical steps between checkpoints"
+    )
+    group.add_argument(
+        "--keep_checkpoints",
+        type=positive_int,
+        default=2,
+        help="checkpoints kept; at least 2 survive a damaged one",
+    )
+    group.add_argument(
+        "--resume",
+        choices=("never", "auto"),
+        default="never",
+        help="auto: continue the run in JOB_SESS from its last good checkpoint",
+    )
+    group.add_argument(
+        "--report_to",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+        default="none",
+        help="tracker; its package must be installed",
+    )
+    group.add_argument(
+        "--report_private_metrics",
+        action="store_true",
+        help="also send losses and clipping statistics, which no guarantee covers, "
+        "to a tracker outside this machine (wandb)",
+    )
+
+
+def check_training_arguments(args: argparse.Namespace) -> list[str]:
+    """Refuse combinations that no run can mean, before anything is loaded.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        UsageError: see its message.
+    """
+    pairs = is_labelled(args.dataset_name)
+    if pairs == (args.prompt_style == UNCONDITIONAL):
+        kind = "(instruction, answer) pairs" if pairs else "instructions"
+        fix = "choose another style" if pairs else f"use {UNCONDITIONAL}"
+        raise UsageError(
+            f"--dataset_name {args.dataset_name} trains {kind}, which --prompt_style "
+            f"{args.prompt_style} does not fit; {fix}"
+        )
+    if not 0 <= args.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout {args.lora_dropout}: must be in [0, 1)")
+    if not 0 <= args.wd < math.inf:
+        raise UsageError(f"--wd {args.wd}: must be 0 or more")
+    if args.eps == -1:
+        return _check_without_privacy(args)
+    if not (math.isfinite(args.eps) and args.eps > 0):
+        raise UsageError(f"--eps {args.eps}: must be above 0, or -1 to train without privacy")
+    if not 0 < args.delta < 1:
+        raise UsageError(f"--delta {args.delta}: must be between 0 and 1, and below 1/N")
+    if not (math.isfinite(args.clip) and args.clip > 0):
+        raise UsageError(
+            f"--eps {args.eps} needs a clip norm above 0, found --clip {args.clip}; add --clip 0.5"
+        )
+    if args.insecure_fixed_noise_seed is not None:
+        return ["--insecure_fixed_noise_seed: the noise is known, so this run has NO guarantee"]
+    return []
+
+
+def _check_without_privacy(args: argparse.Namespace) -> list[str]:
+    for flag in ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed"):
+        if getattr(args, flag) is not None:
+            raise UsageError(f"--{flag} needs --eps: without it the run has no privacy")
+    if args.clip > 0:
+        return [f"--clip {args.clip} without --eps: nothing is clipped and nothing is private"]
+    return []
+
+
+def to_argv(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Flags that make `parser` give `args` again; those at their default are left out."""
+    argv = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if action.dest == "help" or (value == action.default and not action.required):
+            continue
+        flag = action.option_strings[0]
+        if action.nargs == 0:
+            argv.append(flag)
+        elif action.nargs == "+":
+            argv += [flag, *map(str, value)]
+        else:
+            text = f"{value:.15g}" if isinstance(value, float) else str(value)
+            # A value that begins with a dash would be read as a flag.
+            argv += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return argv
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Where the run is written."""
+    return Path(args.output_dir) / args.job_sess
+
+
+def job_name(text: str) -> str:
+    """A name that is one folder, and no hidden one."""
+    if not re.fullmatch(r"[^\s./\\][^/\\\x00-\x1f]{0,199}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a folder name: no slash, no leading dot or space, at most 200 long"
+        )
+    return text
+
+
+def positive_int(text: str) -> int:
+    """A whole number of 1 or more."""
+    return _int_from(1, text)
+
+
+def natural_int(text: str) -> int:
+    """A whole number of 0 or more."""
+    return _int_from(0, text)
+
+
+def _int_from(lowest: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = lowest - 1
+    if value < lowest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {lowest} or more")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

@@ -1,0 +1,46 @@
+"""What every command line of the project shares: user errors, exit codes, one-line messages."""
+
+import errno
+import signal
+import sys
+from collections.abc import Callable
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class UsageError(ValueError):
+    """Something the user gave is wrong; the message names it, its bound, and the fix."""
+
+
+def say(message: str) -> None:
+    """Print a line for people to stderr, which leaves stdout to the command's product."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with the project's codes.
+
+    Args:
+        main: returns None or an exit code.
+
+    Raises:
+        SystemExit: 0 done, 1 failed, 2 wrong usage (a `UsageError`, shown as one line),
+            130 interrupted. Anything else that `main` raises is a defect and keeps its traceback.
+    """
+    # A launcher that waits for its script ignores Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main()
+    except UsageError as error:
+        say(f"error: {error}")
+        code = EXIT_USAGE
+    except OSError as error:
+        # The disk is full or not ours: no defect. What was written before stands.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        say(f"error: {error}; mend it and run the same command again")
+        code = EXIT_FAILED
+    except KeyboardInterrupt:
+        say("interrupted")
+        code = EXIT_INTERRUPTED
+    sys.exit(code or EXIT_OK)

@@ -1,0 +1,54 @@
+"""Launch lines for the shell: one POSIX-quoted command, printed or run."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from utils.cli import EXIT_INTERRUPTED, say
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch_command(script: str, arguments: list[str], gpus: int) -> list[str]:
+    """The argument vector that starts `script` through `accelerate launch` on `gpus` processes.
+
+    Every choice that accelerate would otherwise read from a user's configuration file or ask for
+    is stated, so that the line does the same on every machine. `--quiet` spares the user the
+    launcher's stack trace below the script's own error line.
+    """
+    launcher = ["accelerate", "launch", "--quiet", "--num_machines", "1"]
+    launcher += ["--num_processes", str(gpus), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if gpus > 1:
+        launcher.append("--multi_gpu")
+    path = script if Path.cwd() == ROOT else str(ROOT / script)
+    return [*launcher, path, *arguments]
+
+
+def print_or_run(command: list[str], run: bool) -> int:
+    """Print `command` as one shell line on stdout, or run it and return its exit code."""
+    if not run:
+        print(shlex.join(command))
+        return 0
+    say(f"+ {shlex.join(command)}")
+    # The accelerate of this interpreter, whether or not its environment is activated.
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+    # The launcher must outlive a Ctrl-C, which the script itself handles by saving its work.
+    process = subprocess.Popen(
+        launcher, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    )
+    interrupted = False
+    while True:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+            continue
+        return EXIT_INTERRUPTED if interrupted else code if code >= 0 else 128 - code
+
+
+def launched_by_accelerate() -> bool:
+    """Whether this process was started by `accelerate launch`."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ

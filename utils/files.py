@@ -1,0 +1,97 @@
+"""Files that survive a kill at any moment: atomic writes and append-only JSON lines."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.cli import UsageError
+
+
+def fsync_folder(folder: str | os.PathLike) -> None:
+    """Make renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replace `path` by `content`: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: str | os.PathLike) -> Iterator[dict]:
+    """Yield the records of a JSON-lines file; a torn last line (no newline) is passed over.
+
+    Raises:
+        UsageError: a complete line is not a JSON object; the line's number is named.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise UsageError(f"{path}, line {number} is not a JSON object")
+            yield record
+
+
+class JsonlAppender:
+    """An append-only JSON-lines file; a torn last line left by a kill is cut off on opening."""
+
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab+")  # noqa: SIM115 (closed by `close`)
+        self._file.truncate(_length_of_complete_lines(self._file))
+        fsync_folder(path.parent)
+
+    def append(self, records: Iterable[dict]) -> None:
+        """Write `records`, one line each; when this returns they are on the disk."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self._file.write(lines.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "JsonlAppender":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _length_of_complete_lines(file, block: int = 1 << 16) -> int:
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - block)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
