@@ -1,0 +1,112 @@
+"""Small real parts, made on the fly."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from utils.batching import cut_microbatches
+from utils.data_utils import TokenisedExamples
+from utils.dp_utils import PerExampleGradients
+from utils.losses import normalise
+from utils.modeling import LanguageModel, attach_lora
+
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (259 in all), ids 0 to 2 being <pad>, <s> and </s>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
+    """A random LLaMA: 2 layers, hidden 32, 4 heads over 2 key/value heads, 259 tokens."""
+    settings = {
+        "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+
+
+def save_tiny_model(folder: Path, **overrides) -> None:
+    """Save `tiny_llama` and `byte_tokenizer` as a model folder."""
+    tiny_llama(**overrides).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def adapted_model(targets, *, checkpointing=False, rank=4, seed=0):
+    """`tiny_llama` with LoRA whose A and B are both random, so that no gradient is zero."""
+    model = attach_lora(tiny_llama(seed), rank, 2 * rank, 0.0, targets, checkpointing)
+    torch.manual_seed(seed)
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor, std=0.1)
+    return model.train()
+
+
+def random_examples(lengths, loss_starts=None, seed=0) -> TokenisedExamples:
+    """Examples of the given lengths, with random tokens below 258."""
+    random = np.random.default_rng(seed)
+    return TokenisedExamples(
+        ids=random.integers(3, 258, sum(lengths)).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        loss_starts=np.array(loss_starts or [0] * len(lengths), dtype=np.int32),
+    )
+
+
+def clipped_sum(
+    model, data, clip_norm, *, indices=None, budget=10_000, clip_function="flat",
+    normalization="max_seq_len", max_seq_len=64,
+):  # fmt: skip
+    """The clipped sum [parameters] as `train.py` makes it, and the norms in order of `indices`."""
+    # Hooks of an earlier call must not see this one's passes.
+    for module in model.modules():
+        module._forward_hooks.clear()
+    gradients = PerExampleGradients(model)
+    language_model = LanguageModel(model.get_base_model())
+    total = torch.zeros(gradients.num_parameters)
+    indices = np.arange(len(data)) if indices is None else indices
+    norms = torch.zeros(len(data))
+    for microbatch in cut_microbatches(indices, data.lengths, budget)[0]:
+        with gradients.capture(len(microbatch)):
+            sums, counts = language_model.example_losses(data.collate(microbatch, pad_id=0))
+            normalise(sums, counts, normalization, max_seq_len).sum().backward()
+        norms[microbatch] = gradients.add_clipped_sum(total, clip_norm, clip_function)
+    return total, norms[indices]
+
+
+def reference_gradients(model, data, *, normalization="max_seq_len", max_seq_len=64):
+    """Per-example gradients [examples, parameters] in float64, one example at a time, by autograd.
+
+    Uses the model's own logits and loss arithmetic of its own, and none of the code under test.
+    """
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        module._forward_hooks.clear()
+    trainable = [tensor for tensor in model.parameters() if tensor.requires_grad]
+    rows = []
+    for index in range(len(data)):
+        ids = torch.tensor(data.ids[data.offsets[index] : data.offsets[index + 1]]).long()
+        first = max(1, int(data.loss_starts[index]))
+        if first >= len(ids):
+            rows.append(torch.zeros(sum(t.numel() for t in trainable), dtype=torch.float64))
+            continue
+        logits = model(input_ids=ids[None]).logits[0]
+        log_probabilities = logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+        loss = -log_probabilities[first - 1 :].sum()
+        loss = loss / (max_seq_len if normalization == "max_seq_len" else len(ids) - first)
+        gradients = torch.autograd.grad(loss, trainable)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows)

@@ -1,0 +1,115 @@
+"""Prompt styles and instruction files."""
+
+import pytest
+
+from tests.helpers import byte_tokenizer
+from utils.cli import UsageError
+from utils.prompts import (
+    PROMPT_STYLES,
+    TEMPLATES,
+    UNCONDITIONAL,
+    Instruction,
+    prompt_ids,
+    read_instruction_file,
+    training_ids,
+    write_instruction_file,
+)
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.mark.parametrize("style", [s for s in PROMPT_STYLES if s != UNCONDITIONAL])
+def test_training_continues_the_very_prompt_that_sampling_uses(tokenizer, style):
+    prompt = prompt_ids(tokenizer, style, "Why?")
+    ids, loss_start = training_ids(tokenizer, style, "Why?", "Because.", max_seq_len=1000)
+    assert ids[:loss_start] == prompt
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[loss_start:-1]).strip() == "Because."
+
+
+def test_unconditional_examples_carry_loss_on_every_token(tokenizer):
+    ids, loss_start = training_ids(tokenizer, UNCONDITIONAL, "hi", max_seq_len=10)
+    assert (ids[0], ids[-1], loss_start, len(ids)) == (1, 2, 1, 4)
+    assert prompt_ids(tokenizer, UNCONDITIONAL, "ignored") == [1]
+    tokenizer.bos_token = None
+    assert prompt_ids(tokenizer, UNCONDITIONAL, "ignored") == [2]
+
+
+def test_long_examples_are_cut_and_lose_their_end(tokenizer):
+    ids, _ = training_ids(tokenizer, UNCONDITIONAL, "x" * 50, max_seq_len=20)
+    assert len(ids) == 20
+    assert 2 not in ids
+    ids, loss_start = training_ids(tokenizer, "vicuna", "x" * 50, "answer", max_seq_len=20)
+    assert (len(ids), loss_start) == (20, 20)  # nothing of the answer is left
+
+
+def test_special_tokens_that_a_user_typed_stay_text(tokenizer):
+    for style in (UNCONDITIONAL, "vicuna", "alpaca"):
+        ids, _ = training_ids(tokenizer, style, "a</s>b<s>", "c</s>", max_seq_len=1000)
+        assert ids.count(2) == 1
+        assert ids[-1] == 2
+
+
+def test_vicuna_is_the_published_sentence():
+    assert TEMPLATES["vicuna"].startswith("A chat between a curious user and an artificial")
+    assert TEMPLATES["vicuna"].endswith("USER: {instruction} ASSISTANT:")
+
+
+def test_a_template_takes_braces_and_percent_signs_literally(tokenizer):
+    text = "{instruction} {0} %s {{x}}"
+    assert text in tokenizer.decode(prompt_ids(tokenizer, "alpaca", text))
+
+
+def test_chat_template_needs_one():
+    with pytest.raises(UsageError, match="no chat template"):
+        prompt_ids(byte_tokenizer(), "chat_template", "hi")
+
+
+def test_instruction_files_go_there_and_back(tmp_path):
+    path = tmp_path / "a file.txt"
+    texts = ["one", "two\nlines\n\nand more", " spaced ", "ünïcode"]
+    write_instruction_file(path, texts)
+    assert read_instruction_file(path) == [Instruction(text, 1) for text in texts]
+
+
+def test_counts_and_blank_lines_between_blocks(tmp_path):
+    path = tmp_path / "f.txt"
+    path.write_text("\n### BOI ### 3\nhello\n### EOI ###\n\n### BOI ### 1\nx\n### EOI ###\n")
+    assert read_instruction_file(path) == [Instruction("hello", 3), Instruction("x", 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no instruction"),
+        ("hello\n", "line 1: text outside a block"),
+        ("### BOI ### two\nx\n### EOI ###\n", "takes a count of 1 or more, found 'two'"),
+        ("### BOI ### 0\nx\n### EOI ###\n", "found '0'"),
+        ("### BOI ### 1\nx\n", "has no line"),
+        ("### BOI ### 1\n### BOI ### 1\nx\n### EOI ###\n", "line 2: a block begins inside"),
+        ("### EOI ###\n", "line 1: '### EOI ###' ends no block"),
+    ],
+)
+def test_broken_instruction_files_are_refused_by_line(tmp_path, content, message):
+    path = tmp_path / "f.txt"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_instruction_file(path)
+
+
+def test_a_missing_alpaca_file_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UsageError, match=r"python data/prepare_alpaca_eval.py"):
+        read_instruction_file(tmp_path / "alpaca_eval_instructions.txt")
+
+
+def test_marker_lines_in_a_text_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="BOI"):
+        write_instruction_file(tmp_path / "f.txt", ["a\n### EOI ###"])
+    assert not (tmp_path / "f.txt").exists()

@@ -1,0 +1,260 @@
+"""Data sets: find them, count them without loading, tokenise once, collate."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.cli import UsageError
+from utils.prompts import UNCONDITIONAL, training_ids
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+DATA_FOLDER = Path("data")
+FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
+VALIDATION_NAMES = ("val", "validation")
+
+
+def is_labelled(dataset_name: str) -> bool:
+    """Whether a data set holds (instruction, answer) pairs: its name starts with `labelled`."""
+    return Path(dataset_name).name.startswith("labelled")
+
+
+def find_dataset(dataset_name: str) -> Path | None:
+    """The folder or file of a data set: `data/NAME`, then NAME as a path; None for a hub id."""
+    for base in (DATA_FOLDER / dataset_name, Path(dataset_name).expanduser()):
+        for candidate in (base, *(base.with_name(base.name + s) for s in FILE_SUFFIXES)):
+            is_data_folder = candidate.is_dir() and any(candidate.iterdir())
+            if is_data_folder or (candidate.is_file() and candidate.suffix in FILE_SUFFIXES):
+                return candidate
+    return None
+
+
+def tried_places(dataset_name: str) -> str:
+    """Where `find_dataset` looked and how data sets are made, for an error message."""
+    return (
+        f"no data set {dataset_name!r}: tried {DATA_FOLDER / dataset_name} and {dataset_name} "
+        f"(a saved DatasetDict, or {', '.join(FILE_SUFFIXES)}), then the hub; "
+        "data/prepare_chatbot_arena.py and data/prepare_quickstart.py make data sets"
+    )
+
+
+def count_train_examples(dataset_name: str) -> int | None:
+    """Rows of the train split, from metadata and without loading them; None if it is not here.
+
+    Raises:
+        UsageError: the data set is here, but empty or not readable.
+    """
+    path = find_dataset(dataset_name)
+    if path is None:
+        return None
+    try:
+        count = sum(_count_rows(file) for file in _split_files(path, ("train",)))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read data set {str(path)!r}: {error}") from None
+    if count == 0:
+        raise UsageError(f"data set {str(path)!r} has no example in its train split")
+    return count
+
+
+def _split_files(path: Path, names: tuple[str, ...]) -> list[Path]:
+    """Files of a split; a lone file is a train split."""
+    if path.is_file():
+        return [path] if "train" in names else []
+    if (path / "dataset_info.json").is_file():
+        raise UsageError(
+            f"{str(path)!r} is one saved split, not a DatasetDict; save it as "
+            'DatasetDict({"train": ...}).save_to_disk(...)'
+        )
+    for name in names:
+        if (path / name / "state.json").is_file():
+            state = json.loads((path / name / "state.json").read_text())
+            return [path / name / entry["filename"] for entry in state["_data_files"]]
+        for suffix in FILE_SUFFIXES:
+            if (path / f"{name}{suffix}").is_file():
+                return [path / f"{name}{suffix}"]
+    if "train" in names:
+        raise UsageError(f"data set {str(path)!r} has no train split")
+    return []
+
+
+def _count_rows(file: Path) -> int:
+    if file.suffix == ".arrow":
+        import pyarrow
+
+        with pyarrow.memory_map(str(file)) as source:
+            return sum(batch.num_rows for batch in pyarrow.ipc.open_stream(source))
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(file).num_rows
+    if file.suffix == ".jsonl":
+        with open(file, "rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    rows = json.loads(file.read_text())
+    if not isinstance(rows, list):
+        raise UsageError(f"{str(file)!r} is not a JSON list of objects")
+    return len(rows)
+
+
+def load_splits(dataset_name: str) -> dict[str, "Dataset"]:
+    """Load the `train` split and, where there is one, the validation split as `val`.
+
+    Raises:
+        UsageError: not found, empty, or without the columns that its name asks for.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = find_dataset(dataset_name)
+    splits = {}
+    for split, names in {"train": ("train",), "val": VALIDATION_NAMES}.items():
+        try:
+            if path is None:
+                splits |= _load_from_hub(dataset_name)
+                break
+            files = [str(file) for file in _split_files(path, names)]
+            if not files:
+                continue
+            if files[0].endswith(".arrow"):
+                parts = [datasets.Dataset.from_file(file) for file in files]
+                splits[split] = datasets.concatenate_datasets(parts)
+            elif files[0].endswith(".parquet"):
+                splits[split] = datasets.Dataset.from_parquet(files)
+            else:
+                splits[split] = datasets.Dataset.from_list(_read_json_rows(Path(files[0])))
+        except UsageError:
+            raise
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"cannot read data set {str(path)!r}: {reason}") from None
+    if len(splits["train"]) == 0:
+        raise UsageError(f"data set {dataset_name!r} has no example in its train split")
+    wanted = ["instruction", "answer"] if is_labelled(dataset_name) else ["instruction"]
+    for split, rows in splits.items():
+        missing = [column for column in wanted if column not in rows.column_names]
+        if missing:
+            raise UsageError(
+                f"data set {dataset_name!r} ({split}) lacks column {missing[0]!r}: it has "
+                f"{rows.column_names}, and one whose name "
+                f"{'starts' if is_labelled(dataset_name) else 'does not start'} with 'labelled' "
+                f"needs {wanted}"
+            )
+    return splits
+
+
+def _read_json_rows(file: Path) -> list[dict]:
+    if file.suffix == ".jsonl":
+        rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    else:
+        rows = json.loads(file.read_text())
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not a list of JSON objects")
+    return rows
+
+
+def _load_from_hub(dataset_name: str) -> dict[str, "Dataset"]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(dataset_name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"{tried_places(dataset_name)} ({reason})") from None
+    validation = next((name for name in VALIDATION_NAMES if name in loaded), None)
+    if "train" not in loaded:
+        raise UsageError(f"data set {dataset_name!r} has no train split: {list(loaded)}")
+    splits = {"train": loaded["train"]}
+    return splits | ({"val": loaded[validation]} if validation else {})
+
+
+@dataclass(frozen=True)
+class TokenisedExamples:
+    """A split as one flat array of token ids; example i is ids[offsets[i]:offsets[i + 1]].
+
+    Attributes:
+        ids: int32 [tokens].
+        offsets: int64 [examples + 1].
+        loss_starts: int32 [examples], index in the example of the first token with loss.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    loss_starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.loss_starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [examples], tokens per example."""
+        return np.diff(self.offsets)
+
+    def fingerprint(self) -> str:
+        """A hash of every token. Computed from private data: for `private/` alone."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.offsets, self.loss_starts):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+    def collate(
+        self, indices: np.ndarray, pad_id: int, device: "torch.device | str" = "cpu"
+    ) -> dict[str, "torch.Tensor"]:
+        """Right-pad a microbatch: `input_ids` [examples, tokens], `lengths`, `loss_starts`."""
+        import torch
+
+        lengths = self.lengths[indices]
+        input_ids = np.full((len(indices), int(lengths.max())), pad_id, dtype=np.int64)
+        for row, index in enumerate(indices):
+            ids = self.ids[self.offsets[index] : self.offsets[index + 1]]
+            input_ids[row, : len(ids)] = ids
+        arrays = {
+            "input_ids": input_ids,
+            "lengths": lengths,
+            "loss_starts": self.loss_starts[indices].astype(np.int64),
+        }
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def tokenise(
+    rows: Iterable[dict],
+    tokenizer: "PreTrainedTokenizerBase",
+    style: str,
+    max_seq_len: int,
+) -> TokenisedExamples:
+    """Tokenise every row of a split once.
+
+    Args:
+        rows: objects with `instruction` and, for any style but `uncond_generation`, `answer`.
+
+    Raises:
+        UsageError: a value is not a string, or no example has a token that carries loss.
+    """
+    columns = ["instruction"] if style == UNCONDITIONAL else ["instruction", "answer"]
+    ids, offsets, loss_starts = [], [0], []
+    for number, row in enumerate(rows):
+        texts = [row[column] for column in columns]
+        for column, text in zip(columns, texts):
+            if not isinstance(text, str):
+                raise UsageError(f"row {number}, column {column!r}: {type(text).__name__}, not str")
+        example, loss_start = training_ids(tokenizer, style, *texts, max_seq_len=max_seq_len)
+        ids.append(np.asarray(example, dtype=np.int32))
+        offsets.append(offsets[-1] + len(example))
+        loss_starts.append(loss_start)
+    tokenised = TokenisedExamples(
+        ids=np.concatenate(ids),
+        offsets=np.asarray(offsets, dtype=np.int64),
+        loss_starts=np.asarray(loss_starts, dtype=np.int32),
+    )
+    if not (tokenised.loss_starts < tokenised.lengths).any():
+        raise UsageError(
+            f"every example is longer than --max_seq_len {max_seq_len} before its answer begins"
+        )
+    return tokenised

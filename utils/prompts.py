@@ -1,0 +1,178 @@
+"""Prompt styles, and the instruction files that sampling reads."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.cli import UsageError
+from utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNCONDITIONAL = "uncond_generation"
+CHAT_TEMPLATE = "chat_template"
+TEMPLATES = {
+    "vicuna": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: {instruction} ASSISTANT:"
+    ),
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+    ),
+    "llama2": "[INST] {instruction} [/INST]",
+    "mistral": "[INST] {instruction} [/INST]",
+}
+# What stands between a prompt and its answer; the sampled text is stripped of it.
+_ANSWER_SEPARATORS = {"alpaca": "\n", CHAT_TEMPLATE: ""}
+# Templates whose markers are special tokens in some vocabularies. In all the others a special
+# token that a user typed as text (such as "</s>") stays text.
+_STYLES_WITH_SPECIAL_TOKENS = ("llama2", "mistral", CHAT_TEMPLATE)
+PROMPT_STYLES = (UNCONDITIONAL, *TEMPLATES, CHAT_TEMPLATE)
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: str) -> list[int]:
+    """Token ids that sampling conditions on, the same ones that training saw before the answer.
+
+    Args:
+        style: one of `PROMPT_STYLES`. `uncond_generation` ignores `instruction` and gives the
+            beginning-of-sequence token, or the end-of-sequence token where a vocabulary has none.
+    """
+    if style == UNCONDITIONAL:
+        bos = tokenizer.bos_token_id
+        return [tokenizer.eos_token_id if bos is None else bos]
+    return _encode(tokenizer, style, _prompt_text(tokenizer, style, instruction))
+
+
+def training_ids(
+    tokenizer: "PreTrainedTokenizerBase",
+    style: str,
+    instruction: str,
+    answer: str | None = None,
+    *,
+    max_seq_len: int,
+) -> tuple[list[int], int]:
+    """One training example: its token ids and the index of the first token that carries loss.
+
+    Every token from that index on carries loss, the end-of-sequence token included; an example
+    longer than `max_seq_len` tokens is cut, and then has no end-of-sequence token.
+
+    Args:
+        answer: None trains the instruction itself (`uncond_generation`).
+    """
+    if style == UNCONDITIONAL:
+        prompt = prompt_ids(tokenizer, style, "")
+        full = prompt + _encode_plain(tokenizer, style, instruction)
+        loss_start = len(prompt)
+    else:
+        text = _prompt_text(tokenizer, style, instruction)
+        separator = _ANSWER_SEPARATORS.get(style, " ")
+        full = _encode(tokenizer, style, text + separator + answer)
+        # The longest common prefix: a tokenizer may merge the last character of the prompt with
+        # the first of the answer, and that token is then the answer's.
+        loss_start = 0
+        for left, right in zip(_encode(tokenizer, style, text), full):
+            if left != right:
+                break
+            loss_start += 1
+    full = full + [tokenizer.eos_token_id]
+    return full[:max_seq_len], min(loss_start, max_seq_len)
+
+
+def _prompt_text(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: str) -> str:
+    if style == CHAT_TEMPLATE:
+        if not tokenizer.chat_template:
+            raise UsageError(
+                "--prompt_style chat_template: this tokenizer has no chat template; "
+                f"choose one of {', '.join(TEMPLATES)}"
+            )
+        turns = [{"role": "user", "content": instruction}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return TEMPLATES[style].format(instruction=instruction)
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", style: str, text: str) -> list[int]:
+    """Ids of `text`, with BOS where this tokenizer puts one (chat templates have their own)."""
+    bos = tokenizer.bos_token_id
+    adds_bos = style != CHAT_TEMPLATE and bos in tokenizer("")["input_ids"]
+    return [bos] * adds_bos + _encode_plain(tokenizer, style, text)
+
+
+def _encode_plain(tokenizer: "PreTrainedTokenizerBase", style: str, text: str) -> list[int]:
+    return tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=style not in _STYLES_WITH_SPECIAL_TOKENS,
+        return_attention_mask=False,
+    )["input_ids"]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A block of an instruction file: a text, and how many samples to draw for it."""
+
+    text: str
+    count: int
+
+
+BEGIN, END = "### BOI ###", "### EOI ###"
+
+
+def read_instruction_file(path: str | os.PathLike) -> list[Instruction]:
+    """Read blocks of a line `### BOI ### COUNT`, the text, and a line `### EOI ###`.
+
+    Raises:
+        UsageError: no such file, no block, a block without end, a COUNT that is no whole number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        made_by = (
+            "; make it with: python data/prepare_alpaca_eval.py"
+            if Path(path).name == "alpaca_eval_instructions.txt"
+            else ""
+        )
+        raise UsageError(f"no instruction file {str(path)!r}{made_by}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read instruction file {str(path)!r}: {error}") from None
+    blocks, begun, text = [], None, []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        if line.startswith(BEGIN):
+            if begun is not None:
+                raise UsageError(f"{where}: a block begins inside another; end it with {END!r}")
+            begun, text = line.removeprefix(BEGIN).strip(), []
+            if not (begun.isascii() and begun.isdigit()) or int(begun) == 0:
+                raise UsageError(f"{where}: {BEGIN!r} takes a count of 1 or more, found {begun!r}")
+        elif line.rstrip() == END:
+            if begun is None:
+                raise UsageError(f"{where}: {END!r} ends no block")
+            blocks.append(Instruction("\n".join(text), int(begun)))
+            begun = None
+        elif begun is not None:
+            text.append(line)
+        elif line.strip():
+            raise UsageError(f"{where}: text outside a block; begin it with a line '{BEGIN} COUNT'")
+    if begun is not None:
+        raise UsageError(f"{path}: the last block has no line {END!r}")
+    if not blocks:
+        raise UsageError(f"{path} holds no instruction; a block begins with '{BEGIN} COUNT'")
+    return blocks
+
+
+def write_instruction_file(path: str | os.PathLike, texts: Iterable[str]) -> None:
+    """Write `texts`, each once, as an instruction file.
+
+    Raises:
+        UsageError: a text holds a line that would begin or end a block.
+    """
+    blocks = []
+    for text in texts:
+        if any(line.startswith(BEGIN) or line.rstrip() == END for line in text.splitlines()):
+            raise UsageError(f"an instruction holds a line {BEGIN!r} or {END!r}: {text[:60]!r}")
+        blocks.append(f"{BEGIN} 1\n{text}\n{END}\n")
+    write_atomic(path, "".join(blocks))
