@@ -1,0 +1,111 @@
+"""Who takes part in a step, and how a step is cut into microbatches."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
+from utils.secure_random import SecureRandom
+
+N, BATCH, STEPS = 400, 60, 600
+TINY_PROBABILITY = 1e-6
+
+
+def draw_matrix(draw) -> np.ndarray:
+    """bool [steps, examples]: who was in which batch."""
+    taken = np.zeros((STEPS, N), dtype=bool)
+    for step in range(STEPS):
+        taken[step, draw(step)] = True
+    return taken
+
+
+def poisson(_step):
+    return poisson_batch(N, BATCH, SecureRandom())
+
+
+def shuffler(step):
+    return shuffled_batch(N, BATCH, seed=1, step=step)
+
+
+def fixed_size(_step):
+    return np.random.default_rng().choice(N, BATCH, replace=False)
+
+
+def variance_p_value(taken: np.ndarray) -> float:
+    """Two-sided p-value of the batch sizes' variance against N q (1 - q)."""
+    q = BATCH / N
+    statistic = (STEPS - 1) * taken.sum(1).var(ddof=1) / (N * q * (1 - q))
+    tail = stats.chi2(STEPS - 1).cdf(statistic)
+    return 2 * min(tail, 1 - tail)
+
+
+def counts_p_value(taken: np.ndarray) -> float:
+    """Two-sided p-value of the variance of each example's count against Binomial(steps, q)."""
+    q = BATCH / N
+    counts = taken.sum(0)
+    statistic = ((counts - STEPS * q) ** 2).sum() / (STEPS * q * (1 - q))
+    tail = stats.chi2(N).cdf(statistic)
+    return 2 * min(tail, 1 - tail)
+
+
+def adjacent_p_value(taken: np.ndarray) -> float:
+    """Two-sided p-value of being in two adjacent batches against q²."""
+    both = int((taken[:-1:2] & taken[1::2]).sum())
+    return stats.binomtest(both, N * (STEPS // 2), (BATCH / N) ** 2).pvalue
+
+
+def test_poisson_draws_fit_the_binomial_in_size_count_and_time():
+    taken = draw_matrix(poisson)
+    for p_value in (variance_p_value(taken), counts_p_value(taken), adjacent_p_value(taken)):
+        assert p_value > TINY_PROBABILITY
+
+
+def test_shuffled_epochs_fail_every_one_of_these():
+    taken = draw_matrix(shuffler)
+    for p_value in (variance_p_value(taken), counts_p_value(taken), adjacent_p_value(taken)):
+        assert p_value < TINY_PROBABILITY
+
+
+def test_batches_of_a_fixed_size_fail_the_size_test():
+    assert variance_p_value(draw_matrix(fixed_size)) < TINY_PROBABILITY
+
+
+def test_poisson_takes_all_at_rate_one_and_may_take_none():
+    assert poisson_batch(50, 50, SecureRandom()).tolist() == list(range(50))
+    sizes = [len(poisson_batch(1000, 1, SecureRandom())) for _ in range(100)]
+    assert 0 in sizes
+
+
+def test_shuffled_batches_cover_each_epoch_once_and_depend_on_seed_and_step_alone():
+    epoch = np.concatenate([shuffled_batch(30, 7, 3, step) for step in range(30)])
+    assert len(epoch) == 210
+    for start in range(0, 210, 30):
+        assert sorted(epoch[start : start + 30]) == list(range(30))
+    assert np.array_equal(shuffled_batch(30, 7, 3, 11), shuffled_batch(30, 7, 3, 11))
+    assert not np.array_equal(shuffled_batch(30, 7, 3, 11), shuffled_batch(30, 7, 4, 11))
+
+
+def test_microbatches_keep_the_budget_and_waste_little():
+    random = np.random.default_rng(0)
+    lengths = np.minimum(random.lognormal(4.3, 0.9, 20_000).astype(int) + 1, 1024)
+    drawn = np.flatnonzero(random.random(20_000) < 0.2)
+    (batches,) = cut_microbatches(drawn, lengths, 4 * 1024)
+    padded = [len(batch) * lengths[batch].max() for batch in batches]
+    assert max(padded) <= 4 * 1024
+    assert sum(padded) / lengths[drawn].sum() < 1.03
+    assert lengths[batches[0]].max() == lengths[drawn].max()
+
+
+def test_ranks_are_balanced_and_may_be_empty():
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 100, 5000)
+    parts = cut_microbatches(np.arange(5000), lengths, 400, 4)
+    loads = [sum(len(batch) * lengths[batch].max() for batch in rank) for rank in parts]
+    assert max(loads) / min(loads) < 1.02
+    assert cut_microbatches(np.arange(0), lengths, 400, 2) == [[], []]
+    assert [len(rank) for rank in cut_microbatches(np.arange(1), lengths, 400, 3)] == [1, 0, 0]
+
+
+def test_an_example_above_the_budget_is_refused():
+    with pytest.raises(ValueError, match="exceeds the budget"):
+        cut_microbatches(np.arange(2), np.array([5, 50]), 20)
