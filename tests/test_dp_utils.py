@@ -1,0 +1,210 @@
+"""The DP core against a one-example-at-a-time float64 loop, and its guarantees."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from tests.helpers import adapted_model, clipped_sum, random_examples, reference_gradients
+from utils.batching import cut_microbatches
+from utils.cli import UsageError
+from utils.dp_utils import (
+    PerExampleGradients,
+    add_noise,
+    assign_gradient,
+    clip_factors,
+    flatten_gradients,
+)
+from utils.secure_random import SecureRandom, grid_spacing
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def reference_sum(model, data, clip_norm, clip_function="flat", **options):
+    """The clipped sum in float64, from one backward pass per example."""
+    gradients = reference_gradients(model, data, **options)
+    norms = gradients.norm(dim=1, keepdim=True)
+    if clip_function == "automatic":
+        return (gradients * clip_norm / (norms + 0.01)).sum(0), norms
+    return (gradients * (clip_norm / norms).clamp(max=1)).sum(0), norms
+
+
+def relative_error(value, reference):
+    return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", [ATTENTION, "all-linear"])
+@pytest.mark.parametrize("normalization", ["max_seq_len", "tokens"])
+def test_clipped_sum_equals_one_by_one_reference(targets, checkpointing, normalization):
+    data = random_examples([3, 50, 17, 1, 29, 8, 50, 2])
+    model = adapted_model(targets, checkpointing=checkpointing)
+    _, norms = reference_sum(model, data, 1.0, normalization=normalization)
+    clip_norm = norms[norms > 0].median().item()  # some are clipped, some are not
+    expected, _ = reference_sum(model, data, clip_norm, normalization=normalization)
+    for budget in (50, 64, 120, 10_000):
+        total, observed = clipped_sum(
+            model, data, clip_norm, budget=budget, normalization=normalization
+        )
+        assert relative_error(total, expected) < 1e-5
+        assert torch.allclose(observed.double(), norms.flatten(), rtol=1e-5)
+
+
+def test_automatic_clipping_equals_reference():
+    data = random_examples([5, 40, 12])
+    model = adapted_model(ATTENTION)
+    expected, _ = reference_sum(model, data, 0.7, "automatic")
+    total, _ = clipped_sum(model, data, 0.7, clip_function="automatic")
+    assert relative_error(total, expected) < 1e-5
+
+
+def test_loss_on_the_answer_only():
+    data = random_examples([20, 31, 9], loss_starts=[7, 30, 9])  # the last one has no answer left
+    model = adapted_model(ATTENTION)
+    expected, norms = reference_sum(model, data, 1e-3)
+    assert norms[2] == 0
+    total, _ = clipped_sum(model, data, 1e-3, budget=62)
+    assert relative_error(total, expected) < 1e-5
+
+
+@pytest.mark.parametrize("clip_function", ["flat", "automatic"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("normalization", ["max_seq_len", "tokens"])
+def test_dropping_one_example_moves_the_sum_by_at_most_the_clip_norm(
+    clip_function, checkpointing, normalization
+):
+    clip_norm = 1e-3  # far below every norm, so each example fills its bound
+    data = random_examples([3, 50, 17, 29, 50, 8])
+    model = adapted_model("all-linear", checkpointing=checkpointing)
+    everyone = np.arange(len(data))
+    options = {"clip_function": clip_function, "budget": 100, "normalization": normalization}
+    full, _ = clipped_sum(model, data, clip_norm, indices=everyone, **options)
+    for dropped in everyone:
+        rest, _ = clipped_sum(
+            model, data, clip_norm, indices=np.delete(everyone, dropped), **options
+        )
+        moved = (full.double() - rest.double()).norm().item()
+        assert moved <= clip_norm * (1 + 1e-5)
+        assert moved >= 0.5 * clip_norm
+
+
+def test_released_sum_moves_by_at_most_the_clip_norm_under_the_same_noise():
+    clip_norm = 0.01
+    data = random_examples([12, 30, 7])
+    model = adapted_model(ATTENTION)
+    released = []
+    for indices in (np.arange(3), np.arange(2)):
+        total, _ = clipped_sum(model, data, clip_norm, indices=indices)
+        released.append(add_noise(total, 1.0, clip_norm, SecureRandom.insecure_fixed(1, "noise")))
+    rounding = grid_spacing(clip_norm) * total.numel() ** 0.5
+    assert 0 < (released[0] - released[1]).norm() <= clip_norm * (1 + 1e-5) + rounding
+
+
+def test_a_non_finite_example_contributes_exactly_zero():
+    data = random_examples([10, 10, 25])
+    model = adapted_model(ATTENTION)
+    clean, _ = clipped_sum(model, data, 0.1, indices=np.array([0, 2]), budget=10_000)
+    with torch.no_grad():  # one token's embedding is poisoned, and only example 1 has that token
+        data.ids[data.offsets[1] + 3] = 258
+        assert np.count_nonzero(data.ids == 258) == 1
+        model.get_input_embeddings().weight[258] = float("nan")
+    poisoned, norms = clipped_sum(model, data, 0.1, budget=10_000)
+    assert torch.isfinite(poisoned).all()
+    assert torch.isfinite(norms).tolist() == [True, False, True]
+    assert relative_error(poisoned, clean.double()) < 1e-5
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-30, 0.5, 1.0, 7.0, 1e30])
+@pytest.mark.parametrize("clip_function", ["flat", "automatic"])
+def test_factors_bound_every_norm(norm, clip_function):
+    norms = torch.tensor([norm, float("nan"), float("inf")])
+    factors = clip_factors(norms, 1.0, clip_function)
+    assert factors[0] * norm <= 1 + 1e-6
+    assert factors[1:].tolist() == [0, 0]
+    if clip_function == "flat":
+        assert factors[0] == 1 or norm > 1
+
+
+def noise_p_value(scale: float) -> float:
+    """Two-sided chi-square p-value of the noise of 100,000 coordinates, its deviation scaled."""
+    clipped = torch.linspace(-1, 1, 100_000)
+    noised = add_noise(clipped, 0.8, 0.5, SecureRandom())
+    statistic = (((noised - clipped.double()) * scale / (0.8 * 0.5)) ** 2).sum().item()
+    tail = stats.chi2(clipped.numel()).cdf(statistic)
+    return 2 * min(tail, 1 - tail)
+
+
+def test_noise_has_the_variance_that_was_accounted_and_a_wrong_scale_is_rejected():
+    assert noise_p_value(1.0) > 1e-6
+    for wrong in (0.98, 1.02, 0.5):
+        assert noise_p_value(wrong) < 1e-6
+
+
+def test_noise_is_fresh_at_every_call_and_lies_on_the_grid():
+    random = SecureRandom()
+    first, second = (add_noise(torch.zeros(50_000), 1.0, 1.0, random) for _ in range(2))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / 50_000**0.5
+    steps = first / grid_spacing(1.0)
+    assert torch.equal(steps, steps.round())
+
+
+def test_microbatches_do_not_change_who_takes_part():
+    lengths = np.random.default_rng(0).integers(1, 60, 500)
+    drawn = np.flatnonzero(np.random.default_rng(1).random(500) < 0.3)
+    for ranks in (1, 2, 4):
+        parts = cut_microbatches(drawn, lengths, 120, ranks)
+        together = np.concatenate([batch for rank in parts for batch in rank])
+        assert sorted(together) == list(drawn)
+
+
+def test_uncovered_tensors_are_refused_by_name():
+    model = adapted_model(ATTENTION)
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(UsageError, match="norm.weight"):
+        PerExampleGradients(model)
+    with pytest.raises(UsageError, match="no trainable"):
+        PerExampleGradients(model.requires_grad_(False))
+
+
+def test_a_shared_adapter_is_refused():
+    model = adapted_model(["q_proj"])
+    first, second = (layer.self_attn.q_proj for layer in model.get_base_model().model.layers)
+    second.lora_A["default"].weight = first.lora_A["default"].weight
+    with pytest.raises(UsageError, match="shared by 2 layers"):
+        PerExampleGradients(model)
+
+
+def test_a_layer_that_is_skipped_is_named():
+    model = adapted_model(["q_proj"])
+    gradients = PerExampleGradients(model)
+    with pytest.raises(RuntimeError, match=r"no per-example gradient for .*lora_A"):  # noqa: SIM117
+        with gradients.capture(1):
+            pass
+
+
+def test_a_layer_used_twice_or_on_flattened_examples_is_refused():
+    layer = torch.nn.Linear(4, 3, bias=False)
+    gradients = PerExampleGradients(torch.nn.ModuleDict({"layer": layer}))
+    for inputs, message in (
+        (torch.ones(2, 5, 4), "used twice"),
+        (torch.ones(10, 4), "per-example gradients need"),
+        (torch.ones(5, 2, 4), "per-example gradients need"),
+    ):
+        with pytest.raises(RuntimeError, match=message), gradients.capture(2):
+            (layer(inputs) + layer(inputs)).sum().backward()
+
+
+def test_no_ordinary_weight_gradient_is_computed_and_hooks_are_idle_outside():
+    model = adapted_model(ATTENTION)
+    clipped_sum(model, random_examples([5, 6]), 1.0)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters() if p.requires_grad)
+    assert sum(p.requires_grad for p in model.parameters()) == 16
+
+
+def test_flat_gradients_are_cut_back_into_place():
+    parameters = {
+        "a": torch.nn.Parameter(torch.zeros(2, 3)), "b": torch.nn.Parameter(torch.zeros(4)),
+    }  # fmt: skip
+    assign_gradient(parameters, torch.arange(10.0))
+    assert parameters["a"].grad.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert flatten_gradients(parameters).tolist() == list(range(10))

@@ -1,0 +1,214 @@
+"""The DP core: per-example gradients through hooks, clipping, sums, Gaussian noise.
+
+Everything here works on sums of clipped per-example gradients, flattened into one float32 vector
+over all trainable tensors. The division by the public batch size is the caller's, in one place.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from utils.cli import UsageError
+from utils.secure_random import SecureRandom, grid_spacing, round_to_grid
+
+AUTOMATIC_CLIPPING_STABILITY = 0.01
+
+
+def clip_factors(norms: torch.Tensor, clip_norm: float, clip_function: str) -> torch.Tensor:
+    """Factors that bound every example's gradient by `clip_norm` in l2 norm.
+
+    Guarantee: factor · norm <= clip_norm for every finite norm, and 0 for a non-finite one.
+
+    Args:
+        norms: float [examples], l2 norms over all trainable tensors together.
+        clip_norm: C, above 0.
+        clip_function: "flat" gives min(1, C / norm) (Abadi et al., 2016); "automatic" gives
+            C / (norm + 0.01) (Bu et al., 2023, "Automatic Clipping", AUTO-S).
+
+    Returns:
+        float [examples].
+    """
+    if clip_function == "automatic":
+        factors = clip_norm / (norms + AUTOMATIC_CLIPPING_STABILITY)
+    else:
+        factors = (clip_norm / norms).clamp(max=1.0)
+    return torch.where(torch.isfinite(norms), factors, 0.0)
+
+
+def add_noise(
+    clipped_sum: torch.Tensor, noise_multiplier: float, clip_norm: float, random: SecureRandom
+) -> torch.Tensor:
+    """Add N(0, (noise_multiplier · clip_norm)²) to every coordinate and round to a public grid.
+
+    Guarantee: if adding or removing one example moves `clipped_sum` by at most `clip_norm` in l2
+    norm, the result is one Gaussian mechanism of that noise multiplier. Rounding is
+    post-processing that removes the low-order bits (Mironov, CCS 2012).
+
+    Args:
+        clipped_sum: float32 [parameters], summed over microbatches and ranks.
+
+    Returns:
+        float64 [parameters], every value a multiple of `grid_spacing(sigma · C)`.
+    """
+    deviation = noise_multiplier * clip_norm
+    noise = random.gaussian(clipped_sum.numel()).to(clipped_sum.device)
+    noised = clipped_sum.double() + deviation * noise
+    return round_to_grid(noised, grid_spacing(deviation))
+
+
+class PerExampleGradients:
+    """Per-example gradients of every trainable tensor of a model, in one backward pass.
+
+    Each trainable tensor must be the weight of an `nn.Linear` without bias that sees
+    [examples, tokens, features] exactly once in a forward pass, as LoRA's A and B do. A forward
+    hook passes the layer's output through an identity whose backward holds both the layer's input
+    and its output gradient; their product per example is the per-example gradient. Autograd's own
+    weight gradient is never computed. Works under non-reentrant activation checkpointing, whose
+    recomputed forward runs the hook again.
+
+    Raises:
+        UsageError: a trainable tensor is not covered; the message names it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters = {
+            name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad
+        }
+        if not self.parameters:
+            raise UsageError("the model has no trainable tensor")
+        names = {id(tensor): name for name, tensor in self.parameters.items()}
+        users: dict[str, list[nn.Module]] = {name: [] for name in self.parameters}
+        for module in model.modules():
+            for tensor in module.parameters(recurse=False):
+                if id(tensor) in names:
+                    users[names[id(tensor)]].append(module)
+        for name, modules in users.items():
+            if len(modules) != 1:
+                raise UsageError(f"{name} is shared by {len(modules)} layers; DP needs one")
+            layer = modules[0]
+            if type(layer) is not nn.Linear or layer.bias is not None:
+                raise UsageError(
+                    f"{name} is trainable but not the weight of a Linear layer without bias, so "
+                    "per-example clipping cannot cover it; train LoRA adapters alone"
+                )
+            layer.register_forward_hook(self._make_hook(name))
+        self.num_parameters = sum(tensor.numel() for tensor in self.parameters.values())
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._num_examples = 0
+        self._gradients: dict[str, torch.Tensor] = {}
+
+    def _make_hook(self, name: str):
+        def hook(_module: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor):
+            if not self._num_examples:
+                return None
+            anchor = self._anchor.to(output.device)
+            return _Tap.apply(output, inputs[0], anchor, lambda x, g: self._deposit(name, x, g))
+
+        return hook
+
+    def _deposit(self, name: str, inputs: torch.Tensor, output_gradient: torch.Tensor) -> None:
+        if inputs.dim() != 3 or inputs.shape[0] != self._num_examples:
+            raise RuntimeError(
+                f"{name} saw an input of shape {list(inputs.shape)}; per-example gradients need "
+                f"[{self._num_examples} examples, tokens, features]"
+            )
+        if name in self._gradients:
+            raise RuntimeError(f"{name} was used twice in one forward pass")
+        # [examples, d_out, tokens] @ [examples, tokens, d_in] -> [examples, d_out, d_in]
+        gradient = torch.bmm(output_gradient.float().transpose(1, 2), inputs.float())
+        self._gradients[name] = gradient
+
+    @contextmanager
+    def capture(self, num_examples: int) -> Iterator[None]:
+        """Collect per-example gradients of the one forward and backward pass made inside.
+
+        Args:
+            num_examples: examples in this microbatch, the first axis of every layer's input.
+
+        Raises:
+            RuntimeError: a trainable tensor got no per-example gradient; the message names it.
+        """
+        self._num_examples = num_examples
+        self._gradients.clear()
+        for tensor in self.parameters.values():
+            tensor.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self._num_examples = 0
+            for tensor in self.parameters.values():
+                tensor.requires_grad_(True)
+        missing = [name for name in self.parameters if name not in self._gradients]
+        if missing:
+            raise RuntimeError(f"no per-example gradient for {missing[0]} ({len(missing)} in all)")
+
+    def add_clipped_sum(
+        self, total: torch.Tensor, clip_norm: float, clip_function: str
+    ) -> torch.Tensor:
+        """Clip the captured per-example gradients and add their sum to `total`, in place.
+
+        Guarantee: every example adds a vector of l2 norm at most `clip_norm`, whatever the other
+        examples are; one whose gradient is not finite adds exactly zero.
+
+        Args:
+            total: float32 [parameters], in the order of `parameters`.
+
+        Returns:
+            float32 [examples], norms before clipping. Computed from private data without noise:
+            for `private/` alone.
+        """
+        gradients = [self._gradients.pop(name).flatten(1) for name in self.parameters]
+        # The squares of all layers' norms add up to the square of the one norm over all of them.
+        layer_norms = [torch.linalg.vector_norm(gradient, dim=1) for gradient in gradients]
+        norms = torch.linalg.vector_norm(torch.stack(layer_norms).double(), dim=0).float()
+        factors = clip_factors(norms, clip_norm, clip_function)
+        finite = torch.isfinite(norms)
+        if not finite.all():
+            # A factor of zero does not silence a NaN: 0 · NaN is NaN.
+            gradients = [gradient.masked_fill_(~finite[:, None], 0.0) for gradient in gradients]
+        offset = 0
+        for gradient in gradients:
+            size = gradient.shape[1]
+            total[offset : offset + size].addmv_(gradient.t(), factors)
+            offset += size
+        return norms
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output; its backward hands over the input and the output gradient.
+
+    The anchor, a scalar that requires a gradient, makes the backward run even where neither the
+    layer's input nor its (frozen for the moment) weight asks for one.
+    """
+
+    @staticmethod
+    def forward(ctx, output, inputs, anchor, deposit):
+        ctx.save_for_backward(inputs)
+        ctx.deposit = deposit
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, output_gradient):
+        ctx.deposit(*ctx.saved_tensors, output_gradient)
+        return output_gradient, None, None, None
+
+
+def flatten_gradients(parameters: dict[str, nn.Parameter]) -> torch.Tensor:
+    """Autograd's gradients as one float32 vector [parameters]; zeros where there is none."""
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad).float().flatten()
+            for p in parameters.values()
+        ]
+    )
+
+
+def assign_gradient(parameters: dict[str, nn.Parameter], gradient: torch.Tensor) -> None:
+    """Cut a flat gradient [parameters] into `.grad` of each tensor, in its dtype."""
+    offset = 0
+    for tensor in parameters.values():
+        piece = gradient[offset : offset + tensor.numel()]
+        tensor.grad = piece.view_as(tensor).to(tensor.dtype)
+        offset += tensor.numel()

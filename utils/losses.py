@@ -1,0 +1,96 @@
+"""Per-example language-model loss that never holds the logits of all tokens at once."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+# Logits held at a time, in elements: 32 Mi of them are 128 MiB in float32.
+CHUNK_ELEMENTS = 1 << 25
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+def token_losses(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocabulary: int
+) -> torch.Tensor:
+    """Cross-entropy of every target token, chunk by chunk through a frozen head.
+
+    Each chunk's gradient with respect to the hidden states is taken in the forward pass, while
+    its logits exist, so that the backward pass only has to scale it.
+
+    Args:
+        hidden: [tokens, d], the decoder's last hidden states.
+        targets: int64 [tokens].
+        head: [n, d] -> logits [n, vocabulary]; frozen.
+
+    Returns:
+        float32 [tokens], in nats.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, targets, head, max(1, CHUNK_ELEMENTS // vocabulary))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, targets, head, chunk):
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(wants_gradient):
+                states = hidden[part].detach().requires_grad_(wants_gradient)
+                loss = F.cross_entropy(head(states).float(), targets[part], reduction="none")
+                losses[part] = loss.detach()
+                if wants_gradient:
+                    (gradient[part],) = torch.autograd.grad(loss.sum(), states)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, loss_gradient):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * loss_gradient[:, None]).to(gradient.dtype), None, None, None
+
+
+def example_losses(
+    hidden: torch.Tensor,
+    input_ids: torch.Tensor,
+    loss_starts: torch.Tensor,
+    lengths: torch.Tensor,
+    head: Head,
+    vocabulary: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed token losses of every example, which no other example and no padding touches.
+
+    Args:
+        hidden: [examples, tokens, d] of right-padded sequences.
+        input_ids: int64 [examples, tokens].
+        loss_starts: int64 [examples], index of the first token that carries loss.
+        lengths: int64 [examples], tokens without padding.
+
+    Returns:
+        float32 [examples] summed losses in nats, int64 [examples] numbers of tokens with loss.
+    """
+    positions = torch.arange(1, input_ids.shape[1], device=input_ids.device)
+    # The token at a position is predicted from the one before it, so position 0 has no loss.
+    has_loss = (positions >= loss_starts[:, None]) & (positions < lengths[:, None])
+    losses = token_losses(hidden[:, :-1][has_loss], input_ids[:, 1:][has_loss], head, vocabulary)
+    counts = has_loss.sum(dim=1)
+    examples = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    sums = torch.zeros(len(counts), dtype=losses.dtype, device=losses.device)
+    return sums.index_add(0, examples, losses), counts
+
+
+def normalise(
+    sums: torch.Tensor, counts: torch.Tensor, normalization: str, max_seq_len: int
+) -> torch.Tensor:
+    """Divide each example's summed loss by the public `max_seq_len`, or by its own token count.
+
+    Args:
+        normalization: "max_seq_len" or "tokens".
+
+    Returns:
+        float32 [examples].
+    """
+    return sums / (max_seq_len if normalization == "max_seq_len" else counts.clamp(min=1))
