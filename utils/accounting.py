@@ -1,0 +1,437 @@
+"""Epsilon, delta and noise calibration for Poisson-sampled Gaussian mechanisms. No torch.
+
+Every epsilon and delta that leaves this module is an upper bound: where one accountant cannot be
+trusted the next takes over, and where none can an error is raised. The accountants are imported
+where they are used, so that importing this module costs nothing.
+"""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+
+from utils.cli import UsageError
+
+ADD_REMOVE = "add_or_remove_one"
+REPLACE = "replace_one"
+
+MIN_NOISE, MAX_NOISE = 0.3, 100.0
+MIN_RATE, MAX_STEPS = 1e-5, 100_000
+MIN_DELTA, MAX_DELTA = 1e-12, 1e-2
+NOISE_DECIMALS = 3
+
+PRV_EPS_ERROR = 0.01
+PRV_DELTA_ERROR = 1e-3  # as a share of delta
+# A million long doubles compose in about 4 s and 100 MB; the cost grows a little faster.
+PRV_MAX_CELLS = 1_000_000
+# Cells of one step's, and of the whole composition's, privacy loss distribution.
+PLD_STEP_CELLS, PLD_CELLS = 200_000, 4_000_000
+# Widest interval between losses, and the least number of intervals in a step's deviation.
+PLD_FINE, PLD_COARSE = (5e-4, 30), (2e-3, 10)
+DOUBLE_ROUNDING = 2.0**-52
+
+
+@dataclass(frozen=True)
+class SampledGaussian:
+    """A Gaussian mechanism on a Poisson sample, repeated: what an accountant composes.
+
+    Attributes:
+        sampling_rate: q, 1e-5 to 1; 1 is a plain Gaussian mechanism, such as a noisy histogram.
+        noise_multiplier: sigma, 0.3 to 100: noise deviation over the l2 bound of one example.
+        steps: T, 0 to 100,000; nothing is spent by none.
+
+    Raises:
+        UsageError: a value is outside its range.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self):
+        _require("sampling rate", self.sampling_rate, MIN_RATE, 1.0)
+        _require("noise multiplier", self.noise_multiplier, MIN_NOISE, MAX_NOISE)
+        _require("steps", self.steps, 0, MAX_STEPS)
+        if self.steps != int(self.steps):
+            raise UsageError(f"steps {self.steps}: must be a whole number")
+
+
+@dataclass(frozen=True)
+class EpsilonBounds:
+    """What is known about epsilon; `upper` is the guarantee.
+
+    Attributes:
+        lower: epsilon is not below this; 0 where the accountant gives no lower bound.
+        estimate: best guess.
+        upper: the mechanism is (upper, delta)-differentially private.
+        accountant: name and version of what produced `upper`.
+    """
+
+    lower: float
+    estimate: float
+    upper: float
+    accountant: str
+
+
+def compute_epsilon(
+    events: Sequence[SampledGaussian], delta: float, relation: str = ADD_REMOVE
+) -> EpsilonBounds:
+    """Epsilon of the composition of `events` at `delta`.
+
+    The closed form where every event has q = 1 (Balle and Wang 2018, theorem 8). Else the PRV
+    accountant (Gopi, Lee and Wutschitz 2021); where it fails or floating point could decide its
+    answer, a pessimistic PLD (Doroshenko et al. 2022); where delta is too small for that one's
+    FFT too, Renyi DP (Mironov 2017).
+
+    Replacing one example moves a clipped sum by up to twice the clip norm. Its tight dominating
+    pair is (1-q) N(0, s²) + q N(1, s²) against (1-q) N(0, s²) + q N(-1, s²): a test of power p
+    against example x has level at least Phi(Phi⁻¹(p) - 1/s) without it and Phi(Phi⁻¹(p) - 2/s)
+    with x' in its place (Neyman and Pearson), with equality for x' = -x of full norm and half
+    lines. At q = 1 this is a Gaussian mechanism with sigma / 2.
+
+    Args:
+        events: mechanisms on one private dataset, in any order.
+        delta: 1e-12 to 0.01.
+        relation: which datasets are neighbours, ADD_REMOVE or REPLACE.
+
+    Raises:
+        UsageError: a value is out of range, or no accountant can be trusted with it.
+    """
+    _require_inputs(delta, relation)
+    events = _merged(events)
+    if all(event.sampling_rate == 1 for event in events):
+        epsilon = _gaussian_epsilon(_gaussian_mu(events, relation), delta)
+        return EpsilonBounds(epsilon, epsilon, epsilon, "closed form")
+    if relation == ADD_REMOVE and (bounds := _prv_bounds(events, delta)):
+        return EpsilonBounds(*bounds, f"prv-accountant {version('prv-accountant')}")
+    if _pld_can_resolve(events, delta):
+        epsilon, name = pld_epsilon(events, delta, relation), "PLD"
+    else:
+        epsilon, name = _rdp_epsilon(events, delta, relation), "RDP"
+    if not math.isfinite(epsilon):
+        raise UsageError(
+            f"no accountant gives a finite epsilon at delta {delta:g} for {_describe(events)}; "
+            "use a larger delta or more noise"
+        )
+    return EpsilonBounds(0.0, epsilon, epsilon, f"dp-accounting {version('dp-accounting')} {name}")
+
+
+def pld_epsilon(
+    events: Sequence[SampledGaussian], delta: float, relation: str = ADD_REMOVE
+) -> float:
+    """Upper bound on epsilon by the privacy loss distribution alone: the second opinion.
+
+    Covers both directions, adding and removing, apart. Arguments as for `compute_epsilon`.
+
+    Returns:
+        Epsilon; infinity where delta is too small for double precision.
+    """
+    _require_inputs(delta, relation)
+    events = _merged(events)
+    if not events:
+        return 0.0
+    slack = _pld_rounding(events)
+    if slack >= delta:
+        return math.inf
+    return float(_pld(events, relation, PLD_FINE).get_epsilon_for_delta(delta - slack))
+
+
+def compute_delta(
+    events: Sequence[SampledGaussian], epsilon: float, relation: str = ADD_REMOVE
+) -> float:
+    """Upper bound on delta of the composition of `events` at `epsilon`, at least 0.
+
+    The closed form where every event has q = 1, else a pessimistic PLD.
+    """
+    _require("epsilon", epsilon, 0, math.inf)
+    _require_inputs(MIN_DELTA, relation)
+    events = _merged(events)
+    if all(event.sampling_rate == 1 for event in events):
+        return _gaussian_delta(_gaussian_mu(events, relation), epsilon)
+    delta = _pld(events, relation, PLD_FINE).get_delta_for_epsilon(epsilon)
+    return min(1.0, float(delta) + _pld_rounding(events))
+
+
+def calibrate_noise_multiplier(
+    target_epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    reserved: Sequence[SampledGaussian] = (),
+    relation: str = ADD_REMOVE,
+) -> float:
+    """The least noise multiplier, rounded up to 3 decimals, that meets the target.
+
+    Bisection over a cheap coarse PLD, then the accountant itself has the last word: the epsilon
+    that `compute_epsilon` gives for the result, composed with `reserved`, is at most the target.
+
+    Args:
+        target_epsilon: above 0.
+        delta: 1e-12 to 0.01.
+        sampling_rate, steps: q and T of the mechanism to calibrate.
+        reserved: mechanisms on the same data that the target also pays for.
+        relation: ADD_REMOVE or REPLACE.
+
+    Returns:
+        Sigma; 0.3, the least that is supported, where that meets the target already.
+
+    Raises:
+        UsageError: a value is out of range, or sigma 100 does not meet the target.
+    """
+    if not (math.isfinite(target_epsilon) and target_epsilon > 0):
+        raise UsageError(f"target epsilon {target_epsilon}: must be finite and above 0")
+
+    _require_inputs(delta, relation)
+
+    def events(sigma: float) -> list[SampledGaussian]:
+        return [SampledGaussian(sampling_rate, sigma, steps), *reserved]
+
+    @cache
+    def excess(sigma: float) -> float:
+        epsilon = _quick_epsilon(events(sigma), delta, relation)
+        return math.log(min(max(epsilon, 1e-9), 1e9) / target_epsilon)
+
+    units = math.ceil(_crossing(excess) * 10**NOISE_DECIMALS)
+    while True:
+        sigma = min(units / 10**NOISE_DECIMALS, MAX_NOISE)
+        epsilon = compute_epsilon(events(sigma), delta, relation).upper
+        if epsilon <= target_epsilon:
+            return sigma
+        if sigma == MAX_NOISE:
+            raise UsageError(
+                f"target epsilon {target_epsilon:g} cannot be met: with noise multiplier "
+                f"{MAX_NOISE:g}, the most supported, epsilon is {epsilon:.4g}; use a larger "
+                "target, fewer steps or a smaller sampling rate"
+            )
+        # Epsilon falls at least as fast as 1/sigma; a quarter of that way cannot jump too far.
+        units += max(1, int(units * (epsilon / target_epsilon - 1) / 4))
+
+
+def _crossing(excess: Callable[[float], float]) -> float:
+    """The sigma at which a falling function crosses 0, or the end of the range next to it."""
+    from scipy.optimize import brentq
+
+    low = high = 1.0
+    # Accountants are slow at small sigma: approach it in steps.
+    while excess(low) <= 0:
+        if low == MIN_NOISE:
+            return low
+        low, high = max(MIN_NOISE, low / 1.5), low
+    while excess(high) > 0:
+        if high == MAX_NOISE:
+            return high
+        low, high = high, min(MAX_NOISE, 2 * high)
+    return brentq(excess, low, high, xtol=0.1 / 10**NOISE_DECIMALS)
+
+
+def _require(name: str, value: float, low: float, high: float) -> None:
+    """Raise a UsageError unless `value` is a number within [low, high]."""
+    if not low <= value <= high:
+        raise UsageError(f"{name} {value}: must be between {low:g} and {high:g}")
+
+
+def _require_inputs(delta: float, relation: str) -> None:
+    _require("delta", delta, MIN_DELTA, MAX_DELTA)
+    if relation not in (ADD_REMOVE, REPLACE):
+        raise UsageError(
+            f"neighbouring relation {relation!r}: must be {ADD_REMOVE!r} or {REPLACE!r}"
+        )
+
+
+def _merged(events: Sequence[SampledGaussian]) -> list[SampledGaussian]:
+    """The same composition with equal mechanisms counted together, in a fixed order."""
+    steps = Counter()
+    for event in events:
+        steps[event.sampling_rate, event.noise_multiplier] += event.steps
+    merged = [(rate, sigma, count) for (rate, sigma), count in sorted(steps.items()) if count]
+    return [SampledGaussian(*event) for event in merged]
+
+
+def _describe(events: Sequence[SampledGaussian]) -> str:
+    return " and ".join(
+        f"{event.steps} steps of sampling rate {event.sampling_rate:g} and noise multiplier "
+        f"{event.noise_multiplier:g}"
+        for event in events
+    )
+
+
+def _split(events: Sequence[SampledGaussian]) -> tuple[list[SampledGaussian], float]:
+    """The sampled events, and mu of the Gaussian mechanism that the others amount to."""
+    sampled = [event for event in events if event.sampling_rate < 1]
+    plain = [event for event in events if event.sampling_rate == 1]
+    return sampled, _gaussian_mu(plain, ADD_REMOVE)
+
+
+# --- the closed form -----------------------------------------------------------------------------
+
+
+def _gaussian_mu(events: Sequence[SampledGaussian], relation: str) -> float:
+    """Sensitivity over deviation of the one Gaussian mechanism that all events amount to."""
+    mu = math.sqrt(sum(event.steps / event.noise_multiplier**2 for event in events))
+    return 2 * mu if relation == REPLACE else mu
+
+
+def _gaussian_delta(mu: float, epsilon: float) -> float:
+    """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu) (Balle and Wang 2018, theorem 8)."""
+    from scipy.special import log_ndtr
+
+    if mu == 0:
+        return 0.0
+    upper, lower = log_ndtr(mu / 2 - epsilon / mu), log_ndtr(-mu / 2 - epsilon / mu)
+    return float(math.exp(upper) * -math.expm1(min(0.0, epsilon + lower - upper)))
+
+
+def _gaussian_epsilon(mu: float, delta: float) -> float:
+    """The least epsilon, rounded up, at which `_gaussian_delta` is at most delta."""
+    if _gaussian_delta(mu, 0.0) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while _gaussian_delta(mu, high) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if _gaussian_delta(mu, middle) <= delta else (middle, high)
+    return high
+
+
+# --- the PRV accountant --------------------------------------------------------------------------
+
+
+def _prv_bounds(
+    events: Sequence[SampledGaussian], delta: float
+) -> tuple[float, float, float] | None:
+    """Lower bound, estimate and upper bound, or None where they cannot be had or trusted."""
+    import numpy as np
+    from prv_accountant import PRVAccountant
+    from prv_accountant.accountant import compute_safe_domain_size
+    from prv_accountant.privacy_random_variables import (
+        GaussianMechanism,
+        PoissonSubsampledGaussianMechanism,
+    )
+
+    delta_error = delta * PRV_DELTA_ERROR
+    total = sum(event.steps for event in events)
+    # Its cumulative probabilities are doubles near 1: every step may lose 2^-52 of its tail.
+    if delta_error < total * DOUBLE_ROUNDING:
+        return None
+    sampled, mu = _split(events)
+    variables = [
+        PoissonSubsampledGaussianMechanism(event.sampling_rate, event.noise_multiplier)
+        for event in sampled
+    ]
+    counts = [event.steps for event in sampled]
+    if mu:
+        variables.append(GaussianMechanism(1 / mu))
+        counts.append(1)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        try:
+            half_width = compute_safe_domain_size(variables, counts, PRV_EPS_ERROR, delta_error)
+            mesh = PRV_EPS_ERROR / math.sqrt(sum(counts) / 2 * math.log(12 / delta_error))
+            if not 2 * half_width / mesh <= PRV_MAX_CELLS:
+                return None
+            accountant = PRVAccountant(
+                variables, PRV_EPS_ERROR, delta_error, counts, eps_max=half_width
+            )
+            lower, estimate, upper = accountant.compute_epsilon(delta, counts)
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError, ValueError):
+            return None
+    if not (0 <= estimate < math.inf and lower <= estimate <= upper < math.inf):
+        return None
+    return max(0.0, lower), estimate, upper
+
+
+# --- the PLD accountant --------------------------------------------------------------------------
+
+
+def _pld_rounding(events: Sequence[SampledGaussian]) -> float:
+    """Delta that rounding in the FFT of `_pld` may hide."""
+    return DOUBLE_ROUNDING * sum(event.steps for event in events)
+
+
+def _pld_can_resolve(events: Sequence[SampledGaussian], delta: float) -> bool:
+    return _pld_rounding(events) <= delta / 2
+
+
+def _pld(events: Sequence[SampledGaussian], relation: str, grid: tuple[float, int]):
+    """A pessimistic dp_accounting distribution of the privacy loss of all events together."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution
+
+    sampled, mu = _split(events)
+    parts = [(event.sampling_rate, event.noise_multiplier, event.steps) for event in sampled]
+    if mu:
+        parts.append((1.0, 1 / mu, 1))
+    neighbours = NeighboringRelation[
+        "ADD_OR_REMOVE_ONE" if relation == ADD_REMOVE else "REPLACE_ONE"
+    ]
+    interval = _interval(parts, relation, *grid)
+    total = None
+    for rate, sigma, count in parts:
+        part = privacy_loss_distribution.from_gaussian_mechanism(
+            sigma,
+            value_discretization_interval=interval,
+            sampling_prob=rate,
+            neighboring_relation=neighbours,
+        ).self_compose(count)
+        total = part if total is None else total.compose(part)
+    return total
+
+
+def _interval(
+    parts: Sequence[tuple[float, float, int]], relation: str, widest: float, per_deviation: int
+) -> float:
+    """Discretisation of privacy losses: fine against their spread, coarse enough to afford.
+
+    Any interval gives an upper bound; a wider one a looser bound in less time and memory.
+    """
+    shift = 2 if relation == REPLACE else 1
+    widths, variances = [], []
+    for rate, sigma, _ in parts:
+        # The loss of a plain Gaussian at the outermost point that the discretisation keeps.
+        extreme = shift * (11 + shift / sigma) / sigma
+        top = math.log(rate) + extreme if extreme > 50 else math.log1p(rate * math.expm1(extreme))
+        widths.append(top + min(extreme, -math.log1p(-rate) if rate < 1 else extreme))
+        mu = shift / sigma
+        variances.append(min(rate**2 * math.expm1(min(50.0, mu**2)), mu**2 + mu**4))
+    variance = sum(count * v for (_, _, count), v in zip(parts, variances))
+    # Rounding a loss of deviation s to a grid of spacing h adds at most about h s to its variance.
+    added = sum(count * math.sqrt(v) for (_, _, count), v in zip(parts, variances))
+    return max(
+        min(widest, variance / added / per_deviation),
+        max(widths) / PLD_STEP_CELLS,
+        (sum(widths) + 20 * math.sqrt(variance)) / PLD_CELLS,
+    )
+
+
+# --- Renyi DP and the first guess ----------------------------------------------------------------
+
+
+def _rdp_epsilon(events: Sequence[SampledGaussian], delta: float, relation: str) -> float:
+    """Upper bound by Renyi DP, whose arithmetic holds at any delta; infinity for REPLACE."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    if relation == REPLACE:
+        return math.inf
+    # Whole orders only: the sums for others need not converge at small sigma.
+    accountant = RdpAccountant([*range(2, 64), 128, 256, 512, 1024])
+    for event in events:
+        gaussian = GaussianDpEvent(event.noise_multiplier)
+        accountant.compose(PoissonSampledDpEvent(event.sampling_rate, gaussian), event.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _quick_epsilon(events: Sequence[SampledGaussian], delta: float, relation: str) -> float:
+    """About what `compute_epsilon` gives as upper bound, in a tenth of its time."""
+    events = _merged(events)
+    if all(event.sampling_rate == 1 for event in events):
+        return _gaussian_epsilon(_gaussian_mu(events, relation), delta)
+    if not _pld_can_resolve(events, delta):
+        return _rdp_epsilon(events, delta, relation)
+    distribution = _pld(events, relation, PLD_COARSE)
+    epsilon = distribution.get_epsilon_for_delta(delta * (1 - PRV_DELTA_ERROR))
+    return epsilon + (PRV_EPS_ERROR if relation == ADD_REMOVE else 0.0)
