@@ -1,8 +1,21 @@
-"""Fixtures that every test may use: a random two-layer LLaMA, a byte-level tokenizer, datasets."""
+"""Fixtures that every test may use: a random two-layer LLaMA with a byte-level tokenizer."""
+
+import functools
+from unittest import mock
 
 import pytest
+import torch
 
 from tests import helpers
+from utils import privacy_plan
+
+
+def pytest_collection_modifyitems(items):
+    """Leave out what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +24,20 @@ def tiny_model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     helpers.save_tiny_model(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def accountant_that_remembers():
+    """Plans and reports ask the real accountant, but only once a session for the same question."""
+
+    def remembering(compute):
+        remembered = functools.cache(lambda events, *rest: compute(list(events), *rest))
+        return lambda events, *rest: remembered(tuple(events), *rest)
+
+    names = ("compute_epsilon", "pld_epsilon")
+    changes = {name: remembering(getattr(privacy_plan, name)) for name in names}
+    calibrate = privacy_plan.calibrate_noise_multiplier
+    remembered = functools.cache(lambda *given: calibrate(*given[:-1], list(given[-1])))
+    changes["calibrate_noise_multiplier"] = lambda *given: remembered(*given[:-1], tuple(given[-1]))
+    with mock.patch.multiple(privacy_plan, **changes):
+        yield

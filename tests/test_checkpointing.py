@@ -1,0 +1,115 @@
+"""Checkpoints survive kills, damage and full disks."""
+
+import errno
+import shutil
+
+import pytest
+import torch
+
+import utils.checkpointing
+from utils.checkpointing import (
+    ADAPTER_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    SUMS_FILE,
+    load_last_good,
+    restore_adapter,
+    save_checkpoint,
+)
+
+
+def parameters(value=0.0):
+    return {"a": torch.nn.Parameter(torch.full((3, 2), float(value))),
+            "b": torch.nn.Parameter(torch.full((5,), float(value)))}  # fmt: skip
+
+
+def save(folder, step, keep=2):
+    weights = parameters(step)
+    optimizer = torch.optim.AdamW(weights.values())
+    sum(p.sum() for p in weights.values()).backward()
+    optimizer.step()
+    states = {"optimizer": optimizer.state_dict()}
+    return save_checkpoint(folder, step, parameters(step), states, {"note": "x"}, keep)
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    save(tmp_path, 7)
+    checkpoint = load_last_good(tmp_path)
+    assert checkpoint.state == {"note": "x", "step": 7}
+    restored = parameters()
+    restore_adapter(restored, checkpoint.adapter)
+    assert all((tensor == 7).all() for tensor in restored.values())
+    optimizer = torch.optim.AdamW(restored.values())
+    optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+    assert len(optimizer.state) == 2
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000010"]
+    assert load_last_good(tmp_path).state["step"] == 10
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert load_last_good(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", [ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE])
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "gone", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, name, damage, capsys):
+    save(tmp_path, 1)
+    file = save(tmp_path, 2) / name
+    content = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "bit flipped":
+        middle = len(content) // 2
+        flipped = bytes([content[middle] ^ 1])
+        file.write_bytes(content[:middle] + flipped + content[middle + 1 :])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    assert load_last_good(tmp_path).state["step"] == 1
+    assert "step-000002 is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_sha256", "write_json"])
+def test_a_failed_save_leaves_the_previous_one_and_nothing_half_made(
+    tmp_path, monkeypatch, failing
+):
+    save(tmp_path, 1)
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(utils.checkpointing, failing, full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert load_last_good(tmp_path).state["step"] == 1
+
+
+def test_a_kill_before_the_rename_leaves_no_checkpoint_that_counts(tmp_path):
+    save(tmp_path, 1)
+    finished = save(tmp_path, 2)
+    shutil.copytree(finished, tmp_path / ".step-000003.partial")
+    (tmp_path / ".step-000003.partial" / ADAPTER_FILE).write_bytes(b"half")
+    assert load_last_good(tmp_path).state["step"] == 2
+    save(tmp_path, 3)
+    assert load_last_good(tmp_path).state["step"] == 3
+    assert not (tmp_path / ".step-000003.partial").exists()
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / STATE_FILE).write_text("{")
+    save(tmp_path, 2)
+    assert load_last_good(tmp_path).state["step"] == 2
+
+
+def test_names_that_differ_are_refused():
+    with pytest.raises(ValueError, match="differ in"):
+        restore_adapter(parameters(), {"a": torch.zeros(3, 2)})

@@ -1,0 +1,523 @@
+"""The training run, through its own command line."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import train
+from tests.helpers import save_tiny_model
+from tests.training import (
+    NUM_EXAMPLES,
+    ROOT,
+    flags,
+    run_process,
+    run_until_killed,
+    save_dataset,
+)
+from utils.cli import UsageError, run_cli
+from utils.privacy_plan import LEDGER_FILE
+
+FIXED = "--insecure_fixed_noise_seed=1"
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    return save_dataset(tmp_path_factory.mktemp("data"))
+
+
+class Crash(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def run(tiny_model_dir, letters, tmp_path):
+    """Train in this process; returns the run's folder.
+
+    With `crash_in_step`, the run ends in that step between backward and optimizer step.
+    """
+
+    def call(
+        *more, dp=True, output="outputs", dataset=letters, model=tiny_model_dir, crash_in_step=None
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        arguments = flags(model, dataset, tmp_path / output, *more, dp=dp)
+        try:
+            if crash_in_step:
+                calls = [train.assign_gradient] * (crash_in_step - 1) + [Crash]
+                with mock.patch("train.assign_gradient", side_effect=stepwise(calls)):
+                    pytest.raises(Crash, train.main, arguments)
+            else:
+                assert train.main(arguments) == 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return tmp_path / output / "job"
+
+    return call
+
+
+def stepwise(calls):
+    """A function that does as the next of `calls` each time; an exception among them is raised."""
+    remaining = iter(calls)
+
+    def step(*args):
+        call = next(remaining)
+        if call is Crash:
+            raise Crash
+        return call(*args)
+
+    return step
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def largest_difference(left: Path, right: Path) -> float:
+    left, right = adapter(left), adapter(right)
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "privacy_report.json").read_text())
+
+
+def ledger_steps(folder: Path) -> list[int]:
+    lines = (folder / LEDGER_FILE).read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines[1:]]
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "private" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+ALLOWED = [
+    r"adapter/(adapter_model\.safetensors|adapter_config\.json|training_style\.json|README\.md)",
+    r"checkpoints/step-\d{6}/(adapter\.safetensors|optimizer\.pt|state\.json|sha256\.json)",
+    r"privacy_report\.(json|md)",
+    r"privacy_ledger\.jsonl",
+    r"run_config\.json",
+    r"private/(README\.md|identity\.json|metrics\.jsonl)",
+]
+METRICS = {
+    "step", "train_loss", "validation_loss", "learning_rate", "batch_size", "real_tokens",
+    "seconds", "norm_quantiles_10_50_90", "clipped_fraction", "non_finite",
+}  # fmt: skip
+
+
+def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    folder = run()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = [str(path.relative_to(folder)) for path in files]
+    unexpected = [n for n in names if not any(re.fullmatch(pattern, n) for pattern in ALLOWED)]
+    assert unexpected == []
+    assert all(any(re.fullmatch(p, name) for name in names) for p in ALLOWED), names
+    assert not any(b"hf_secret" in path.read_bytes() for path in files)
+    # Nothing under private/ is per example, and nothing computed without noise is elsewhere.
+    for record in metrics(folder):
+        assert record.keys() <= METRICS
+        assert all(not isinstance(v, list) or len(v) == 3 for v in record.values())
+    public = "".join(
+        path.read_text(errors="replace") for path in files if "private" not in path.parts
+    )
+    assert 'loss"' not in public
+    assert (
+        json.loads((folder / "private" / "identity.json").read_text())["training_data"]
+        not in public
+    )
+
+
+def test_the_report_holds_the_guarantee_and_agrees_with_the_ledger(run):
+    folder = run()
+    values = report(folder)
+    assert values["guarantee"] is True
+    assert values["steps_planned"] == values["steps_taken"] == 8
+    assert values["steps_lost"] == 0
+    assert ledger_steps(folder) == list(range(1, 9))
+    assert (values["num_examples"], values["expected_batch_size"]) == (NUM_EXAMPLES, 8)
+    assert values["sampling_rate"] == 8 / NUM_EXAMPLES
+    epsilon = values["epsilon"]
+    assert epsilon["lower"] <= epsilon["estimate"] <= epsilon["upper"] <= epsilon["target"] == 8
+    assert epsilon["pld"] == pytest.approx(epsilon["estimate"], abs=0.02)
+    page = (folder / "privacy_report.md").read_text()
+    assert f"({epsilon['upper']:.3f}, 0.001)-differentially private" in page
+    assert f"{epsilon['upper']:.3f}" in (folder / "adapter" / "README.md").read_text()
+    first, last = (
+        [m["validation_loss"] for m in metrics(folder) if "validation_loss" in m][i]
+        for i in (0, -1)
+    )
+    assert first > 5.0
+    assert last != first
+
+
+def test_two_runs_of_one_seed_differ_in_noise_and_in_who_is_sampled(run):
+    left, right = run(output="left"), run(output="right")
+    assert largest_difference(left, right) > 1e-3
+    sizes = [[m["batch_size"] for m in metrics(f) if "batch_size" in m] for f in (left, right)]
+    assert sizes[0] != sizes[1]
+
+
+def test_a_fixed_noise_seed_repeats_a_run_and_forfeits_the_guarantee(run, capsys):
+    left, right = run(FIXED, output="left"), run(FIXED, output="right")
+    assert largest_difference(left, right) == 0
+    assert "NO guarantee" in capsys.readouterr().err
+    values = report(left)
+    assert values["guarantee"] is False
+    assert values["epsilon"]["upper"] is None
+    assert values["covered"] == []
+    assert "no privacy guarantee" in (left / "privacy_report.md").read_text().lower()
+
+
+# ---------------------------------------------------------------- what must not matter
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--perdevice_bs=16"], ["--perdevice_bs=1"], ["--gradient_checkpointing"]],
+)
+def test_performance_settings_leave_the_released_adapter_alone(run, more):
+    assert largest_difference(run(FIXED, output="left"), run(FIXED, *more, output="right")) < 1e-4
+
+
+def test_two_processes_release_what_one_does(run, tiny_model_dir, letters, tmp_path):
+    alone = run(FIXED)
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--num_machines=1"]
+    launcher += ["--num_processes=2", "--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no"]
+    more = flags(tiny_model_dir, letters, tmp_path / "two", FIXED)
+    done = run_process(*launcher, "train.py", *more)
+    assert done.returncode == 0, done.stderr
+    assert largest_difference(alone, tmp_path / "two" / "job") < 1e-4
+    assert ledger_steps(tmp_path / "two" / "job") == list(range(1, 9))
+
+
+# ---------------------------------------------------------------- hostile batches and examples
+
+
+def test_empty_batches_are_noised_recorded_steps(run, monkeypatch):
+    monkeypatch.setattr(train, "poisson_batch", lambda *_: np.array([], dtype=np.int64))
+    folder = run()
+    assert ledger_steps(folder) == list(range(1, 9))
+    assert all(m.get("batch_size", 0) == 0 for m in metrics(folder))
+    # B starts at zero, so it holds nothing but what noise moved.
+    tensors = [tensor for name, tensor in adapter(folder).items() if "lora_B" in name]
+    assert all((tensor != 0).all() for tensor in tensors)
+
+
+def test_an_example_with_a_nan_loss_contributes_nothing(run, monkeypatch):
+    original = train.normalise
+
+    def poisoned(sums, counts, *rest):
+        losses = original(sums, counts, *rest)
+        return torch.where(torch.arange(len(losses)) == 0, losses * float("nan"), losses)
+
+    monkeypatch.setattr(train, "normalise", poisoned)
+    folder = run()
+    assert all(tensor.isfinite().all() for tensor in adapter(folder).values())
+    assert sum(m.get("non_finite", 0) for m in metrics(folder)) >= 8
+    assert report(folder)["guarantee"] is True
+
+
+def test_a_tensor_that_does_not_move_stops_the_run(run, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    with pytest.raises(RuntimeError, match="lora_A.* did not move"):
+        run()
+
+
+# ---------------------------------------------------------------- crash, stop, resume
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_and_counts_what_was_lost(run):
+    whole = run(FIXED, "--lora_dropout=0.1", output="whole")
+    run(FIXED, "--lora_dropout=0.1", output="broken", crash_in_step=5)
+    folder = run(FIXED, "--lora_dropout=0.1", "--resume=auto", output="broken")
+    assert largest_difference(whole, folder) == 0
+    assert ledger_steps(folder) == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    values = report(folder)
+    assert (values["steps_taken"], values["steps_lost"]) == (8, 2)
+
+
+def test_both_epsilons_are_reported_after_a_crash(run):
+    run(crash_in_step=6)
+    values = report(run("--resume=auto"))
+    assert values["steps_lost"] == 3
+    seen = values["epsilon_if_lost_steps_were_seen"]
+    assert seen["upper"] > values["epsilon"]["upper"]
+
+
+def test_a_resumed_run_draws_fresh_noise(run, monkeypatch):
+    drawn = []
+    original = train.add_noise
+
+    def recording(clipped_sum, *rest):
+        noised = original(clipped_sum, *rest)
+        drawn.append((noised - clipped_sum).numpy())
+        return noised
+
+    monkeypatch.setattr(train, "add_noise", recording)
+    run(crash_in_step=5)
+    run("--resume=auto")
+    assert len(drawn) == 10
+    correlations = np.corrcoef(drawn) - np.eye(10)
+    assert np.abs(correlations).max() < 6 / np.sqrt(len(drawn[0]))
+
+
+@pytest.mark.parametrize(
+    ("target", "call", "resumed_from", "lost"),
+    [
+        ("train.assign_gradient", 5, 3, 2),  # between backward and optimizer step
+        ("train.save_checkpoint", 2, 3, 3),  # between step and checkpoint
+        ("torch.save", 2, 3, 3),  # in the middle of writing a checkpoint
+        ("train.save_adapter", 1, 8, 0),  # between the last checkpoint and the adapter
+    ],
+)
+def test_kill_9_loses_nothing_but_steps_since_the_checkpoint(
+    run, tiny_model_dir, letters, tmp_path, capsys, target, call, resumed_from, lost
+):
+    died = run_until_killed(flags(tiny_model_dir, letters, tmp_path / "outputs"), target, call)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    folder = run("--resume=auto")
+    assert f"after step {resumed_from}" in capsys.readouterr().err
+    values = report(folder)
+    assert (values["steps_taken"], values["steps_lost"]) == (8, lost)
+    assert values["epsilon"]["upper"] <= 8
+    assert not list(folder.rglob("*.partial*")), "a half-written checkpoint was left behind"
+
+
+def test_sigterm_saves_and_ends_with_130(run, tiny_model_dir, letters, tmp_path):
+    # Enough steps that the run cannot end before the signal comes.
+    more = flags(tiny_model_dir, letters, tmp_path / "outputs", "--num_epochs=500")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *more], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    folder = tmp_path / "outputs" / "job"
+    wait_for(lambda: (folder / LEDGER_FILE).exists() and len(ledger_steps(folder)) >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "stopped by SIGTERM" in errors
+    assert "--resume auto" in errors
+    values = report(folder)
+    assert values["steps_lost"] == 0
+    assert 4 <= values["steps_taken"] < 4000
+    newest = max((folder / "checkpoints").iterdir())
+    assert newest.name == f"step-{values['steps_taken']:06d}"
+
+
+def wait_for(condition, process, seconds=120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(run, monkeypatch, capsys):
+    original, calls = train.save_checkpoint, []
+
+    def full_at_first(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)
+
+    monkeypatch.setattr(train, "save_checkpoint", full_at_first)
+    folder = run()
+    assert "no checkpoint at step 3" in capsys.readouterr().err
+    assert report(folder)["steps_taken"] == 8
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
+def test_a_poisoned_checkpoint_is_passed_over(run, capsys, file, damage):
+    folder = run(FIXED)
+    reference = adapter(folder)
+    shutil.rmtree(folder / "adapter")
+    path = folder / "checkpoints" / "step-000008" / file
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    folder = run(FIXED, "--resume=auto")
+    told = capsys.readouterr().err
+    assert f"{file} has changed" in told
+    assert "after step 6" in told
+    assert all(torch.equal(reference[name], tensor) for name, tensor in adapter(folder).items())
+
+
+@pytest.fixture
+def stopped(run):
+    """The folder of a run that crashed in its fifth step."""
+    run(crash_in_step=5)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--eps=7", "eps 8"),
+        ("--delta=1e-4", "delta 0.001"),
+        ("--clip=1", "clip 0.5"),
+        ("--clip_function=automatic", "clip_function flat"),
+        ("--loss_normalization=max_seq_len", "loss_normalization tokens"),
+        ("--total_bs=4", "total_bs 8"),
+        ("--num_epochs=2", "num_epochs 1"),
+        ("--max_seq_len=16", "max_seq_len 32"),
+        ("--noise_multiplier=9", "noise_multiplier"),
+        ("--reserve_histogram_sigma=10", "reserve_histogram_sigma None"),
+        ("--lora_r=4", "lora_r 8"),
+        (FIXED, "insecure_fixed_noise_seed None"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(stopped, flag, named):
+    with pytest.raises(UsageError, match=re.escape(named)):
+        stopped("--resume=auto", flag)
+
+
+def test_a_run_without_privacy_cannot_continue_a_private_one(stopped):
+    with pytest.raises(UsageError, match="eps 8"):
+        stopped("--resume=auto", dp=False)
+
+
+def test_other_data_of_the_same_size_is_refused(stopped, tmp_path):
+    rows = [{"instruction": "x" * 20}] * NUM_EXAMPLES
+    other = tmp_path / "other"
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(other)
+    with pytest.raises(UsageError, match="another training data"):
+        stopped("--resume=auto", dataset=str(other))
+
+
+def test_another_base_model_is_refused(stopped, tmp_path):
+    save_tiny_model(tmp_path / "other", seed=5)
+    with pytest.raises(UsageError, match="another base model fingerprint"):
+        stopped("--resume=auto", model=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lines: lines[:-2], "truncated"),
+        (
+            lambda lines: [*lines[:2], lines[2].replace('"step": 2', '"step": 1'), *lines[3:]],
+            "edited",
+        ),
+        (lambda lines: lines[:2] + lines[3:], "edited"),
+        (lambda lines: [], "holds no privacy plan"),
+    ],
+)
+def test_a_ledger_that_was_tampered_with_is_refused(stopped, tmp_path, edit, message):
+    path = tmp_path / "outputs" / "job" / LEDGER_FILE
+    lines = path.read_text().splitlines(keepends=True)[:4]  # what the checkpoint of step 3 knows
+    path.write_text("".join(edit(lines)))
+    with pytest.raises(UsageError, match=message):
+        stopped("--resume=auto")
+
+
+def test_a_run_is_not_overwritten_and_a_finished_one_says_so(run, capsys):
+    folder = run()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(UsageError, match="--resume auto"):
+        run()
+    run("--resume=auto")
+    assert "finished already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+# ---------------------------------------------------------------- without privacy
+
+
+def test_without_privacy_the_loss_falls_and_the_report_says_no(run):
+    folder = run("--num_epochs=12", "--lr=0.02", dp=False)
+    losses = [m["validation_loss"] for m in metrics(folder) if "validation_loss" in m]
+    assert len(losses) == 13
+    # The frozen random head, with logits of about 0.1, cannot say more than this.
+    assert losses[-1] < losses[0] - 0.2
+    assert report(folder)["guarantee"] is False
+    assert not (folder / LEDGER_FILE).exists()
+    assert "No privacy guarantee" in (folder / "adapter" / "README.md").read_text()
+
+
+def test_without_privacy_a_resumed_run_equals_an_uninterrupted_one(run):
+    more = ["--lora_dropout=0.1", "--lr_scheduler=linear"]
+    whole = run(*more, dp=False, output="whole")
+    run(*more, dp=False, output="broken", crash_in_step=5)
+    folder = run(*more, "--resume=auto", dp=False, output="broken")
+    assert largest_difference(whole, folder) == 0
+
+
+def test_pairs_are_trained_on_their_answers(run, tmp_path):
+    folder = run(
+        "--prompt_style=vicuna", "--max_seq_len=300", dataset=save_dataset(tmp_path, labelled=True)
+    )
+    style = json.loads((folder / "adapter" / "training_style.json").read_text())
+    assert style["prompt_style"] == "vicuna"
+    tokens = [m for m in metrics(folder) if "real_tokens" in m]
+    assert len(tokens) == 8
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--dataset_name=nowhere/at/all"], "no data set 'nowhere/at/all'"),
+        (["--model_name=/nowhere/model"], "no model at '/nowhere/model'"),
+        (["--clip=-1"], "needs a clip norm above 0"),
+        (["--delta=0.02"], "must be below 1/N"),
+        (["--eps=0"], "must be above 0"),
+        (["--eps=nan"], "must be above 0"),
+        (["--total_bs=65"], "exceeds the 64 training examples"),
+        (["--prompt_style=vicuna"], "does not fit"),
+        (["--target_modules", "nosuch"], "--target_modules"),
+        (["--num_train_examples=63"], "train split of"),
+        (["--report_to=wandb"], "pip install wandb"),
+        (["--perdevice_bs=0"], "not a whole number of 1 or more"),
+        (["--job_sess=../up"], "must be a folder name"),
+        (["--lora_dropout=1"], "must be in [0, 1)"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(run, capsys, tmp_path, more, message):
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: run(*more))
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in told
+    assert "error: " in told
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_delta_above_a_tenth_of_1_over_n_is_warned_of(run, capsys):
+    run("--delta=0.01", "--num_epochs=0.2")
+    assert "above 1/(10 N)" in capsys.readouterr().err
+
+
+def test_a_foreign_folder_is_left_alone(run, tmp_path):
+    (tmp_path / "outputs" / "job").mkdir(parents=True)
+    (tmp_path / "outputs" / "job" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="no run of this tool"):
+        run()

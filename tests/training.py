@@ -1,0 +1,76 @@
+"""Small training runs for tests: flags, data, and processes that kill themselves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_EXAMPLES = 64
+
+
+def save_dataset(folder: Path, *, rows: int = NUM_EXAMPLES, labelled: bool = False) -> str:
+    """Save a DatasetDict of texts of 1 to 30 letters; returns its path."""
+    random = np.random.default_rng(0)
+
+    def texts(count):
+        return [
+            "".join(random.choice(list("abcdef "), random.integers(1, 31))) for _ in range(count)
+        ]
+
+    def split(count):
+        columns = {"instruction": texts(count)}
+        return datasets.Dataset.from_dict(columns | ({"answer": texts(count)} if labelled else {}))
+
+    path = folder / ("labelled_letters" if labelled else "letters")
+    datasets.DatasetDict(train=split(rows), val=split(8)).save_to_disk(path)
+    return str(path)
+
+
+def flags(model: str, dataset: str, output_dir: Path, *more: str, dp: bool = True) -> list[str]:
+    """Flags of a run `job` of 8 steps: sampling rate 1/8, no dropout, a checkpoint at 3 and 6.
+
+    Later flags win, so `more` may change any of them.
+    """
+    private = ["--eps=8", "--delta=1e-3", "--clip=0.5"]
+    return [
+        f"--dataset_name={dataset}", f"--model_name={model}", f"--output_dir={output_dir}",
+        "--job_sess=job", "--prompt_style=uncond_generation", "--max_seq_len=32", "--total_bs=8",
+        "--perdevice_bs=2", "--num_epochs=1", "--lr=0.01", "--loss_normalization=tokens",
+        "--lora_dropout=0", "--save_steps=3", *(private if dp else []), *more,
+    ]  # fmt: skip
+
+
+def run_process(*command: str, **options) -> subprocess.CompletedProcess:
+    """Run a Python command from the repository's root, with one thread a process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True,
+        **options,
+    )  # fmt: skip
+
+
+def run_until_killed(arguments: list[str], target: str, call: int) -> subprocess.CompletedProcess:
+    """Train in a process that gets SIGKILL at the given call (from 1) of the function `target`.
+
+    Args:
+        target: module and name, such as "train.assign_gradient".
+    """
+    module, name = target.rsplit(".", 1)
+    script = f"""
+import importlib, os, signal, sys
+import train
+module = importlib.import_module({module!r})
+original, calls = getattr(module, {name!r}), []
+def dying(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(module, {name!r}, dying)
+train.main(sys.argv[1:])
+"""
+    return run_process("-c", script, *arguments)

@@ -1,0 +1,449 @@
+"""Fine-tune a causal language model with LoRA, with or without differential privacy.
+
+    accelerate launch train.py --dataset_name quickstart_instructions \\
+        --model_name data/quickstart_model --job_sess mine --prompt_style uncond_generation \\
+        --eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --max_seq_len 128
+
+`generate_train_command.py` prints this line with the noise multiplier filled in. The run is
+written to outputs/JOB_SESS: adapter/, privacy_report.json and .md, checkpoints/, and private/ for
+everything that the guarantee does not cover. A stopped run goes on with --resume auto.
+"""
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, reduce
+from peft import PeftModel
+from tqdm import tqdm
+
+from utils.adapter_info import write_adapter_info
+from utils.arguments import (
+    add_training_arguments,
+    check_training_arguments,
+    make_parser,
+    run_folder,
+)
+from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
+from utils.checkpointing import load_last_good, restore_adapter, save_checkpoint
+from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
+from utils.commands import launched_by_accelerate
+from utils.data_utils import TokenisedExamples, load_splits, tokenise
+from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient, flatten_gradients
+from utils.files import JsonlAppender, write_atomic
+from utils.folders import whole_folder
+from utils.losses import normalise
+from utils.modeling import (
+    LanguageModel,
+    attach_lora,
+    load_base_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_dtype,
+)
+from utils.privacy_plan import (
+    LEDGER_FILE,
+    Ledger,
+    PrivacyPlan,
+    build_report,
+    num_steps,
+    plan_from_arguments,
+    read_plan,
+    write_report,
+)
+from utils.run_folder import begin, holds_run, model_card, require_usable
+from utils.secure_random import SecureRandom
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the training run."""
+    parser = make_parser(__doc__)
+    add_training_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    # ------------------------------------------------------------------ what is asked for
+    args = build_parser().parse_args(argv)
+    notices = check_training_arguments(args)
+    folder = run_folder(args)
+    require_usable(folder, args)
+    splits = load_splits(args.dataset_name)
+    num_examples = len(splits["train"])
+    if args.num_train_examples not in (None, num_examples):
+        raise UsageError(
+            f"--num_train_examples {args.num_train_examples}, but the train split of "
+            f"{args.dataset_name} has {num_examples}: the guarantee was computed for another N"
+        )
+    plan, plan_notices = plan_from_arguments(args, num_examples)
+    steps = plan.steps if plan else num_steps(args.num_epochs, num_examples, args.total_bs)
+    if (folder / LEDGER_FILE).exists():
+        plan.require_same(read_plan(folder / LEDGER_FILE), str(folder))
+    if (folder / "adapter").exists():
+        say(f"{folder} is finished already: its adapter is in {folder / 'adapter'}")
+        return EXIT_OK
+
+    accelerator = make_accelerator(args, folder)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    if is_main:
+        for notice in notices + plan_notices:
+            say(f"warning: {notice}")
+
+    # ------------------------------------------------------------------ model and data
+    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other, not about us
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(args.model_name)
+    base = load_base_model(args.model_name, resolve_dtype(args.dtype, device))
+    fingerprint = model_fingerprint(base)
+    targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
+    model = attach_lora(
+        base, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.gradient_checkpointing
+    ).to(device)
+    language_model = LanguageModel(base)
+    gradients = PerExampleGradients(model)
+    trainable = gradients.parameters
+    data = {}
+    for split, rows in splits.items():
+        if split == "val":
+            rows = rows.select(range(min(len(rows), args.max_eval_examples)))
+        rows = tqdm(rows, desc=f"tokenise {split}", disable=not is_main, leave=False)
+        data[split] = tokenise(rows, tokenizer, args.prompt_style, args.max_seq_len)
+    train_data, lengths = data["train"], data["train"].lengths
+    token_budget = args.perdevice_bs * args.max_seq_len
+
+    optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=args.wd)
+    scheduler = transformers.get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, steps)
+
+    # ------------------------------------------------------------------ begin, or continue
+    checkpoint = load_last_good(folder / "checkpoints") if holds_run(folder) else None
+    accelerator.wait_for_everyone()
+    ledger = private_log = None
+    if is_main:
+        identity = {"base_model_fingerprint": fingerprint}
+        begin(folder, args, identity, private_identity={"training_data": train_data.fingerprint()})
+        ledger = Ledger(folder / LEDGER_FILE, plan) if plan else None
+        private_log = JsonlAppender(folder / "private" / "metrics.jsonl")
+    step = 0
+    if checkpoint:
+        step = checkpoint.state["step"]
+        restore_adapter(trainable, checkpoint.adapter)
+        optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
+        if ledger:
+            ledger.require_head(checkpoint.state["ledger"])
+    elif ledger and ledger.steps_recorded and is_main:
+        say(f"warning: {folder} has no whole checkpoint; starting again from step 0")
+    # Fresh keys at every process start: a resumed run never repeats noise or draws.
+    secure = {"sampling": SecureRandom(), "noise": SecureRandom()}
+
+    def randomness(stream: str) -> SecureRandom:
+        if args.insecure_fixed_noise_seed is not None:
+            return SecureRandom.insecure_fixed(args.insecure_fixed_noise_seed, stream, step)
+        return secure[stream]
+
+    def save() -> None:
+        if is_main:
+            state = {"ledger": ledger.head if ledger else None}
+            states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            checkpoints = folder / "checkpoints"
+            save_checkpoint(checkpoints, step, trainable, states, state, args.keep_checkpoints)
+
+    def log(values: dict) -> None:
+        """Record values computed from private data, under private/."""
+        if is_main:
+            private_log.append([{"step": step, **values}])
+            if args.report_to != "wandb" or not plan or args.report_private_metrics:
+                accelerator.log(values, step=step)
+
+    def evaluate() -> None:
+        if "val" in data:
+            loss = validation_loss(language_model, data["val"], token_budget, accelerator, stop)
+            if loss is not None and is_main:
+                log({"validation_loss": loss})
+                tqdm.write(f"step {step}: validation loss {loss:.4f} (private)", file=sys.stderr)
+
+    if is_main:
+        say_start(plan, steps, step, num_examples, gradients.num_parameters, folder)
+    stop = StopRequest()
+    progress = tqdm(total=steps, initial=step, desc="train", unit="step", disable=not is_main)
+    if step == 0 and not args.no_eval_at_start:
+        evaluate()
+
+    # ------------------------------------------------------------------ the loop
+    total = torch.zeros(gradients.num_parameters, device=device)
+    saved_at = step if checkpoint else -1
+    moved = step > 0
+    while step < steps:
+        began = time.monotonic()
+        seed_dropout(args.seed, step, rank)
+        model.train()
+
+        # Draw: once for the whole job, then split over ranks and microbatches.
+        if plan:
+            drawn = [poisson_batch(num_examples, args.total_bs, randomness("sampling"))]
+        else:
+            drawn = [shuffled_batch(num_examples, args.total_bs, args.seed, step)]
+        (indices,) = broadcast_object_list(drawn)
+        microbatches = cut_microbatches(indices, lengths, token_budget, num_ranks)[rank]
+
+        # Sum of clipped per-example gradients (of plain ones in a run without privacy).
+        total.zero_()
+        optimizer.zero_grad()
+        norms, loss_sum, loss_tokens = [], 0.0, 0
+        for microbatch in microbatches:
+            if stop.requested:
+                break
+            batch = train_data.collate(microbatch, tokenizer.pad_token_id, device)
+            with gradients.capture(len(microbatch)) if plan else nullcontext():
+                sums, counts = language_model.example_losses(batch)
+                losses = normalise(sums, counts, args.loss_normalization, args.max_seq_len)
+                losses.sum().backward()
+            if plan:
+                norms.append(gradients.add_clipped_sum(total, args.clip, args.clip_function))
+            loss_sum += sums.detach().nansum()
+            loss_tokens += counts.sum()
+        if not plan:
+            total = flatten_gradients(trainable)
+
+        # Reduce over ranks. A stop asked of one rank abandons the step on all of them.
+        if reduce(torch.tensor(float(stop.requested), device=device), "max"):
+            break
+        gradient = reduce(total, "sum")
+
+        # Noise: once for the whole job, and on record before anybody can see its result.
+        if plan:
+            if is_main:
+                ledger.record_step(step + 1)
+                sigma, clip_norm = plan.noise_multiplier, plan.clip_norm
+                gradient = add_noise(gradient, sigma, clip_norm, randomness("noise"))
+            gradient = broadcast(gradient.double())
+
+        # Divide by the public batch size, and step.
+        assign_gradient(trainable, gradient / args.total_bs)
+        before = None if moved else [tensor.detach().clone() for tensor in trainable.values()]
+        learning_rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+        step += 1
+        if not moved and learning_rate > 0:
+            require_movement(before, trainable)
+            moved = True
+
+        # Tell the owner, and save.
+        sums = torch.tensor([float(loss_sum), float(loss_tokens)], device=device)
+        loss_sum, loss_tokens = reduce(sums, "sum").tolist()
+        real_tokens, seconds = int(lengths[indices].sum()), time.monotonic() - began
+        log(
+            {
+                "train_loss": loss_sum / max(1.0, loss_tokens),
+                "learning_rate": learning_rate,
+                "batch_size": len(indices),
+                "real_tokens": real_tokens,
+                "seconds": seconds,
+                **clipping_summary(norms, args.clip),
+            }
+        )
+        progress.set_postfix_str(f"{real_tokens / seconds:.0f} real tokens/s")
+        progress.update()
+        epochs_done = step * args.total_bs // num_examples
+        if step == steps or epochs_done > (step - 1) * args.total_bs // num_examples:
+            evaluate()
+        if step % args.save_steps == 0 and step < steps:
+            try:
+                save()
+                saved_at = step
+            except OSError as error:
+                say(f"warning: no checkpoint at step {step}: {error}; training goes on")
+    progress.close()
+
+    # ------------------------------------------------------------------ the end
+    finished = step == steps
+    if saved_at != step:
+        save()
+    if is_main:
+        report = build_report(
+            plan,
+            steps_taken=step,
+            steps_recorded=ledger.steps_recorded if ledger else 0,
+            ledger_head=ledger.head if ledger else None,
+            insecure=args.insecure_fixed_noise_seed is not None,
+        )
+        write_report(folder, report)
+        if finished:
+            save_adapter(model, args, folder / "adapter", fingerprint, report)
+        private_log.close()
+        if ledger:
+            ledger.close()
+        say_end(folder, report, finished, stop.signal_name)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return EXIT_OK if finished else EXIT_INTERRUPTED
+
+
+class StopRequest:
+    """Turns SIGTERM, the first Ctrl-C and the death of the launcher into a request to save and end.
+
+    A second Ctrl-C ends at once; the last checkpoint then stands.
+    """
+
+    def __init__(self):
+        self.signal_name = ""
+        self._launcher = os.getppid() if launched_by_accelerate() else None
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.signal_name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+    @property
+    def requested(self) -> bool:
+        if self._launcher not in (None, os.getppid()):
+            self.signal_name = self.signal_name or "end of accelerate launch"
+        return bool(self.signal_name)
+
+
+def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
+    """Accelerate's state of this process; a tracker, if asked for, writes under private/."""
+    private = folder / "private"
+    # Without a GPU, processes find each other only where accelerate is told to use the CPU.
+    cpu = not torch.accelerator.is_available()
+    if args.report_to == "none":
+        accelerator = Accelerator(cpu=cpu)
+    else:
+        if importlib.util.find_spec(args.report_to) is None:
+            raise UsageError(f"--report_to {args.report_to}: pip install {args.report_to}")
+        os.environ.setdefault("TRACKIO_DIR", str(private / "trackio"))
+        private.mkdir(parents=True, exist_ok=True)
+        accelerator = Accelerator(cpu=cpu, log_with=args.report_to, project_dir=private)
+        options = {"wandb": {"dir": str(private), "name": args.job_sess}}
+        accelerator.init_trackers(args.job_sess, init_kwargs=options)
+    if cpu and launched_by_accelerate():
+        # The launcher allows each process one thread where it is told of no number.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+    return accelerator
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make dropout depend on (seed, step, rank) alone, so that a resumed run repeats it."""
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> np.uint64(1)))
+
+
+@torch.no_grad()
+def validation_loss(
+    language_model: LanguageModel,
+    data: TokenisedExamples,
+    token_budget: int,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> float | None:
+    """Mean loss in nats per token with loss, over all ranks; None if a stop was asked for."""
+    language_model.model.eval()
+    order = np.arange(len(data))
+    ranks = cut_microbatches(order, data.lengths, token_budget, accelerator.num_processes)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for microbatch in ranks[accelerator.process_index]:
+        if stop.requested:
+            sums[2] = 1
+            break
+        batch = data.collate(microbatch, pad_id=0, device=accelerator.device)
+        losses, counts = language_model.example_losses(batch)
+        sums[0] += losses.sum()
+        sums[1] += counts.sum()
+    loss, tokens, stopped = reduce(sums, "sum").tolist()
+    return None if stopped else loss / max(1.0, tokens)
+
+
+def require_movement(before: list[torch.Tensor], trainable: dict[str, torch.Tensor]) -> None:
+    """Raise unless the first step moved every trainable tensor that it had a gradient for."""
+    for old, (name, tensor) in zip(before, trainable.items()):
+        # Without noise the gradient of LoRA's A is zero as long as B is.
+        if tensor.grad.any() and torch.equal(old, tensor):
+            raise RuntimeError(f"{name} did not move in the first step: it is not being trained")
+    if not any(tensor.grad.any() for tensor in trainable.values()):
+        raise RuntimeError("every gradient of the first step is zero: nothing is being trained")
+
+
+def clipping_summary(norms: list[torch.Tensor], clip_norm: float) -> dict:
+    """Quantiles of the per-example gradient norms, and what was clipped: for private/ alone."""
+    if not norms:
+        return {}
+    norms = torch.cat(norms)
+    finite = norms[torch.isfinite(norms)]
+    if not len(finite):
+        return {"non_finite": len(norms)}
+    quantiles = torch.quantile(finite, torch.tensor([0.1, 0.5, 0.9], device=finite.device))
+    return {
+        "norm_quantiles_10_50_90": [round(value, 5) for value in quantiles.tolist()],
+        "clipped_fraction": (finite > clip_norm).float().mean().item(),
+        "non_finite": len(norms) - len(finite),
+    }
+
+
+def save_adapter(
+    model: PeftModel, args: argparse.Namespace, final: Path, fingerprint: str, report: dict
+) -> None:
+    """Write the adapter, its model card and its training style, in one piece."""
+    info = {
+        "prompt_style": args.prompt_style,
+        "max_seq_len": args.max_seq_len,
+        "base_model": args.model_name,
+        "base_model_fingerprint": fingerprint,
+    }
+    card = model_card(args.model_name, args.prompt_style, report, str(final))
+    with whole_folder(final) as temporary:
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        write_adapter_info(temporary, info)
+        write_atomic(temporary / "README.md", card)
+
+
+def say_start(
+    plan: PrivacyPlan | None,
+    steps: int,
+    step: int,
+    num_examples: int,
+    num_parameters: int,
+    folder: Path,
+) -> None:
+    """Tell what will be done."""
+    say(f"{num_parameters:,} trainable parameters, {num_examples:,} examples, {steps:,} steps")
+    if plan:
+        say(
+            f"({plan.target_epsilon:g}, {plan.delta:g})-DP: sampling rate "
+            f"{plan.sampling_rate:.3g}, noise multiplier {plan.noise_multiplier:g}, "
+            f"clip norm {plan.clip_norm:g}"
+        )
+    else:
+        say("NO differential privacy (--eps -1)")
+    if step:
+        say(f"continuing {folder} after step {step:,}")
+
+
+def say_end(folder: Path, report: dict, finished: bool, stopped_by: str) -> None:
+    """Tell what was done, and where it is."""
+    if not finished:
+        say(f"stopped by {stopped_by}; the same command with --resume auto continues {folder}")
+        return
+    if report["guarantee"]:
+        say(f"epsilon {report['epsilon']['upper']:.3f} at delta {report['delta']:g}")
+    say(f"adapter {folder / 'adapter'}, report {folder / 'privacy_report.md'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,110 @@
+"""Atomic checkpoints that know whether they are whole, and the way back from them."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from utils.cli import say
+from utils.files import write_json
+from utils.folders import whole_folder
+
+ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = "adapter.safetensors", "optimizer.pt", "state.json"
+SUMS_FILE = "sha256.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read back whole."""
+
+    path: Path
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict
+    state: dict
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: dict,
+    state: dict,
+    keep: int,
+) -> Path:
+    """Write `folder/step-NNNNNN`, then remove all but the newest `keep` checkpoints.
+
+    Everything is written and fsynced under a temporary name and then renamed, so a kill at any
+    moment leaves either the whole checkpoint or none, and the older ones untouched.
+
+    Args:
+        optimizer: a dict of tensors and plain values.
+        state: JSON-able; gets `step`.
+
+    Raises:
+        OSError: the disk is full; older checkpoints are untouched.
+    """
+    folder = Path(folder)
+    final = folder / f"step-{step:06d}"
+    with whole_folder(final) as temporary:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in parameters.items()}
+        save_file(tensors, temporary / ADAPTER_FILE)
+        torch.save(optimizer, temporary / OPTIMIZER_FILE)
+        write_json(temporary / STATE_FILE, {**state, "step": step})
+        sums = {file.name: _sha256(file) for file in temporary.iterdir()}
+        write_json(temporary / SUMS_FILE, sums)
+    for old in _checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_last_good(folder: str | os.PathLike) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole; a damaged one is named and passed over."""
+    for path in _checkpoints(Path(folder)):
+        damage = _damage(path)
+        if damage is None:
+            return Checkpoint(
+                path=path,
+                adapter=load_file(path / ADAPTER_FILE),
+                optimizer=torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu"),
+                state=json.loads((path / STATE_FILE).read_text()),
+            )
+        say(f"warning: {path} is damaged ({damage}); trying the one before it")
+    return None
+
+
+def restore_adapter(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
+    """Copy saved values into the trainable tensors; the names must agree exactly."""
+    if saved.keys() != parameters.keys():
+        raise ValueError(f"checkpoint and model differ in {saved.keys() ^ parameters.keys()}")
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(saved[name])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, the newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file has the hash that was written."""
+    try:
+        sums = json.loads((path / SUMS_FILE).read_text())
+        for name in (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE):
+            if sums[name] != _sha256(path / name):
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""The folder of a training run: what is in it, what may leave it, and when it may be continued.
+
+adapter/              released: PEFT adapter, model card, training style
+privacy_report.json   released, also as .md
+privacy_ledger.jsonl  released: the steps that were taken
+run_config.json       released: arguments, versions
+checkpoints/          noised, but kept: adapter and optimizer at some steps
+private/              computed from private data without noise: never leaves
+"""
+
+import argparse
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from utils.cli import UsageError
+from utils.files import write_atomic, write_json
+
+RELEASABLE = {
+    "adapter", "privacy_report.json", "privacy_report.md", "privacy_ledger.jsonl",
+    "run_config.json",
+}  # fmt: skip
+CONFIG_FILE = "run_config.json"
+PRIVATE_README = """# Private
+
+Everything in this folder was computed from private data without noise: losses, gradient norms,
+clip fractions, realised batch sizes, hashes of the data. No privacy guarantee covers it. Do not
+share it, and do not choose what to publish by it without saying so.
+"""
+VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "dp-accounting")
+# Settings that a continued run may change, since none of them changes what is learnt or how
+# private it is. The privacy plan and the contents of data and base model are compared by
+# themselves, so their names and sources may change too.
+FREE_ON_RESUME = {
+    "dataset_name", "model_name", "output_dir", "perdevice_bs", "gradient_checkpointing",
+    "no_eval_at_start", "max_eval_examples", "save_steps", "keep_checkpoints", "resume",
+    "report_to", "report_private_metrics", "num_train_examples", "noise_multiplier",
+}  # fmt: skip
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was begun in this folder."""
+    return (folder / CONFIG_FILE).exists()
+
+
+def require_usable(folder: Path, args: argparse.Namespace) -> None:
+    """Refuse a folder with a run in it unless `--resume auto` may continue that run.
+
+    Raises:
+        UsageError: names the first setting that differs, or the flag that continues the run.
+    """
+    if not holds_run(folder):
+        # A run that was killed while it began has left these two, and nothing in them.
+        foreign = {path.name for path in folder.glob("*")} - {"private", "checkpoints"}
+        if foreign:
+            raise UsageError(f"{folder} exists and is no run of this tool; use another --job_sess")
+        return
+    begun_with = json.loads((folder / CONFIG_FILE).read_text())["arguments"]
+    for name, value in begun_with.items():
+        if name not in FREE_ON_RESUME and getattr(args, name, None) != value:
+            raise UsageError(
+                f"{folder} holds a run with --{name} {value}, not {getattr(args, name, None)}; "
+                "use that value and --resume auto, or another --job_sess"
+            )
+    if args.resume != "auto":
+        raise UsageError(
+            f"{folder} holds a run with these settings; add --resume auto to continue it, or use "
+            "another --job_sess"
+        )
+
+
+def begin(folder: Path, args: argparse.Namespace, identity: dict, private_identity: dict) -> None:
+    """Write what a run starts with, or check a continued run against it.
+
+    Args:
+        identity: public facts that a continued run must share, such as the base's fingerprint.
+        private_identity: such facts computed from private data; kept under `private/`.
+
+    Raises:
+        UsageError: a continued run differs; the message names the fact.
+    """
+    private_file = folder / "private" / "identity.json"
+    if not holds_run(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "private" / "README.md", PRIVATE_README)
+        write_json(private_file, private_identity)
+        versions = {"python": sys.version.split()[0]} | {name: version(name) for name in VERSIONED}
+        config = {"arguments": vars(args), "argv": sys.argv, "versions": versions, **identity}
+        write_json(folder / CONFIG_FILE, config)
+        return
+    begun_with = json.loads((folder / CONFIG_FILE).read_text())
+    begun_with |= json.loads(private_file.read_text())
+    for name, value in (identity | private_identity).items():
+        if begun_with.get(name) != value:
+            raise UsageError(
+                f"{folder} holds a run with another {name.replace('_', ' ')}, so it cannot be "
+                "continued with this one; use another --job_sess"
+            )
+
+
+def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
+    """The README.md of an adapter."""
+    if report["guarantee"]:
+        guarantee = (
+            f"Fine-tuned with ({report['epsilon']['upper']:.3f}, {report['delta']:g})-differential "
+            f"privacy for adding or removing {report['unit']} (see privacy_report.md of the run)."
+        )
+    else:
+        guarantee = f"**No privacy guarantee**: {report['why']}. Treat it as private data."
+    return f"""---
+base_model: {json.dumps(base_model)}
+library_name: peft
+---
+# LoRA adapter for {base_model}
+
+{guarantee}
+
+Prompt style: `{prompt_style}`. Sample from it with
+
+    python generate_inference_command.py --model_name {base_model} --adapter_path {adapter} \\
+        --prompt_style {prompt_style} --instruction_file FILE --job_sess NAME
+"""
