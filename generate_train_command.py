@@ -1,0 +1,99 @@
+"""Plan a training run and print the one command that starts it.
+
+    python generate_train_command.py --dataset_name quickstart_instructions \\
+        --model_name data/quickstart_model --job_sess mine --prompt_style uncond_generation \\
+        --eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --max_seq_len 128
+
+Counts the training examples, computes the noise multiplier that --eps and --delta need, and
+prints an `accelerate launch` line on stdout; what it means goes to stderr. Paste the line, run it
+with `bash -c "$(python generate_train_command.py ...)"`, or add --run.
+"""
+
+import argparse
+
+from utils.arguments import (
+    add_training_arguments,
+    check_training_arguments,
+    make_parser,
+    positive_int,
+    run_folder,
+    to_argv,
+)
+from utils.cli import UsageError, run_cli, say
+from utils.commands import launch_command, print_or_run
+from utils.data_utils import count_train_examples, tried_places
+from utils.privacy_plan import PrivacyPlan, num_steps, plan_from_arguments
+from utils.run_folder import require_usable
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The training run's flags, and those of the launch."""
+    parser = make_parser(__doc__)
+    add_training_arguments(parser)
+    group = parser.add_argument_group("launch")
+    group.add_argument("--gpus", type=positive_int, default=1, help="processes, one per GPU")
+    group.add_argument("--run", action="store_true", help="run the command; pass on its exit code")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    warnings = check_training_arguments(args)
+    found = count_train_examples(args.dataset_name)
+    elsewhere = args.num_train_examples is not None
+    if found is None and not elsewhere:
+        raise UsageError(
+            f"{tried_places(args.dataset_name)}. Where it is on the hub or on another machine, "
+            "state its size with --num_train_examples"
+        )
+    if found is None:
+        warnings.append(f"{args.dataset_name} is not here; it must be where the command runs")
+    elif elsewhere and found != args.num_train_examples:
+        raise UsageError(
+            f"--num_train_examples {args.num_train_examples}, but {args.dataset_name} has {found}"
+        )
+    args.num_train_examples = found or args.num_train_examples
+    require_usable(run_folder(args), args)
+    plan, plan_warnings = plan_from_arguments(args, args.num_train_examples)
+    if plan:
+        args.noise_multiplier = plan.noise_multiplier
+
+    for warning in warnings + plan_warnings:
+        say(f"warning: {warning}")
+    say_summary(args, plan)
+    train_parser = make_parser("")
+    add_training_arguments(train_parser)
+    command = launch_command("train.py", to_argv(train_parser, args), args.gpus)
+    return print_or_run(command, args.run)
+
+
+def say_summary(args: argparse.Namespace, plan: PrivacyPlan | None) -> None:
+    """Tell on stderr what the command will do."""
+    count = args.num_train_examples
+    steps = plan.steps if plan else num_steps(args.num_epochs, count, args.total_bs)
+    rows = [
+        ("training examples N", f"{count:,}"),
+        ("batch size", f"{args.total_bs:,}, sampling rate {args.total_bs / count:.4g}"),
+        ("logical steps", f"{steps:,}"),
+    ]
+    if plan:
+        reserved = plan.reserved_histogram_sigma
+        rows += [
+            ("noise multiplier", f"{plan.noise_multiplier:g} (deviation over clip norm)"),
+            ("clip norm", f"{plan.clip_norm:g}, {plan.clip_function}"),
+            ("guarantee", f"({plan.target_epsilon:g}, {plan.delta:g})-DP, one example added or "
+             f"removed{f', with a histogram of sigma {reserved:g}' if reserved else ''}"),
+        ]  # fmt: skip
+    else:
+        rows.append(("guarantee", "NONE: --eps -1 trains without differential privacy"))
+    rows += [
+        ("tokens", f"at most {args.max_seq_len:,} a sequence, "
+         f"{args.perdevice_bs * args.max_seq_len:,} on a device at once"),
+        ("outputs", str(run_folder(args))),
+    ]  # fmt: skip
+    for name, value in rows:
+        say(f"  {name:<20} {value}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

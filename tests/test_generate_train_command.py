@@ -1,0 +1,172 @@
+"""The generator of training commands, through its own command line."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import generate_train_command
+import train
+from tests.training import ROOT, flags, run_process, save_dataset
+from utils.data_utils import count_train_examples
+
+ARENA = (
+    "--dataset_name chatbot_arena_instructions_train180k --model_name yahma/llama-13b-hf "
+    "--job_sess debug --perdevice_bs 4 --gpus 1 --max_seq_len 1024 "
+    "--prompt_style uncond_generation --no_eval_at_start "
+)
+PRIVATE_13B = "--delta 5e-7 --total_bs 4096 --num_epochs 10 --lr 1e-3 --clip 0.5 "
+TYPE_A_C = {
+    "A without DP": ARENA + "--eps -1 --total_bs 32 --num_epochs 3",
+    "A at 2.86": ARENA + PRIVATE_13B + "--eps 2.86",
+    "A at 5.94": ARENA + PRIVATE_13B + "--eps 5.94",
+    "C on real pairs": (
+        "--dataset_name labelled_real_arena180k --model_name yahma/llama-7b-hf --job_sess debug "
+        "--eps 5.94 --delta 5e-7 --perdevice_bs 2 --gpus 1 --max_seq_len 2048 --total_bs 4096 "
+        "--num_epochs 10 --prompt_style vicuna --lr 1e-3 --clip 1.0"
+    ),
+    "C on synthetic pairs": (
+        "--dataset_name labelled_syn300k_13b_eps594_uncond_syn_clip05_13b_selected_sigma10_1000bins"
+        " --model_name yahma/llama-7b-hf --job_sess debug --eps -1 --perdevice_bs 4 --gpus 1 "
+        "--max_seq_len 1024 --total_bs 32 --num_epochs 3 --prompt_style vicuna"
+    ),
+}
+
+
+@pytest.fixture
+def generate(capsys, monkeypatch, tmp_path):
+    """Run the generator in an empty folder; returns its stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: str) -> tuple[str, str]:
+        assert generate_train_command.main(list(argv)) == 0
+        return capsys.readouterr()
+
+    return call
+
+
+def script_flags(line: str) -> list[str]:
+    """What a launch line hands to the script."""
+    words = shlex.split(line)
+    return words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]
+
+
+@pytest.mark.parametrize("command", TYPE_A_C.values(), ids=TYPE_A_C.keys())
+def test_published_commands_print_a_line_that_train_parses(generate, command):
+    line, summary = generate(*shlex.split(command), "--num_train_examples", "180000")
+    assert line.count("\n") == 1
+    args = train.build_parser().parse_args(script_flags(line))
+    asked = generate_train_command.build_parser().parse_args(shlex.split(command))
+    calibrated = {"noise_multiplier", "num_train_examples"}
+    for name, value in vars(args).items():
+        if name not in calibrated:
+            assert value == getattr(asked, name), name
+    assert args.num_train_examples == 180_000
+    assert "180,000" in summary
+    if asked.eps > 0:
+        assert "439" in summary  # floor(10 · 180000 / 4096)
+        # 0.81 gives 5.889 and 1.11 gives 2.919, so the targets need a little less noise.
+        low, high = (0.800, 0.810) if asked.eps == 5.94 else (1.105, 1.135)
+        assert low < args.noise_multiplier < high
+    else:
+        assert args.noise_multiplier is None
+        assert "NONE" in summary
+
+
+def test_missing_data_is_an_error_without_its_size_and_a_warning_with_it(generate):
+    command = shlex.split(TYPE_A_C["A without DP"])
+    with pytest.raises(ValueError, match=r"no data set 'chatbot_arena.*--num_train_examples"):
+        generate(*command)
+    _, summary = generate(*command, "--num_train_examples", "1000")
+    assert "warning: chatbot_arena_instructions_train180k is not here" in summary
+
+
+def test_the_size_comes_from_the_data(generate, tmp_path, tiny_model_dir):
+    data = save_dataset(tmp_path, rows=100)
+    line, _ = generate(*flags(tiny_model_dir, data, tmp_path))
+    args = train.build_parser().parse_args(script_flags(line))
+    assert args.num_train_examples == count_train_examples(data) == 100
+    with pytest.raises(ValueError, match="--num_train_examples 99, but .* has 100"):
+        generate(*flags(tiny_model_dir, data, tmp_path, "--num_train_examples=99"))
+
+
+def test_awkward_values_survive_the_shell(generate, tmp_path):
+    data = save_dataset(tmp_path)
+    awkward = 'it\'s a $HOME `id` "job" ; \\ é *'
+    command = flags("/models/an 'odd' $name", data, tmp_path / "out put$", "--lr=1e-05")
+    line, _ = generate(*command, f"--job_sess={awkward.replace(chr(92), '')}")
+    shown = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split("\0")[:-1] == shlex.split(line)
+    args = train.build_parser().parse_args(script_flags(line))
+    assert args.job_sess == awkward.replace("\\", "")
+    assert args.model_name == "/models/an 'odd' $name"
+    assert args.lr == 1e-5
+
+
+def test_reserving_a_histogram_asks_for_more_noise(generate, tmp_path):
+    command = flags("model", save_dataset(tmp_path), tmp_path, "--eps=2")
+
+    def noise_multiplier(*more):
+        line, _ = generate(*command, *more)
+        return train.build_parser().parse_args(script_flags(line)).noise_multiplier
+
+    assert noise_multiplier("--reserve_histogram_sigma=3") > noise_multiplier()
+
+
+def test_a_run_in_the_way_is_refused_before_anything_starts(generate, tmp_path):
+    (tmp_path / "out" / "job").mkdir(parents=True)
+    (tmp_path / "out" / "job" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="another --job_sess"):
+        generate(*flags("model", save_dataset(tmp_path), tmp_path / "out"))
+
+
+def test_the_script_answers_without_torch_and_exits_with_its_codes(tmp_path, tiny_model_dir):
+    """One line on stdout, the rest on stderr; 2 for wrong usage."""
+    data = save_dataset(tmp_path)
+    script = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    command = flags(tiny_model_dir, data, tmp_path / "outputs")
+    done = run_process("-c", script, "generate_train_command.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.endswith("False\n"), "torch was imported"
+    assert done.stdout.startswith("accelerate launch ")
+    assert done.stdout.count("\n") == 1
+
+    wrong = run_process("generate_train_command.py", *command, "--delta=0.5")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: --delta 0.5")
+    mistyped = run_process("generate_train_command.py", *command, "--epss=1")
+    assert mistyped.returncode == 2
+    assert "Traceback" not in wrong.stderr + mistyped.stderr
+
+
+def test_the_printed_line_runs_from_any_folder(tmp_path, tiny_model_dir):
+    """As a user would paste it: the line in a shell, in another folder than the repository's."""
+    data = save_dataset(tmp_path)
+    command = flags(tiny_model_dir, data, "out put", "--num_epochs=0.2", "--no_eval_at_start")
+    generator = shlex.join([sys.executable, str(ROOT / "generate_train_command.py"), *command])
+    shell = f'set -e; export PATH={shlex.quote(sys.prefix)}/bin:"$PATH"; bash -c "$({generator})"'
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out put" / "job" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_run_executes_the_line_and_passes_its_exit_code_on(tmp_path, tiny_model_dir):
+    data = save_dataset(tmp_path)
+    short = ["--num_epochs=0.2", "--no_eval_at_start", "--run"]
+    done = run_process(
+        "generate_train_command.py", *flags(tiny_model_dir, data, tmp_path / "out"), *short
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert (tmp_path / "out" / "job" / "adapter").is_dir()
+    failed = run_process("generate_train_command.py", *flags("/nowhere", data, tmp_path), *short)
+    assert failed.returncode == 1
+    assert "error: no model at '/nowhere'" in failed.stderr
+    assert "Traceback" not in failed.stderr
