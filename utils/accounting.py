@@ -142,9 +142,15 @@ def pld_epsilon(
 def compute_delta(
     events: Sequence[SampledGaussian], epsilon: float, relation: str = ADD_REMOVE
 ) -> float:
-    """Upper bound on delta of the composition of `events` at `epsilon`, at least 0.
+    """Upper bound on delta of the composition of `events` at `epsilon`, by closed form or PLD.
 
-    The closed form where every event has q = 1, else a pessimistic PLD.
+    Args:
+        events: mechanisms on one private dataset, in any order.
+        epsilon: at least 0.
+        relation: which datasets are neighbours, ADD_REMOVE or REPLACE.
+
+    Returns:
+        Delta, at most 1.
     """
     _require("epsilon", epsilon, 0, math.inf)
     _require_inputs(MIN_DELTA, relation)
@@ -165,8 +171,9 @@ def calibrate_noise_multiplier(
 ) -> float:
     """The least noise multiplier, rounded up to 3 decimals, that meets the target.
 
-    Bisection over a cheap coarse PLD, then the accountant itself has the last word: the epsilon
-    that `compute_epsilon` gives for the result, composed with `reserved`, is at most the target.
+    A root search (Brent) over a cheap coarse PLD finds where to look, and the accountant has the
+    last word: the epsilon that `compute_epsilon` gives for the result, composed with `reserved`,
+    is at most the target.
 
     Args:
         target_epsilon: above 0.
@@ -183,7 +190,6 @@ def calibrate_noise_multiplier(
     """
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise UsageError(f"target epsilon {target_epsilon}: must be finite and above 0")
-
     _require_inputs(delta, relation)
 
     def events(sigma: float) -> list[SampledGaussian]:
@@ -303,7 +309,11 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
 def _prv_bounds(
     events: Sequence[SampledGaussian], delta: float
 ) -> tuple[float, float, float] | None:
-    """Lower bound, estimate and upper bound, or None where they cannot be had or trusted."""
+    """Lower bound, estimate and upper bound, or None where they cannot be had or trusted.
+
+    It follows the removal of an example only; adding one costs no more (PLD, which follows both,
+    has never shown otherwise by more than its own rounding).
+    """
     import numpy as np
     from prv_accountant import PRVAccountant
     from prv_accountant.accountant import compute_safe_domain_size
@@ -348,7 +358,7 @@ def _prv_bounds(
 
 
 def _pld_rounding(events: Sequence[SampledGaussian]) -> float:
-    """Delta that rounding in the FFT of `_pld` may hide."""
+    """Delta that rounding in the FFT of `_pld` may hide: five times the most seen up to T 1e5."""
     return DOUBLE_ROUNDING * sum(event.steps for event in events)
 
 
