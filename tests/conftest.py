@@ -3,11 +3,14 @@
 import functools
 from unittest import mock
 
+import datasets
 import pytest
 import torch
 
 from tests import helpers
 from utils import privacy_plan
+
+datasets.disable_progress_bars()
 
 
 def pytest_collection_modifyitems(items):

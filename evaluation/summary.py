@@ -1,0 +1,100 @@
+"""Show on one screen what a run came to: guarantee, losses, samples, and where everything is.
+
+    python -m evaluation.summary --run outputs/mine --samples inference_outputs/mine
+
+Losses come from the run's private/ folder, which no guarantee covers: they are for its owner.
+"""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+
+from utils.arguments import make_parser, natural_int
+from utils.cli import UsageError, run_cli
+from utils.files import read_jsonl
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the summary."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
+    parser.add_argument("--samples", type=Path, help="folder of what was sampled from it")
+    parser.add_argument("--num_shown", type=natural_int, default=10, help="samples to show")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    print(f"== {args.run}")
+    print(guarantee_line(args.run))
+    for name, first, last in loss_changes(args.run):
+        print(f"{name:<16} {first:.3f} -> {last:.3f} nats a token (private)")
+    print(f"adapter          {args.run / 'adapter'}")
+    print(f"report           {args.run / 'privacy_report.md'}")
+    if args.samples:
+        samples = read_samples(args.samples)
+        print(f"\n== {args.samples}: {len(samples):,} samples, of which")
+        for sample in samples[: args.num_shown]:
+            print(shown(sample))
+
+
+def guarantee_line(run: Path) -> str:
+    """The run's guarantee in a line.
+
+    Raises:
+        UsageError: there is no report at `run`.
+    """
+    file = run / "privacy_report.json"
+    if not file.is_file():
+        raise UsageError(f"--run {str(run)!r}: no privacy_report.json there; train.py writes one")
+    report = json.loads(file.read_text())
+    if not report["guarantee"]:
+        return f"NO GUARANTEE     {report['why']}"
+    return (
+        f"guarantee        epsilon {report['epsilon']['upper']:.3f} at delta {report['delta']:g}, "
+        f"one example added or removed; {report['steps_taken']} steps, noise multiplier "
+        f"{report['noise_multiplier']:g}"
+    )
+
+
+def loss_changes(run: Path) -> list[tuple[str, float, float]]:
+    """First and last value of each loss under the run's `private/`; none where that is gone."""
+    file = run / "private" / "metrics.jsonl"
+    records = list(read_jsonl(file)) if file.is_file() else []
+    changes = []
+    for name in ("train_loss", "validation_loss"):
+        values = [record[name] for record in records if name in record]
+        if values:
+            changes.append((name.replace("_", " "), values[0], values[-1]))
+    return changes
+
+
+def read_samples(folder: Path) -> list[dict]:
+    """All samples of a folder in order of their ids.
+
+    Raises:
+        UsageError: the folder holds no shard.
+    """
+    shards = sorted(folder.glob("shard-*.jsonl"))
+    if not shards:
+        raise UsageError(f"--samples {str(folder)!r}: no shard-*.jsonl there; inference.py writes")
+    return sorted((sample for shard in shards for sample in read_jsonl(shard)), key=by_id)
+
+
+def by_id(sample: dict) -> int:
+    """The sample's number."""
+    return sample["id"]
+
+
+def shown(sample: dict, width: int = 96) -> str:
+    """A sample in a few lines: its prompt, if it had one, and its text."""
+    prompt = textwrap.shorten(sample["prompt"], width, placeholder=" ...")
+    text = textwrap.shorten(sample["text"], 3 * width, placeholder=" ...")
+    lines = textwrap.wrap(text, width) or ["(nothing)"]
+    body = "\n".join(f"    {line}" for line in lines)
+    return f"  [{sample['id']}]{f' {prompt}' if prompt else ''}\n{body}"
+
+
+if __name__ == "__main__":
+    run_cli(main)
