@@ -1,7 +1,6 @@
 """Models and tokenizers: load a base, attach LoRA, read an adapter back, merge it."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from utils.adapter_info import read_adapter_info
 from utils.cli import UsageError, say
-from utils.files import write_json
 from utils.losses import example_losses
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TRAINING_STYLE_FILE = "training_style.json"
 
 # Architectures for which a right-padded batch without an attention mask is shown, by test, to
 # give real tokens the same logits as with one: their attention is causal and nothing else.
@@ -196,27 +194,6 @@ class LanguageModel:
         parts = self._head(self._decode(ids, None)).float()
         self.model.train(training)
         return torch.allclose(own, parts, rtol=1e-4, atol=1e-4 * own.abs().max().item())
-
-
-def write_adapter_info(folder: str | os.PathLike, info: dict) -> None:
-    """Leave beside an adapter what sampling must know: the prompt style and the base model."""
-    write_json(Path(folder) / TRAINING_STYLE_FILE, info)
-
-
-def read_adapter_info(folder: str | os.PathLike) -> dict:
-    """What training left beside an adapter; an empty dict for an adapter from elsewhere.
-
-    Raises:
-        UsageError: the folder holds no PEFT adapter.
-    """
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise UsageError(
-            f"no adapter at {str(folder)!r}: adapter_config.json is missing; training writes "
-            "one to outputs/JOB_SESS/adapter"
-        )
-    style = folder / TRAINING_STYLE_FILE
-    return json.loads(style.read_text()) if style.is_file() else {}
 
 
 def load_merged(

@@ -1,0 +1,91 @@
+"""Print the one command that samples from a model, with or without an adapter.
+
+    python generate_inference_command.py --instruction_file utils/syn_instruct.txt \\
+        --model_name data/quickstart_model --adapter_path outputs/mine/adapter --job_sess mine \\
+        --max_seq_len 128 --top_p 0.95 --prompt_style uncond_generation --num_samples 1000
+
+Checks the instruction file and the adapter's prompt style, and prints an `accelerate launch` line
+on stdout; what it means goes to stderr. Paste the line, run it with
+`bash -c "$(python generate_inference_command.py ...)"`, or add --run. With --elsewhere, files that
+are not on this machine are warnings: the line may run on another one.
+"""
+
+import argparse
+from pathlib import Path
+
+from utils.arguments import make_parser, positive_int, run_folder, to_argv
+from utils.cli import UsageError, run_cli, say
+from utils.commands import launch_command, print_or_run
+from utils.prompts import UNCONDITIONAL, Instruction
+from utils.sampling_arguments import (
+    add_sampling_arguments,
+    check_adapter,
+    check_sampling_arguments,
+    describe_decoding,
+    read_instructions,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of sampling, and those of the launch."""
+    parser = make_parser(__doc__)
+    add_sampling_arguments(parser)
+    group = parser.add_argument_group("launch")
+    group.add_argument("--gpus", type=positive_int, default=1, help="processes, one per GPU")
+    group.add_argument("--run", action="store_true", help="run the command; pass on its exit code")
+    group.add_argument(
+        "--elsewhere",
+        action="store_true",
+        help="the command runs on another machine: what is missing here is a warning",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.elsewhere and args.run:
+        raise UsageError("--elsewhere and --run exclude each other; leave one out")
+    warnings = check_sampling_arguments(args)
+    instructions = None
+    if args.elsewhere and not Path(args.instruction_file).exists():
+        warnings.append(f"{args.instruction_file} is not here; it must be where the command runs")
+    else:
+        instructions = read_instructions(args)
+    if args.elsewhere and args.adapter_path and not Path(args.adapter_path).exists():
+        warnings.append(f"{args.adapter_path} is not here; it must be where the command runs")
+    else:
+        warnings += check_adapter(args)
+
+    for warning in warnings:
+        say(f"warning: {warning}")
+    say_summary(args, instructions)
+    inference_parser = make_parser("")
+    add_sampling_arguments(inference_parser)
+    command = launch_command("inference.py", to_argv(inference_parser, args), args.gpus)
+    return print_or_run(command, args.run)
+
+
+def say_summary(args: argparse.Namespace, instructions: list[Instruction] | None) -> None:
+    """Tell on stderr what the command will do."""
+    if instructions is None:
+        samples = f"{args.num_samples:,}" if args.num_samples else "as the instruction file says"
+    else:
+        samples = f"{sum(instruction.count for instruction in instructions):,}"
+        if args.prompt_style != UNCONDITIONAL:
+            samples += f" for {len(instructions):,} instructions"
+    longest = args.max_new_tokens or f"what the prompt leaves of {args.max_seq_len:,}"
+    rows = [
+        ("samples", samples),
+        ("model", f"{args.model_name}, {args.adapter_path or 'no adapter'}"),
+        ("prompt style", args.prompt_style),
+        ("decoding", f"{describe_decoding(args)}, seed {args.seed}"),
+        ("new tokens", f"at most {longest}"),
+        ("engine", args.engine),
+        ("outputs", f"{run_folder(args)}; the same command again goes on where it stopped"),
+    ]
+    for name, value in rows:
+        say(f"  {name:<20} {value}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
