@@ -14,11 +14,10 @@ and the texts do not depend on how often it was stopped.
 import argparse
 import hashlib
 import os
-import signal
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from functools import lru_cache
 from importlib.metadata import version
@@ -29,14 +28,12 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.adapter_info import read_adapter_info
 from utils.arguments import make_parser, run_folder
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
-from utils.commands import launched_by_accelerate
+from utils.commands import StopRequest, launched_by_accelerate
 from utils.files import JsonlAppender, write_json
 from utils.generation import (
     MANIFEST_FILE,
@@ -52,8 +49,8 @@ from utils.generation import (
     wait_for_other_processes,
 )
 from utils.modeling import (
+    load_adapted,
     load_base_model,
-    load_merged,
     load_tokenizer,
     model_fingerprint,
     resolve_dtype,
@@ -185,10 +182,10 @@ def main(argv: list[str] | None = None) -> int:
 
     if is_main:
         say_start(args, ends[-1], len(done), batch_size, state.device, num_ranks)
-    should_stop = watch_for_stop()
+    stop = StopRequest()
     began = saved_at = time.monotonic()
     num_tokens, finished = 0, []
-    drawn = complete(args.engine, model, requests(), decoding, batch_size, should_stop)
+    drawn = complete(args.engine, model, requests(), decoding, batch_size, lambda: stop.requested)
     with (
         closing(drawn),
         JsonlAppender(folder / f"shard-{rank}.jsonl") as shard,
@@ -213,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{progress.n / seconds:.2f} samples/s, {num_tokens / seconds:.0f} tokens/s"
         )
         wait_for_other_processes(lock)
-    if should_stop():
+    if stop.requested:
         if is_main:
             say(f"stopped; the same command again goes on with what {folder} lacks")
         return EXIT_INTERRUPTED
@@ -251,22 +248,12 @@ def write_manifest(
 
 
 def load_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
-    """The model to sample from, and its fingerprint (without an adapter that is kept apart)."""
+    """The model to sample from, and its fingerprint."""
     if args.adapter_path is None:
         model = load_base_model(args.model_name, dtype)
         return model, model_fingerprint(model)
-    if not args.no_merge:
-        model = load_merged(args.model_name, args.adapter_path, dtype)
-        return model, model_fingerprint(model)
-    model = load_base_model(args.model_name, dtype)
-    fingerprint = model_fingerprint(model)
-    info = read_adapter_info(args.adapter_path)
-    if info.get("base_model_fingerprint") not in (None, fingerprint):
-        raise UsageError(
-            f"the adapter {args.adapter_path!r} was trained on {info.get('base_model')!r}, "
-            f"which differs from --model_name {args.model_name!r}"
-        )
-    return PeftModel.from_pretrained(model, args.adapter_path).get_base_model(), fingerprint
+    model = load_adapted(args.model_name, args.adapter_path, dtype, merge=not args.no_merge)
+    return model, model_fingerprint(model)
 
 
 def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -274,15 +261,6 @@ def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     own = model.generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
     return frozenset([tokenizer.eos_token_id, *own])
-
-
-def watch_for_stop() -> Callable[[], bool]:
-    """From now on SIGINT, SIGTERM and the launcher's end only make the returned function true."""
-    launcher = os.getppid() if launched_by_accelerate() else None
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: received.append(number))
-    return lambda: bool(received) or launcher not in (None, os.getppid())
 
 
 def say_start(

@@ -12,7 +12,6 @@ everything that the guarantee does not cover. A stopped run goes on with --resum
 import argparse
 import importlib.util
 import os
-import signal
 import sys
 import time
 import warnings
@@ -37,7 +36,7 @@ from utils.arguments import (
 from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
 from utils.checkpointing import load_last_good, restore_adapter, save_checkpoint
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
-from utils.commands import launched_by_accelerate
+from utils.commands import StopRequest, launched_by_accelerate
 from utils.data_utils import TokenisedExamples, load_splits, tokenise
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient, flatten_gradients
 from utils.files import JsonlAppender, write_atomic
@@ -291,30 +290,6 @@ def main(argv: list[str] | None = None) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return EXIT_OK if finished else EXIT_INTERRUPTED
-
-
-class StopRequest:
-    """Turns SIGTERM, the first Ctrl-C and the death of the launcher into a request to save and end.
-
-    A second Ctrl-C ends at once; the last checkpoint then stands.
-    """
-
-    def __init__(self):
-        self.signal_name = ""
-        self._launcher = os.getppid() if launched_by_accelerate() else None
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, number: int, _frame) -> None:
-        if self.signal_name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
-
-    @property
-    def requested(self) -> bool:
-        if self._launcher not in (None, os.getppid()):
-            self.signal_name = self.signal_name or "end of accelerate launch"
-        return bool(self.signal_name)
 
 
 def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:

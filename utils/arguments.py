@@ -40,20 +40,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest sequence in tokens; longer ones are cut",
     )
     parser.add_argument(
-        "--perdevice_bs",
-        type=positive_int,
-        default=4,
-        help="sequences of max_seq_len that fit on a device at once; shorter ones "
-        "are packed into the same number of padded tokens",
-    )
-    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="dtype of the frozen base; auto: bfloat16 on GPUs that have it",
     )
-    parser.add_argument("--seed", type=natural_int, default=0, help="initialisation and dropout; "
-                        "never the noise, and in a DP run not who is sampled")  # fmt: skip
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +56,15 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "trains (instruction, answer) pairs, any other the instruction itself",
     )
     add_model_arguments(parser)
+    parser.add_argument(
+        "--perdevice_bs",
+        type=positive_int,
+        default=4,
+        help="sequences of max_seq_len that fit on a device at once; shorter ones "
+        "are packed into the same number of padded tokens",
+    )
+    parser.add_argument("--seed", type=natural_int, default=0, help="initialisation and dropout; "
+                        "never the noise, and in a DP run not who is sampled")  # fmt: skip
     parser.add_argument("--output_dir", default="outputs", help="runs are written to its JOB_SESS")
 
     group = parser.add_argument_group("privacy")

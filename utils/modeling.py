@@ -196,16 +196,20 @@ class LanguageModel:
         return torch.allclose(own, parts, rtol=1e-4, atol=1e-4 * own.abs().max().item())
 
 
-def load_merged(
-    model_name: str, adapter_path: str | os.PathLike, dtype: torch.dtype
+def load_adapted(
+    model_name: str, adapter_path: str | os.PathLike, dtype: torch.dtype, *, merge: bool
 ) -> PreTrainedModel:
-    """Load a base model and merge a LoRA adapter into its weights (in float32, then cast).
+    """Load a base model with a LoRA adapter.
+
+    Args:
+        merge: add the adapter to the base's weights (in float32, then cast); else keep it apart,
+            in float32 beside a base of `dtype`.
 
     Raises:
         UsageError: no adapter there, or one that was trained on another base.
     """
     info = read_adapter_info(adapter_path)
-    model = load_base_model(model_name, torch.float32)
+    model = load_base_model(model_name, torch.float32 if merge else dtype)
     trained_on = info.get("base_model_fingerprint")
     if trained_on not in (None, model_fingerprint(model)):
         raise UsageError(
@@ -219,4 +223,4 @@ def load_merged(
         raise UsageError(
             f"the adapter {str(adapter_path)!r} does not fit --model_name {model_name!r}: {reason}"
         ) from None
-    return model.merge_and_unload().to(dtype)
+    return model.merge_and_unload().to(dtype) if merge else model.get_base_model()

@@ -22,6 +22,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         f"{UNCONDITIONAL} the text is the number of samples",
     )
     add_model_arguments(parser)
+    parser.add_argument(
+        "--perdevice_bs",
+        type=positive_int,
+        default=None,
+        help="sequences of max_seq_len tokens on a device at once; left out: what a GPU's memory "
+        "holds, and 16 on a CPU",
+    )
+    parser.add_argument("--seed", type=natural_int, default=0, help="what is drawn; a sample's "
+                        "text depends on this and its id")  # fmt: skip
     parser.add_argument("--adapter_path", default=None, help="folder of a LoRA adapter; the base "
                         "model alone if left out")  # fmt: skip
     parser.add_argument(
@@ -61,9 +70,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num_samples", type=positive_int, default=None, help="overrides the "
                        f"number in the instruction file of {UNCONDITIONAL}")  # fmt: skip
-
-    # Left out: what the memory of a GPU holds, and 16 on a CPU.
-    parser.set_defaults(perdevice_bs=None)
 
 
 def check_sampling_arguments(args: argparse.Namespace) -> list[str]:
