@@ -113,3 +113,9 @@ def test_marker_lines_in_a_text_are_refused(tmp_path):
     with pytest.raises(UsageError, match="BOI"):
         write_instruction_file(tmp_path / "f.txt", ["a\n### EOI ###"])
     assert not (tmp_path / "f.txt").exists()
+
+
+def test_unicode_line_separators_are_part_of_a_text(tmp_path):
+    text = "one\u2028two\x0bthree\x85four"
+    write_instruction_file(tmp_path / "file.txt", [text])
+    assert read_instruction_file(tmp_path / "file.txt") == [Instruction(text, 1)]

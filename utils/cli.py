@@ -32,7 +32,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UsageError as error:
-        say(f"error: {error}")
+        # One line, whatever a path or a value in the message holds.
+        say("error: " + " ".join(str(error).splitlines()))
         code = EXIT_USAGE
     except OSError as error:
         # The disk is full or not ours: no defect. What was written before stands.

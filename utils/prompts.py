@@ -129,7 +129,8 @@ def read_instruction_file(path: str | os.PathLike) -> list[Instruction]:
         UsageError: no such file, no block, a block without end, a COUNT that is no whole number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a Unicode line separator inside a text is part of it.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         made_by = (
             "; make it with: python data/prepare_alpaca_eval.py"
