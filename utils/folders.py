@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.files import fsync_folder
+from utils.files import fsync_folder, write_json
+
+# How a prepared folder was made.
+PREPARATION_FILE = "preparation.json"
 
 
 @contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Fill a temporary folder in the block; at its end it takes the place of `target`.
 
-    A failure or a kill leaves `target` as it was. What a kill left behind is removed by the next
-    call for the same target, so two calls for one target must not run at the same time.
+    A failure leaves `target` as it was, and so does a kill: one that falls between the two
+    renames at the end leaves the old folder under another name, and the next call puts it back.
+    That call also removes whatever else a kill left behind, so two calls for one target must not
+    run at the same time.
 
     Args:
         target: the folder to make; one that exists is replaced.
@@ -25,6 +30,8 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     target = Path(target)
     temporary = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -47,3 +54,28 @@ def _fsync_tree(folder: Path) -> None:
             with open(Path(parent, name), "rb") as file:
                 os.fsync(file.fileno())
         fsync_folder(parent)
+
+
+def save_dataset(
+    target: str | os.PathLike, splits: dict[str, list[dict]], columns: list[str], preparation: dict
+) -> None:
+    """Save `columns` of the rows of each split as a `DatasetDict`, whole or not at all.
+
+    Args:
+        target: the folder to make; one that exists is replaced.
+        splits: rows by split, none of them empty.
+        preparation: how the rows were made, kept beside them as `PREPARATION_FILE`.
+    """
+    from datasets import Dataset, DatasetDict, disable_progress_bars
+
+    disable_progress_bars()
+    with whole_folder(target) as folder:
+        DatasetDict(
+            {
+                name: Dataset.from_dict(
+                    {column: [row[column] for row in rows] for column in columns}
+                )
+                for name, rows in splits.items()
+            }
+        ).save_to_disk(folder)
+        write_json(folder / PREPARATION_FILE, preparation)

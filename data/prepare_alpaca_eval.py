@@ -1,0 +1,109 @@
+"""Turn AlpacaEval's instructions into the file that sampling reads.
+
+    python data/prepare_alpaca_eval.py
+
+downloads alpaca_eval.json from the hub (tatsu-lab/alpaca_eval) and writes its 805 instructions to
+utils/alpaca_eval_instructions.txt: for each a line `### BOI ### 1`, the text, a line
+`### EOI ###`. Without a connection, download the file elsewhere and name it with --input.
+
+AlpacaEval is licensed CC BY-NC 4.0 (no commercial use). Its licence forbids shipping the
+instructions with this project, so the file is made here, on the machine that uses it; do not pass
+it on under other terms.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import UsageError, run_cli, say  # noqa: E402
+from utils.prompts import write_instruction_file  # noqa: E402
+
+HUB_ID, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
+NUM_INSTRUCTIONS = 805
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        help='a JSON list of objects with "instruction" (default: alpaca_eval.json from the hub)',
+    )
+    parser.add_argument(
+        "--output",
+        default="utils/alpaca_eval_instructions.txt",
+        metavar="FILE",
+        help="the instruction file to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output that is there (default: refuse)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read AlpacaEval's instructions and write them as an instruction file."""
+    args = build_parser().parse_args(argv)
+    output = Path(args.output)
+    if output.exists() and not args.overwrite:
+        raise UsageError(f"--output {args.output!r} exists; replace it with --overwrite")
+    instructions = read_instructions(Path(args.input) if args.input else download())
+    if len(instructions) != NUM_INSTRUCTIONS:
+        say(
+            f"warning: AlpacaEval has {NUM_INSTRUCTIONS} instructions, this file has "
+            f"{len(instructions)}; scores will not compare with published ones"
+        )
+    write_instruction_file(output, instructions)
+    say(f"wrote {len(instructions)} instructions to {output}")
+    say("licence: CC BY-NC 4.0, not for commercial use and not to be shipped with this project")
+
+
+def download() -> Path:
+    """Path of AlpacaEval's file in the hub's cache, downloaded if it is not there.
+
+    Raises:
+        UsageError: the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(HUB_ID, HUB_FILE, repo_type="dataset"))
+    except OSError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"cannot download {HUB_FILE} of {HUB_ID} ({reason}); download it elsewhere from "
+            f"https://huggingface.co/datasets/{HUB_ID} and name it with --input"
+        ) from None
+
+
+def read_instructions(path: Path) -> list[str]:
+    """The instructions of a JSON list of objects, in order.
+
+    Raises:
+        UsageError: no such file, not such a list, or an instruction without text.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read --input {str(path)!r}: {error}") from None
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f"--input {str(path)!r} is not a JSON list of objects, or an empty one")
+    instructions = []
+    for number, row in enumerate(rows):
+        text = row.get("instruction") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise UsageError(
+                f"--input {str(path)!r}, object {number}: needs an 'instruction' that is a text"
+            )
+        instructions.append(text)
+    return instructions
+
+
+if __name__ == "__main__":
+    run_cli(main)

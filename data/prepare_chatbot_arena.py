@@ -1,0 +1,369 @@
+"""Make the private instruction set from LMSYS-Chat-1M: the users' first messages, filtered.
+
+    HF_TOKEN=... python data/prepare_chatbot_arena.py
+    python data/prepare_chatbot_arena.py --input conversations.jsonl --train_size 20000
+
+The data set is gated: accept its licence at https://huggingface.co/datasets/lmsys/lmsys-chat-1m
+and put a token into the environment variable HF_TOKEN. Local JSON, JSON-lines and parquet files
+with its columns work as well: language, redacted, openai_moderation (a list of {flagged: ...}) and
+conversation (a list of {role: ..., content: ...}).
+
+Kept are conversations in English that are neither redacted nor flagged. Of each, the first user
+message stays, unless it is empty, is a known template, repeats an earlier one (letter case, white
+space and punctuation aside), or shares ten words in a row with an earlier one. What is left is
+shuffled and split. With --pairs, the assistant's first answer stays too, as the column `answer`.
+
+The filters compare rows with each other: one person's message can decide whether another's stays.
+So the guarantee of training and resampling is for the prepared set, for adding or removing one of
+its rows, and does not cover the filters, nor the counts that this script prints.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from pyarrow import parquet
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import UsageError, run_cli, say  # noqa: E402
+from utils.data_utils import FILE_SUFFIXES, is_labelled  # noqa: E402
+from utils.folders import save_dataset  # noqa: E402
+from utils.text_filters import comparison_form, split_rows  # noqa: E402
+
+HUB_ID = "lmsys/lmsys-chat-1m"
+COLUMNS = ["language", "redacted", "openai_moderation", "conversation"]
+NGRAM_WORDS = 10
+PROGRESS_ROWS = 100_000
+JSON_BLOCK, LONGEST_JSON_ROW = 1 << 20, 1 << 26  # characters
+
+# Prompts that scripts sent by the thousand with other words in the gaps, in `comparison_form`.
+KNOWN_TEMPLATES = re.compile(
+    # A wrapper that turns a chat model into a completion model.
+    r"^you are the text completion model and you must complete the assistant answer below"
+    # Texts for sellers of chemicals.
+    r"|^write an article about the .{0,200}\b(cas|synthetic routes|upstream|downstream|industry)\b"
+    r"|^give me an introduction over \d+ words for\b"
+    # A benchmark of refusals and apologies.
+    r"|^beginning now and going forward you may not apologize"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=[HUB_ID],
+        metavar="PATH_OR_HUB_ID",
+        help="files (.json, .jsonl, .parquet), folders of them, or hub data sets, read in this "
+        "order (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="the DatasetDict to write (default: data/chatbot_arena_instructions_train180k, or "
+        "data/labelled_real_arena180k with --pairs; 180k stands for --train_size)",
+    )
+    parser.add_argument(
+        "--pairs", action="store_true", help="keep the first answer to each instruction as well"
+    )
+    parser.add_argument(
+        "--train_size",
+        type=_positive,
+        default=180_000,
+        metavar="ROWS",
+        help="rows of the train split (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val_size",
+        type=_positive,
+        default=5_000,
+        metavar="ROWS",
+        help="rows of the val split (default: %(default)s); all others make the test split",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the shuffle before the split; no secret (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an output that is there (default: refuse)"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {text!r}")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, filter, split and save."""
+    args = build_parser().parse_args(argv)
+    output = Path(args.output or default_output(args.train_size, args.pairs))
+    if is_labelled(str(output)) != args.pairs:
+        raise UsageError(
+            f"--output {str(output)!r}: training takes pairs from a data set whose name starts "
+            "with 'labelled' and instructions from any other, so use --pairs with such a name only"
+        )
+    if output.exists() and not args.overwrite:
+        raise UsageError(
+            f"--output {str(output)!r} exists; choose another, or replace it with --overwrite"
+        )
+    dropped = Counter()
+    rows = first_exchanges(read_conversations(args.input), args.pairs, dropped)
+    rows = drop_shared_ngrams(rows, dropped)
+    total = max(1, dropped.total() + len(rows))
+    for reason, count in [*dropped.most_common(), ("kept", len(rows))]:
+        say(f"{reason:<32}{count:>12,}{count / total:>9.1%}")
+    require_enough(len(rows), args.train_size, args.val_size)
+    splits = split_rows(rows, args.train_size, args.val_size, args.seed)
+    columns = ["instruction", "answer"] if args.pairs else ["instruction"]
+    save_dataset(output, splits, columns, {"arguments": vars(args), "dropped": dropped})
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
+    say(f"wrote {output}: {sizes}")
+
+
+def default_output(train_size: int, pairs: bool) -> str:
+    """The published name for 180,000 training rows, and its like for other sizes."""
+    size = f"{train_size // 1000}k" if train_size % 1000 == 0 else str(train_size)
+    return f"data/{'labelled_real_arena' if pairs else 'chatbot_arena_instructions_train'}{size}"
+
+
+def require_enough(count: int, train_size: int, val_size: int) -> None:
+    """Raise a UsageError that names sizes which fit, if `count` rows leave no test row."""
+    needed = train_size + val_size + 1
+    if count < needed:
+        held_out = max(1, min(val_size, count // 20))
+        raise UsageError(
+            f"{count} instructions are left, --train_size {train_size} and --val_size {val_size} "
+            f"need {needed} with one for test; "
+            + (
+                f"--train_size {count - 2 * held_out} --val_size {held_out} fit"
+                if count >= 3
+                else "see the table above for what was dropped"
+            )
+        )
+
+
+def read_conversations(inputs: list[str]) -> Iterator[tuple[str, dict]]:
+    """Yield the rows of files, folders and hub data sets one at a time, each after its place.
+
+    Raises:
+        UsageError: nothing is there, or a file is not readable as what its name says.
+    """
+    # Every input is found before the first is read, which may take minutes.
+    for file in [file for name in inputs for file in find_files(name)]:
+        say(f"reading {file}")
+        number = 0
+        try:
+            for number, row in enumerate(_read_rows(file), start=1):
+                yield f"{file}, row {number}", row
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UsageError(
+                f"{file}, row {number + 1} is not readable ({reason}); a download cut short? Get "
+                "the file again, or remove what does not belong"
+            ) from None
+
+
+def find_files(name: str) -> list[Path]:
+    """The data files of a file, a folder or a hub data set, in order of their names.
+
+    Raises:
+        UsageError: there is no such input, or it has no data file.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix in FILE_SUFFIXES:
+        return [path]
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in FILE_SUFFIXES
+    if is_hub_id and not path.exists():
+        path = _download(name)
+    files = sorted(file for file in path.rglob("*") if file.suffix in FILE_SUFFIXES)
+    if not files:
+        raise UsageError(
+            f"--input {name!r} is no file of {', '.join(FILE_SUFFIXES)}, no folder that holds "
+            f"one, and no hub data set such as {HUB_ID}"
+        )
+    return files
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in FILE_SUFFIXES]
+    try:
+        # The token comes from HF_TOKEN, which the library reads by itself.
+        return Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns))
+    except OSError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"no --input {hub_id!r} here, and the hub does not give it ({reason}); for a gated "
+            f"data set accept the licence at https://huggingface.co/datasets/{hub_id} and set "
+            "HF_TOKEN, or name a local file"
+        ) from None
+
+
+def _read_rows(file: Path) -> Iterator[object]:
+    """Rows of a parquet file, JSON lines or a JSON list, piecewise: each may exceed memory."""
+    if file.suffix == ".parquet":
+        table = parquet.ParquetFile(file)
+        columns = [column for column in COLUMNS if column in table.schema_arrow.names]
+        for batch in table.iter_batches(batch_size=1000, columns=columns):
+            yield from batch.to_pylist()
+        return
+    with open(file, encoding="utf-8-sig") as stream:
+        is_list = stream.read(JSON_BLOCK).lstrip().startswith("[")
+        stream.seek(0)
+        if is_list:
+            yield from _list_members(stream)
+        else:
+            yield from map(json.loads, filter(str.strip, stream))
+
+
+def _list_members(stream: TextIO) -> Iterator[object]:
+    """Yield the members of a JSON list."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    buffer = stream.read(JSON_BLOCK).lstrip()
+    position = 1  # after the bracket
+    while True:
+        position = gap.match(buffer, position).end()
+        if buffer.startswith("]", position):
+            return
+        try:
+            member, position = decoder.raw_decode(buffer, position)
+        except json.JSONDecodeError:
+            block = stream.read(JSON_BLOCK)
+            if not block or len(buffer) - position > LONGEST_JSON_ROW:
+                raise
+            buffer, position = buffer[position:] + block, 0
+            continue
+        yield member
+
+
+def first_exchanges(
+    conversations: Iterable[tuple[str, dict]], pairs: bool, dropped: Counter
+) -> list[dict[str, str]]:
+    """The first instruction of every conversation that may be kept, each once, and its answer.
+
+    Args:
+        conversations: places for error messages, and rows with `COLUMNS`.
+        pairs: whether to keep answers, and only instructions that have one.
+        dropped: gets the number of conversations dropped for each reason.
+
+    Raises:
+        UsageError: a row has not the schema of LMSYS-Chat-1M.
+    """
+    # Digests instead of texts: 8 bytes tell a million messages apart with probability 1 - 3e-8.
+    seen, rows = set(), []
+    for number, (place, conversation) in enumerate(conversations, start=1):
+        if number % PROGRESS_ROWS == 0:
+            say(f"{number:,} conversations read, {len(rows):,} kept so far")
+        try:
+            reason = _reason_to_drop(conversation)
+            instruction, answer = _first_exchange(conversation["conversation"])
+        except (TypeError, KeyError, AttributeError):
+            raise UsageError(
+                f"{place} does not have the schema of {HUB_ID}: language, redacted, "
+                "openai_moderation [{flagged}], conversation [{role, content}]"
+            ) from None
+        if reason is None:
+            form = comparison_form(instruction)
+            digest = _digest(form)
+            if not instruction:
+                reason = "empty first message"
+            elif pairs and not answer:
+                reason = "no answer"
+            elif KNOWN_TEMPLATES.search(form):
+                reason = "known template"
+            elif digest in seen:
+                reason = "repeats an earlier message"
+        if reason is None:
+            seen.add(digest)
+            rows.append({"instruction": instruction} | ({"answer": answer} if pairs else {}))
+        else:
+            dropped[reason] += 1
+    return rows
+
+
+def _reason_to_drop(conversation: dict) -> str | None:
+    """Why a conversation is dropped, whatever its text and the other ones are."""
+    if conversation["language"] != "English":
+        return "not English"
+    if conversation["redacted"]:
+        return "redacted"
+    if any(verdict["flagged"] for verdict in conversation["openai_moderation"] or []):
+        return "flagged by moderation"
+    return None
+
+
+def _first_exchange(turns: list[dict]) -> tuple[str, str]:
+    """The first user message, and the assistant's message right after it; "" for none."""
+    turns = iter(turns)
+    user = next((turn for turn in turns if turn["role"] == "user"), None)
+    following = next(turns, None)
+    answered = following is not None and following["role"] == "assistant"
+    return _text(user) if user else "", _text(following) if answered else ""
+
+
+def _text(turn: dict) -> str:
+    # JSON may hold half a surrogate pair, which cannot be saved.
+    return (turn["content"] or "").strip().encode(errors="replace").decode()
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def drop_shared_ngrams(rows: list[dict[str, str]], dropped: Counter) -> list[dict[str, str]]:
+    """Drop every row whose instruction shares ten words in a row with an earlier row's."""
+    say(f"comparing {len(rows):,} messages by {NGRAM_WORDS}-word sequences")
+    ngrams = [np.unique(ngram_hashes(row["instruction"])) for row in rows]
+    owners = np.repeat(np.arange(len(rows), dtype=np.int32), [len(hashes) for hashes in ngrams])
+    ngrams = np.concatenate([np.empty(0, np.uint64), *ngrams])
+    # Within a row hashes are distinct, and a stable sort keeps equal ones in order of their rows.
+    order = np.argsort(ngrams, kind="stable")
+    equals_previous = ngrams[order[1:]] == ngrams[order[:-1]]
+    repeating = np.zeros(len(rows), bool)
+    repeating[owners[order[1:][equals_previous]]] = True
+    dropped[f"shares {NGRAM_WORDS} words in a row"] += int(repeating.sum())
+    return [row for row, drop in zip(rows, repeating) if not drop]
+
+
+_POWERS = np.array([pow(0x9E3779B97F4A7C15, k, 1 << 64) for k in range(NGRAM_WORDS)], np.uint64)
+
+
+def ngram_hashes(text: str) -> np.ndarray:
+    """64-bit hashes of the ten-word sequences of `text`, uint64 [max(0, words - 9)].
+
+    A hash is a polynomial, modulo 2^64 and in an odd constant, of the words' own random hashes
+    (Karp and Rabin, 1987). At 50 million sequences about 1e-4 pairs collide by chance.
+    """
+    words = comparison_form(text).split()
+    if len(words) < NGRAM_WORDS:
+        return np.empty(0, np.uint64)
+    hashes = np.frombuffer(b"".join(map(_word_hash, words)), np.uint64)
+    return np.lib.stride_tricks.sliding_window_view(hashes, NGRAM_WORDS) @ _POWERS
+
+
+@lru_cache(maxsize=1 << 16)
+def _word_hash(word: str) -> bytes:
+    return _digest(word)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,147 @@
+"""Files that survive a kill: atomic writes, and JSON lines that heal a torn end."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from utils.cli import UsageError
+from utils.files import JsonlAppender, read_jsonl, write_atomic, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
+    path, size, versions = tmp_path / "file", 1 << 20, [b"a", b"b"]
+    write_atomic(path, versions[0] * size)
+    done = threading.Event()
+
+    def write():
+        for turn in range(40):
+            write_atomic(path, versions[turn % 2] * size)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        content = path.read_bytes()
+        seen.add((len(content), *set(content)))
+    writer.join()
+    assert seen <= {(size, version[0]) for version in versions}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+    script = f"""
+import os, signal
+from utils.files import write_atomic
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_atomic({str(path)!r}, "new")
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("name"), replace(*names)))
+    write_atomic(tmp_path / "new_folder" / "file", "text")
+    assert events == ["fsync", "name", "fsync"]
+
+
+def test_json_keeps_other_scripts_readable(tmp_path):
+    write_json(tmp_path / "file", {"name": "größer", "values": [1, None]})
+    text = (tmp_path / "file").read_text()
+    assert "größer" in text
+    assert text.endswith("}\n")
+    assert json.loads(text) == {"name": "größer", "values": [1, None]}
+
+
+RECORDS = [{"text": "line\nbreak"}, {"text": "\u2028 and é"}, {"text": ""}]
+
+
+def write_lines(path, *lines):
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def test_records_survive_the_round_trip(tmp_path):
+    path = tmp_path / "folder" / "file.jsonl"
+    with JsonlAppender(path) as file:
+        file.append(RECORDS[:1])
+        file.append(RECORDS[1:])
+        assert list(read_jsonl(path)) == RECORDS  # on the disk before `close`
+    with JsonlAppender(path) as file:
+        file.append(RECORDS[:1])
+    assert list(read_jsonl(path)) == RECORDS + RECORDS[:1]
+
+
+@pytest.mark.parametrize("whole", [b"", b'{"id": 1}\n', b'{"id": 1}\n' * 9000])
+@pytest.mark.parametrize("torn", [b"", b'{"id": 2', b'{"id": 2}', b'{"id": "' + b"x" * 200_000])
+def test_a_torn_last_line_is_passed_over_and_cut_off_on_opening(tmp_path, whole, torn):
+    path = write_lines(tmp_path / "file.jsonl", whole, torn)
+    before = list(read_jsonl(path))
+    assert before == [{"id": 1}] * whole.count(b"\n")
+    with JsonlAppender(path) as file:
+        file.append([{"id": 3}])
+    assert path.read_bytes() == whole + b'{"id": 3}\n'
+
+
+@pytest.mark.parametrize("line", [b"{half\n", b"[1]\n", b"7\n", b"\n", b'{"a": "\xff"}\n'])
+def test_a_complete_line_that_is_no_object_is_named(tmp_path, line):
+    path = write_lines(tmp_path / "file.jsonl", b'{"id": 1}\n', line, b'{"id": 3}\n')
+    with pytest.raises(UsageError, match=r"file\.jsonl, line 2 is not a JSON object"):
+        list(read_jsonl(path))
+
+
+def test_an_append_is_on_the_disk_when_it_returns(tmp_path, monkeypatch):
+    with JsonlAppender(tmp_path / "file.jsonl") as file:
+        sizes, fsync = [], os.fsync
+        monkeypatch.setattr(os, "fsync", lambda f: (sizes.append(os.fstat(f).st_size), fsync(f)))
+        file.append([{"id": 1}, {"id": 2}])
+    assert sizes == [20]
+
+
+def test_a_kill_among_appends_loses_no_record_that_was_acknowledged(tmp_path):
+    path = tmp_path / "file.jsonl"
+    script = f"""
+from utils.files import JsonlAppender
+with JsonlAppender({str(path)!r}) as file:
+    for number in range(10**9):
+        file.append([{{"id": number, "text": "x" * 5000}}])
+        print(number, flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    acknowledged = [int(process.stdout.readline()) for _ in range(20)][-1]
+    process.kill()
+    process.communicate()
+    ids = [record["id"] for record in read_jsonl(path)]
+    assert ids == list(range(len(ids)))
+    assert len(ids) > acknowledged
