@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The whole pipeline on a real model and real instructions, on a machine with Python 3.11+ and git:
+# SmolLM2-135M learns to write instructions like a private data set's, with differential privacy.
+#
+#     ./quickstart.sh
+#
+# Interrupted, it goes on where it was; finished, it shows its summary again.
+set -euo pipefail
+cd "$(dirname "$0")"
+. utils/venv.sh
+use_venv requirements.txt
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
+
+say "1/6  base model and private data"
+python data/prepare_quickstart.py
+
+base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 8"
+private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lr 1e-3 --resume auto"
+
+say "2/6  Type A: learn to write instructions, with differential privacy"
+bash -c "$(python generate_train_command.py --dataset_name quickstart_instructions \
+    --job_sess quickstart_instructions --prompt_style uncond_generation $base $private \
+    --total_bs 128 --num_epochs 0.6)"
+
+say "3/6  Type B: sample synthetic instructions"
+bash -c "$(python generate_inference_command.py --instruction_file utils/syn_instruct.txt \
+    --num_samples 64 --adapter_path outputs/quickstart_instructions/adapter \
+    --job_sess quickstart_instructions --prompt_style uncond_generation $base --top_p 0.95)"
+
+say "4/6  Type C: learn to answer, with differential privacy"
+bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart \
+    --job_sess quickstart_answers --prompt_style vicuna $base $private \
+    --total_bs 64 --num_epochs 0.15)"
+
+say "5/6  Type D: answer held-out questions"
+bash -c "$(python generate_inference_command.py --instruction_file data/quickstart_questions.txt \
+    --adapter_path outputs/quickstart_answers/adapter \
+    --job_sess quickstart_answers --prompt_style vicuna $base --top_p 0.95)"
+
+say "6/6  summary"
+python -m evaluation.summary --run outputs/quickstart_instructions \
+    --samples inference_outputs/quickstart_instructions
+echo
+python -m evaluation.summary --run outputs/quickstart_answers \
+    --samples inference_outputs/quickstart_answers --num_shown 3

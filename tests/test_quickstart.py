@@ -1,0 +1,37 @@
+"""The quick start, as a newcomer runs it: from a fresh clone, on the real model."""
+
+import json
+import subprocess
+
+import pytest
+
+from tests.training import ROOT
+from utils.files import read_jsonl
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_quick_start_runs_from_a_fresh_clone(tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    done = subprocess.run(["./quickstart.sh"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+
+    for job in ("quickstart_instructions", "quickstart_answers"):
+        run = clone / "outputs" / job
+        report = json.loads((run / "privacy_report.json").read_text())
+        assert report["guarantee"] is True
+        assert 7.5 < report["epsilon"]["upper"] <= 8
+        records = read_jsonl(run / "private" / "metrics.jsonl")
+        losses = [record["validation_loss"] for record in records if "validation_loss" in record]
+        assert losses[-1] < losses[0] - 0.05
+    for job, count in {"quickstart_instructions": 64, "quickstart_answers": 16}.items():
+        samples = list(read_jsonl(clone / "inference_outputs" / job / "shard-0.jsonl"))
+        assert sorted(sample["id"] for sample in samples) == list(range(count))
+    assert "epsilon" in done.stdout
+    assert done.stdout.count("\n  [") == 10 + 3
+
+    again = subprocess.run(["./quickstart.sh"], cwd=clone, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
