@@ -1,0 +1,339 @@
+"""Ask GPT-3.5-Turbo, or any OpenAI-compatible server, to answer instructions.
+
+    export OPENAI_API_KEY=...
+    python -m query_gpt35_for_annotation.annotate --instructions inference_outputs/mine \\
+        --output annotations/mine --dry_run      # tokens and money; nothing is sent
+    python -m query_gpt35_for_annotation.annotate --instructions inference_outputs/mine \\
+        --output annotations/mine --max_cost 20
+
+Every answer is on the disk (DIR/answers.jsonl) as soon as it is here. After Ctrl-C, a crash or a
+stop at --max_cost, the same command goes on where it stopped and pays for nothing twice.
+
+A local annotator needs no key:
+    vllm serve MODEL            or: transformers serve MODEL --device cpu
+    python -m query_gpt35_for_annotation.annotate --base_url http://localhost:8000/v1 \\
+        --model MODEL --instructions inference_outputs/mine --output annotations/mine_local
+"""
+
+import argparse
+import asyncio
+import math
+import signal
+import sys
+from collections import Counter
+
+from tqdm import tqdm
+
+from query_gpt35_for_annotation.budget import RateBudget
+from query_gpt35_for_annotation.client import ANSWERED, FAILED, Client, StopRun
+from query_gpt35_for_annotation.cost import (
+    Price,
+    Spending,
+    add_price_arguments,
+    estimate,
+    price_from_arguments,
+)
+from query_gpt35_for_annotation.job import (
+    UNANSWERED,
+    Job,
+    add_job_arguments,
+    answers_file,
+    check_folder,
+    claim_folder,
+    exclusive,
+    instruction_id,
+    job_from_arguments,
+    number_within,
+    pending_instructions,
+    read_records,
+)
+from utils.arguments import make_parser, natural_int, positive_int
+from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
+from utils.files import JsonlAppender
+
+# So many refusals (400) without an answer between them show that no request of this form is
+# welcome: before the first answer, and after it.
+_REFUSED_FIRST, _REFUSED_LATER = 10, 100
+_REFUSES_ALL = "the server refuses every request: "
+# So many instructions in a row, or one a worker, that run out of retries are an outage.
+_OUTAGE = 5
+INTERRUPTED = "interrupted"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `annotate`."""
+    parser = make_parser(__doc__)
+    add_job_arguments(parser)
+    add_price_arguments(parser)
+    add = parser.add_argument
+    add("--dry_run", action="store_true", help="estimate tokens and money and send nothing")
+    add(
+        "--max_cost",
+        type=number_within(0, math.inf),
+        metavar="USD",
+        help="US dollars that the whole folder may cost, earlier runs included; the worst case of "
+        "requests in flight counts",
+    )
+    add(
+        "--concurrency",
+        type=positive_int,
+        default=32,
+        metavar="N",
+        help="requests in flight at once, at most",
+    )
+    add(
+        "--requests_per_minute",
+        type=number_within(1, math.inf),
+        metavar="N",
+        help="your account's request limit; the server's x-ratelimit headers may lower it",
+    )
+    add(
+        "--tokens_per_minute",
+        type=number_within(1, math.inf),
+        metavar="N",
+        help="your account's limit of prompt and answer tokens; likewise",
+    )
+    add(
+        "--timeout",
+        type=number_within(0.1, 3600),
+        default=300,
+        metavar="SECONDS",
+        help="time for one whole answer; one that comes later is paid for and lost",
+    )
+    add(
+        "--max_retries",
+        type=natural_int,
+        default=10,
+        metavar="N",
+        help="retries an instruction after timeouts, 5xx and dropped connections, with pauses "
+        "from 0.5 to 60 s: 10 last about 5 minutes",
+    )
+    add(
+        "--patience",
+        type=number_within(1, math.inf),
+        default=1800,
+        metavar="SECONDS",
+        help="stop when no answer came for so long, or the server asks to wait for longer",
+    )
+    return parser
+
+
+class Recorder:
+    """Puts records on the disk before their workers go on, many with one sync."""
+
+    def __init__(self, file: JsonlAppender):
+        self._file = file
+        self._waiting: list[dict] = []
+        self._turn = asyncio.Lock()
+        self._error: OSError | None = None
+
+    async def keep(self, record: dict) -> None:
+        """Return when `record` is on the disk.
+
+        Raises:
+            StopRun: the disk takes no more; from then on nothing follows the torn line.
+        """
+        self._waiting.append(record)
+        async with self._turn:
+            batch, self._waiting = self._waiting, []
+            try:
+                if batch and not self._error:
+                    await asyncio.to_thread(self._file.append, batch)
+            except OSError as error:
+                self._error = error
+            if self._error:
+                raise StopRun(f"answers cannot be written: {self._error}")
+
+
+class Run:
+    """Workers that share one client, one list of instructions and one file.
+
+    Args:
+        client: asks.
+        recorder: keeps what it brings.
+        pending: the instructions to ask.
+        unmetered: `unmetered_attempts` on record by instruction id.
+        concurrency: workers, at most.
+        spending: for the bar.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        recorder: Recorder,
+        pending: list[str],
+        unmetered: dict[str, int],
+        concurrency: int,
+        spending: Spending,
+    ):
+        self._client = client
+        self._recorder = recorder
+        self._pending = iter(pending)
+        self._unmetered = unmetered
+        self._concurrency = min(concurrency, len(pending))
+        self._spending = spending
+        self._refused: list[dict] = []
+        self._unanswered_in_a_row = 0
+        self.outcomes = Counter()
+
+    async def finish(self, bar: tqdm) -> None:
+        """Ask everything, or until the client stops."""
+        workers = [self._work(bar) for _ in range(self._concurrency)]
+        # One worker's defect must not cost the others the answers that are on their way.
+        for error in await asyncio.gather(*workers, return_exceptions=True):
+            if isinstance(error, BaseException):
+                raise error
+        unexplained = [each for each in self._refused if not each["blames_instruction"]]
+        if unexplained and not self._client.proven:
+            self._client.stop(_REFUSES_ALL + unexplained[0]["error"])
+        await self._release(UNANSWERED if self._client.stop_reason else FAILED)
+
+    async def _work(self, bar: tqdm) -> None:
+        try:
+            for instruction in self._pending:
+                known = self._unmetered.get(instruction_id(instruction), 0)
+                record = await self._client.ask(instruction, known)
+                if record:
+                    await self._settle(record)
+                    bar.update(record["status"] != UNANSWERED)
+                    bar.set_postfix_str(self._spending.summary(), refresh=False)
+                if self._client.stop_reason:
+                    return
+        except StopRun as reason:
+            self._client.stop(str(reason))
+        except BaseException as error:
+            self._client.stop(f"a defect: {type(error).__name__}")
+            raise
+
+    async def _settle(self, record: dict) -> None:
+        """Keep the record; a refusal only once the server has shown that it answers others."""
+        proven = self._client.proven
+        if record["status"] == FAILED and not (proven and record["blames_instruction"]):
+            self._refused.append(record)
+            if len(self._refused) >= (_REFUSED_LATER if proven else _REFUSED_FIRST):
+                self._client.stop(_REFUSES_ALL + record["error"])
+            return
+        await self._keep(record)
+        if record["status"] in ANSWERED:
+            self._unanswered_in_a_row = 0
+            await self._release(FAILED)
+        elif record["status"] == UNANSWERED:
+            self._unanswered_in_a_row += 1
+            if self._unanswered_in_a_row >= max(self._concurrency, _OUTAGE):
+                self._client.stop(
+                    f"{self._unanswered_in_a_row} instructions in a row ran out of --max_retries: "
+                    f"{record['error']}"
+                )
+
+    async def _release(self, status: str) -> None:
+        """Keep the refusals that were held back, as `status`."""
+        refused, self._refused = self._refused, []
+        await asyncio.gather(*(self._keep(record | {"status": status}) for record in refused))
+
+    async def _keep(self, record: dict) -> None:
+        await self._recorder.keep(record)
+        self.outcomes[record["status"]] += 1
+
+
+async def annotate(run: Run, client: Client, bar: tqdm) -> None:
+    """Run to the end, to a stop, or to a Ctrl-C; a second Ctrl-C does not wait for answers."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        if client.stop_reason:
+            task.cancel()
+        else:
+            client.stop(INTERRUPTED)
+            say(
+                "\nstopping when the answers in flight, which cost money, are here; Ctrl-C again "
+                "to leave them"
+            )
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        await run.finish(bar)
+    finally:
+        await client.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Annotate from the command line."""
+    args = build_parser().parse_args(argv)
+    job = job_from_arguments(args)
+    price, about_price = price_from_arguments(args)
+    say(about_price)
+    if args.max_cost is not None and price is None:
+        raise UsageError(f"--max_cost {args.max_cost:g} needs a price: {about_price}")
+    if args.max_cost is not None and job.max_answer_tokens is None:
+        raise UsageError(
+            f"--max_cost {args.max_cost:g} needs a bound on answers; do not name max_tokens in "
+            "--drop_parameters"
+        )
+    if args.dry_run:
+        print_estimate(job, price, args.limit)
+        return EXIT_OK
+    with exclusive(job.folder):
+        return run_job(job, price, args)
+
+
+def print_estimate(job: Job, price: Price | None, limit: int | None) -> None:
+    """The product of --dry_run, on stdout."""
+    records = read_records(job.folder)
+    check_folder(job, records)
+    lengths = [
+        record["usage"]["completion_tokens"] for record in records.values() if record["usage"]
+    ]
+    for line in estimate(pending_instructions(job, records, limit), job, price, lengths):
+        print(line)
+
+
+def run_job(job: Job, price: Price | None, args: argparse.Namespace) -> int:
+    """Ask what the folder lacks and return the exit code."""
+    records = claim_folder(job)
+    pending = pending_instructions(job, records, args.limit)
+    if not pending:
+        say(f"nothing left to ask; the answers are in {answers_file(job.folder)}")
+        return EXIT_OK
+    spending = Spending(job, price, args.max_cost, list(records.values()))
+    unmetered = {key: record["unmetered_attempts"] for key, record in records.items()}
+    proven = any(record["status"] in ANSWERED for record in records.values())
+    del records
+    total = len(job.instructions[: args.limit])
+    done = total - len(pending)
+    # A log file of a night should not hold a line for every tenth of a second.
+    interval = 0.1 if sys.stderr.isatty() else 30
+    with (
+        JsonlAppender(answers_file(job.folder)) as file,
+        tqdm(total=total, initial=done, unit="answer", mininterval=interval) as bar,
+    ):
+        recorder = Recorder(file)
+        client = Client(
+            job,
+            RateBudget(args.requests_per_minute, args.tokens_per_minute),
+            spending,
+            recorder.keep,
+            args.timeout,
+            args.max_retries,
+            args.patience,
+            proven,
+        )
+        run = Run(client, recorder, pending, unmetered, args.concurrency, spending)
+        try:
+            asyncio.run(annotate(run, client, bar))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+    done += run.outcomes.total() - run.outcomes[UNANSWERED]
+    counts = ", ".join(f"{number:,} {status}" for status, number in run.outcomes.most_common())
+    say(f"this run: {counts or 'nothing new'}; {spending.summary()} for the folder so far")
+    say(f"{done:,} of {total:,} done, in {answers_file(job.folder)}")
+    if client.stop_reason:
+        say(f"stopped early: {client.stop_reason}")
+    elif done == total:
+        return EXIT_OK
+    say("the same command goes on from here and pays for nothing twice")
+    return EXIT_INTERRUPTED if client.stop_reason == INTERRUPTED else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    run_cli(main)

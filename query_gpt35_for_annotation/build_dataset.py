@@ -1,0 +1,115 @@
+"""Turn answers into a data set that training takes: columns `instruction` and `answer`.
+
+    python -m query_gpt35_for_annotation.build_dataset --answers annotations/synthetic \\
+        --output data/labelled_synthetic
+    python generate_train_command.py --dataset_name labelled_synthetic --prompt_style vicuna ...
+
+The split depends on the seed and the instructions only, not on the order in which answers came.
+Truncated, refused, empty and failed answers are left out and counted.
+"""
+
+import argparse
+import hashlib
+import math
+from collections import Counter
+from pathlib import Path
+
+from query_gpt35_for_annotation.client import OK
+from query_gpt35_for_annotation.job import answers_file, read_records
+from utils.arguments import make_parser, positive_float
+from utils.cli import UsageError, run_cli, say
+from utils.data_utils import is_labelled
+from utils.folders import save_dataset
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `build_dataset`."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--answers",
+        required=True,
+        metavar="DIR",
+        help="the folder that annotate or read_batch wrote",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="data/labelled_NAME",
+        help="folder to write, which must not exist; training takes pairs from a data set whose "
+        "name starts with 'labelled'",
+    )
+    for split in ("val", "test"):
+        add(
+            f"--{split}_size",
+            type=_split_size,
+            default=0.05,
+            metavar="N",
+            help=f"pairs in the {split} split: a number, or a share below 1, rounded up",
+        )
+    add("--seed", type=int, default=0, help="another one gives another split")
+    return parser
+
+
+def split_pairs(records: list[dict], val_size: int, test_size: int, seed: int) -> dict:
+    """Split records by the rank of a keyed hash of their ids.
+
+    Returns:
+        Records by split.
+    """
+
+    def rank(record: dict) -> bytes:
+        return hashlib.sha256(f"{seed}:{record['id']}".encode()).digest()
+
+    ranked = sorted(records, key=rank)
+    held_out = val_size + test_size
+    return {
+        "train": ranked[held_out:],
+        "val": ranked[:val_size],
+        "test": ranked[val_size:held_out],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Build the data set from the command line."""
+    args = build_parser().parse_args(argv)
+    folder, output = Path(args.answers), Path(args.output)
+    if not is_labelled(args.output):
+        raise UsageError(
+            f"--output {args.output!r} must have a name that starts with 'labelled', such as "
+            f"{str(output.with_name('labelled_' + output.name))!r}; training tells pairs by it"
+        )
+    if output.exists():
+        raise UsageError(f"--output {args.output!r} exists; name another, or remove it first")
+    if not answers_file(folder).exists():
+        raise UsageError(f"--answers {args.answers!r} has no answers.jsonl; annotate writes it")
+    records = read_records(folder).values()
+    pairs = [record for record in records if record["status"] == OK]
+    sizes = [
+        math.ceil(size * len(pairs)) if size < 1 else int(size)
+        for size in (args.val_size, args.test_size)
+    ]
+    outcomes = Counter(record["status"] for record in records if record["status"] != OK)
+    left_out = ", ".join(f"{number:,} {status}" for status, number in sorted(outcomes.items()))
+    say(f"left out of {len(records):,} instructions: {left_out or 'none'}")
+    if sum(sizes) >= len(pairs):
+        raise UsageError(
+            f"--val_size and --test_size take {sum(sizes):,} of {len(pairs):,} usable answers, "
+            "which leaves none to train on"
+        )
+    splits = split_pairs(pairs, *sizes, args.seed)
+    preparation = {"answers": str(folder), "seed": args.seed, "left_out": outcomes}
+    save_dataset(output, splits, ["instruction", "answer"], preparation)
+    rows = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
+    say(f"wrote {output}: {rows}")
+
+
+def _split_size(text: str) -> float:
+    size = positive_float(text)
+    if size >= 1 and size != int(size):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a share below 1")
+    return size
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,269 @@
+"""One annotation job: what is asked of which model, and the folder that keeps every paid answer.
+
+A folder holds `manifest.json` (model, decoding, server), `answers.jsonl` (see
+`client.answer_record`; the last record of an instruction counts) and, for the vendor's batch mode,
+`batch/`.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from query_gpt35_for_annotation.inputs import FORMATS, read_instructions
+from utils.arguments import positive_int
+from utils.cli import UsageError, say
+from utils.files import read_jsonl, write_json
+
+VENDOR_URL = "https://api.openai.com/v1"
+MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens")
+DROPPABLE = ("temperature", "top_p", "max_tokens")
+# A record with this status has no outcome yet: the next run asks again.
+UNANSWERED = "unanswered"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked: one chat request an instruction, all with the same decoding.
+
+    Attributes:
+        decoding: the request's parameters besides model and messages.
+        instructions: distinct and not blank, in the order of the file.
+    """
+
+    folder: Path
+    model: str
+    base_url: str
+    decoding: dict
+    instructions: list[str]
+
+    def body(self, instruction: str) -> dict:
+        """The JSON body of the chat request for `instruction`."""
+        messages = [{"role": "user", "content": instruction}]
+        return {"model": self.model, "messages": messages, **self.decoding}
+
+    @property
+    def max_answer_tokens(self) -> int | None:
+        """The bound on an answer's tokens, None where that parameter was dropped."""
+        return next(
+            (self.decoding[name] for name in MAX_TOKENS_NAMES if name in self.decoding), None
+        )
+
+    def manifest(self) -> dict:
+        """Who is asked, and how: the folder's manifest.json."""
+        return {"model": self.model, "base_url": self.base_url, "decoding": self.decoding}
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that `job_from_arguments` reads."""
+    add = parser.add_argument
+    add(
+        "--instructions",
+        required=True,
+        metavar="PATH",
+        help=f"what to annotate: {FORMATS}. Exact duplicates are asked once",
+    )
+    add("--split", help="the split to read where --instructions is a saved DatasetDict")
+    add(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder for the answers; give the same one again to go on after a stop",
+    )
+    add("--model", default="gpt-3.5-turbo", help="model name as the server knows it")
+    add("--base_url", default=VENDOR_URL, help="OpenAI-compatible server, with its /v1")
+    add("--temperature", type=number_within(0, 2), default=0.7, help="of sampling, 0 to 2")
+    add("--top_p", type=number_within(0, 1), default=0.95, help="nucleus probability, 0 to 1")
+    add("--max_tokens", type=positive_int, default=1024, help="longest answer in tokens")
+    add(
+        "--max_tokens_parameter",
+        choices=MAX_TOKENS_NAMES,
+        default=MAX_TOKENS_NAMES[0],
+        help="the name under which --max_tokens is sent; newer models refuse the first",
+    )
+    add(
+        "--drop_parameters",
+        type=_drop_list,
+        default=[],
+        metavar="NAME,...",
+        help=f"parameters not to send, for a model that refuses them: {', '.join(DROPPABLE)}",
+    )
+    add(
+        "--limit",
+        type=positive_int,
+        metavar="N",
+        help="ask only the first N instructions; raise it later and the rest follows",
+    )
+
+
+def job_from_arguments(args: argparse.Namespace) -> Job:
+    """Read the instructions and settle what is asked.
+
+    Raises:
+        UsageError: unreadable instructions, or a secret in `--base_url`.
+    """
+    address = urlsplit(args.base_url)
+    if address.username or address.password or address.query:
+        raise UsageError(
+            "--base_url may hold no user name, password or query, since it is written to the "
+            "manifest; the key goes into the environment variable OPENAI_API_KEY"
+        )
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise UsageError(f"--base_url {args.base_url!r} must look like http://localhost:8000/v1")
+    decoding = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        args.max_tokens_parameter: args.max_tokens,
+    }
+    for name in args.drop_parameters:
+        del decoding[args.max_tokens_parameter if name == "max_tokens" else name]
+    texts = read_instructions(args.instructions, args.split)
+    distinct = list(dict.fromkeys(text for text in texts if text.strip()))
+    blank = sum(not text.strip() for text in texts)
+    say(
+        f"{len(texts):,} instructions: {len(distinct):,} distinct, "
+        f"{len(texts) - blank - len(distinct):,} duplicates asked once, {blank:,} blank left out"
+    )
+    if not distinct:
+        raise UsageError(f"--instructions {args.instructions!r} holds blank instructions only")
+    return Job(Path(args.output), args.model, args.base_url.rstrip("/"), decoding, distinct)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process: two would pay for the same answers.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"--output {str(folder)!r} is in use by another process; wait for it, or name "
+                "another folder"
+            ) from None
+        yield
+
+
+def check_folder(job: Job, records: dict[str, dict]) -> None:
+    """Refuse a folder that holds answers to other instructions, or that were asked otherwise.
+
+    Instructions may be added and the server may move, so that what was paid for stays of use.
+
+    Args:
+        records: those of `job.folder`.
+
+    Raises:
+        UsageError: names each setting that differs, or counts the other instructions.
+    """
+    where = f"--output {str(job.folder)!r}"
+    others = records.keys() - set(map(instruction_id, job.instructions))
+    if others:
+        raise UsageError(
+            f"{where} holds records of {len(others):,} instructions that are not in "
+            "--instructions; name another folder"
+        )
+    if not any(is_done(record) for record in records.values()):
+        return
+    path = job.folder / "manifest.json"
+    if not path.exists():
+        raise UsageError(f"{where} has answers but no manifest.json; name another folder")
+    old, new = json.loads(path.read_text(encoding="utf-8")), job.manifest()
+    if old["base_url"] != job.base_url:
+        say(f"warning: earlier answers came from --base_url {old['base_url']}")
+    old, new = ({"model": each["model"]} | each["decoding"] for each in (old, new))
+    differences = [
+        f"{name} was {json.dumps(old.get(name))} and is now {json.dumps(new.get(name))}"
+        for name in old | new
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise UsageError(
+            f"{where} holds answers to another job: {'; '.join(differences)}. Name another "
+            "folder, or give the old settings"
+        )
+
+
+def claim_folder(job: Job) -> dict[str, dict]:
+    """Check the folder and write its manifest.
+
+    Returns:
+        Its records, see `read_records`.
+
+    Raises:
+        UsageError: see `check_folder`; or a batch waits for its results, and what it may answer
+            would be paid for twice.
+    """
+    records = read_records(job.folder)
+    check_folder(job, records)
+    for path in waiting_batches(job.folder):
+        raise UsageError(
+            f"{str(path)!r} waits for its results; merge them with "
+            "python -m query_gpt35_for_annotation.read_batch, or delete the file if it was never "
+            "submitted"
+        )
+    write_json(job.folder / "manifest.json", job.manifest())
+    return records
+
+
+def answers_file(folder: Path) -> Path:
+    """Where the records of `folder` are."""
+    return folder / "answers.jsonl"
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    """The last record of each instruction in `folder`, by id; none where the folder is new."""
+    if not answers_file(folder).exists():
+        return {}
+    return {record["id"]: record for record in read_jsonl(answers_file(folder))}
+
+
+def is_done(record: dict) -> bool:
+    """Whether the record is an outcome, after which nothing is asked again."""
+    return record["status"] != UNANSWERED
+
+
+def pending_instructions(job: Job, records: dict[str, dict], limit: int | None) -> list[str]:
+    """The job's first `limit` instructions, without those that have an outcome."""
+    done = {key for key, record in records.items() if is_done(record)}
+    return [text for text in job.instructions[:limit] if instruction_id(text) not in done]
+
+
+def waiting_batches(folder: Path) -> list[Path]:
+    """Batch request files whose results have not been read."""
+    return sorted((folder / "batch").glob("requests-*.jsonl"))
+
+
+def instruction_id(text: str) -> str:
+    """The key of an instruction: its SHA-256, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def number_within(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, found {text}")
+        return value
+
+    return number
+
+
+def _drop_list(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in DROPPABLE:
+            raise argparse.ArgumentTypeError(f"knows {', '.join(DROPPABLE)} and not {name!r}")
+    return list(dict.fromkeys(names))

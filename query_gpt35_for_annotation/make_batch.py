@@ -1,0 +1,93 @@
+"""Write instructions as request files for batch mode: half the price, answers within a day.
+
+    python -m query_gpt35_for_annotation.make_batch --instructions data/synthetic.json \\
+        --output annotations/synthetic
+
+writes DIR/batch/requests-00001.jsonl and so on, within the vendor's limits (50,000 requests and
+200 MB a file). Submit each to the vendor's batch endpoint, or run it on your own machine with
+    vllm run-batch -i DIR/batch/requests-00001.jsonl -o results.jsonl --model MODEL
+and then merge the results with `python -m query_gpt35_for_annotation.read_batch`.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+
+from query_gpt35_for_annotation.cost import add_price_arguments, estimate, price_from_arguments
+from query_gpt35_for_annotation.job import (
+    Job,
+    add_job_arguments,
+    claim_folder,
+    exclusive,
+    instruction_id,
+    job_from_arguments,
+    pending_instructions,
+)
+from utils.arguments import make_parser, positive_int
+from utils.cli import run_cli, say
+from utils.files import write_atomic
+
+REQUESTS_PER_FILE = 50_000
+BYTES_PER_FILE = 200_000_000
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `make_batch`."""
+    parser = make_parser(__doc__)
+    add_job_arguments(parser)
+    add_price_arguments(parser)
+    parser.add_argument(
+        "--requests_per_file", type=positive_int, default=REQUESTS_PER_FILE, metavar="N",
+        help="requests a file; the vendor takes at most the default",
+    )  # fmt: skip
+    return parser
+
+
+def request_lines(job: Job, instructions: Iterable[str]) -> Iterator[bytes]:
+    """One line of a batch file for each instruction."""
+    for instruction in instructions:
+        request = {
+            "custom_id": instruction_id(instruction),
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": job.body(instruction),
+        }
+        yield json.dumps(request, ensure_ascii=False).encode() + b"\n"
+
+
+def split_lines(lines: Iterable[bytes], most_lines: int, most_bytes: int) -> Iterator[list[bytes]]:
+    """Cut `lines`, in order, into parts of at most so many lines and bytes."""
+    part, size = [], 0
+    for line in lines:
+        if part and (len(part) == most_lines or size + len(line) > most_bytes):
+            yield part
+            part, size = [], 0
+        part.append(line)
+        size += len(line)
+    if part:
+        yield part
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the batch files from the command line."""
+    args = build_parser().parse_args(argv)
+    job = job_from_arguments(args)
+    price, about_price = price_from_arguments(args)
+    with exclusive(job.folder):
+        pending = pending_instructions(job, claim_folder(job), args.limit)
+        # Numbers go on after those whose results were read, so that no name comes twice.
+        used = (job.folder / "batch").glob("requests-*.read")
+        first = 1 + max((int(path.stem.partition("-")[2]) for path in used), default=0)
+        per_file = min(args.requests_per_file, REQUESTS_PER_FILE)
+        parts = split_lines(request_lines(job, pending), per_file, BYTES_PER_FILE)
+        for number, part in enumerate(parts, start=first):
+            path = job.folder / "batch" / f"requests-{number:05d}.jsonl"
+            write_atomic(path, b"".join(part))
+            print(path)
+    say(about_price)
+    for line in estimate(pending, job, price, []):
+        say(line)
+
+
+if __name__ == "__main__":
+    run_cli(main)
