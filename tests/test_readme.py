@@ -15,6 +15,7 @@ import datasets
 import pytest
 from accelerate.state import AcceleratorState
 
+from tests.annotation_server import Server
 from tests.training import ROOT
 from utils.prompts import write_instruction_file
 
@@ -32,10 +33,12 @@ SMALLER = {
     "--total_bs 128 --num_epochs 0.6": "--total_bs 8 --num_epochs 0.2",
     "--total_bs 64 --num_epochs 0.15": "--total_bs 8 --num_epochs 0.2",
     "--total_bs 32 --num_epochs 3": "--total_bs 8 --num_epochs 0.2",
-    "--max_seq_len 2048": "--max_seq_len 400",
-    "--max_seq_len 128": "--max_seq_len 400",
-    "--max_seq_len 1024": "--max_seq_len 400",
-    "--num_samples 64": "--num_samples 3",
+    # A third of the random model's texts end by themselves, and those alone are annotated.
+    "uncond_generation --max_seq_len 128 --top_p": "uncond_generation --max_seq_len 100 --top_p",
+    "--num_samples 64": "--num_samples 80",
+    "--max_seq_len 128": "--max_seq_len 500",
+    "--max_seq_len 1024": "--max_seq_len 500",
+    "--max_seq_len 2048": "--max_seq_len 500",
     "utils/syn_instruct.txt --model_name": "utils/syn_instruct.txt --num_samples 3 --model_name",
 }
 INSTRUCTIONS = ["quickstart_instructions", "chatbot_arena_instructions_train180k"]
@@ -90,8 +93,16 @@ def run_script(words: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def test_every_command_of_the_readme_runs(clone, monkeypatch, capsys):
+@pytest.fixture
+def endpoint():
+    """Base URL of a server that answers chat completions."""
+    with Server() as server:
+        yield server.url
+
+
+def test_every_command_of_the_readme_runs(clone, endpoint, monkeypatch, capsys):
     monkeypatch.chdir(clone)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     adapters = {}
     found = commands()
     assert len(found) >= 15
@@ -108,6 +119,8 @@ def test_every_command_of_the_readme_runs(clone, monkeypatch, capsys):
         command = (
             command.format(adapter=adapters.get(style, "")) if "{adapter}" in command else command
         )
+        if ".annotate " in command:
+            command += f" --base_url {endpoint}"
         inner = re.fullmatch(r'bash -c "\$\((.*)\)"', command)
         words = shlex.split(inner[1] if inner else command)
         assert run_script(words) == 0, command
