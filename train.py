@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     elif ledger and ledger.steps_recorded and is_main:
         say(f"warning: {folder} has no whole checkpoint; starting again from step 0")
     # Fresh keys at every process start: a resumed run never repeats noise or draws.
-    secure = {"sampling": SecureRandom(), "noise": SecureRandom()}
+    secure = {stream: SecureRandom() for stream in ("sampling", "dropout", "noise")}
 
     def randomness(stream: str) -> SecureRandom:
         if args.insecure_fixed_noise_seed is not None:
@@ -187,7 +187,13 @@ def main(argv: list[str] | None = None) -> int:
     moved = step > 0
     while step < steps:
         began = time.monotonic()
-        seed_dropout(args.seed, step, rank)
+        if plan:
+            # Which mask an example gets depends on who else is in its microbatch, so masks that
+            # anybody can work out would let one example move the clipped sum by many times C.
+            # Secret ones are independent of the data: given them, it moves by at most C.
+            torch.manual_seed(int(randomness("dropout").uint64(1)[0] >> 1) ^ rank)
+        else:
+            torch.manual_seed(public_dropout_seed(args.seed, step, rank))
         model.train()
 
         # Draw: once for the whole job, then split over ranks and microbatches.
@@ -314,10 +320,10 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     return accelerator
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Make dropout depend on (seed, step, rank) alone, so that a resumed run repeats it."""
+def public_dropout_seed(seed: int, step: int, rank: int) -> int:
+    """A seed from (seed, step, rank) alone, so that a resumed run without privacy repeats it."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> np.uint64(1)))
+    return int(state[0] >> np.uint64(1))
 
 
 @torch.no_grad()

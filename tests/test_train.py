@@ -189,6 +189,26 @@ def test_a_fixed_noise_seed_repeats_a_run_and_forfeits_the_guarantee(run, capsys
     assert "no privacy guarantee" in (left / "privacy_report.md").read_text().lower()
 
 
+def test_dropout_is_secret_in_a_private_run_and_repeats_without_privacy(run, monkeypatch):
+    """Masks hang on the microbatch: known ones would let one example move all gradients."""
+    seeds, forward = [], train.LanguageModel.example_losses
+
+    def recording(self, batch):
+        if self.model.training:
+            seeds.append(torch.initial_seed())
+        return forward(self, batch)
+
+    def dropout_seeds(*more, dp=True, output):
+        seeds.clear()
+        run(*more, dp=dp, output=output)
+        return list(seeds)
+
+    monkeypatch.setattr(train.LanguageModel, "example_losses", recording)
+    assert not set(dropout_seeds(output="a")) & set(dropout_seeds(output="b"))
+    assert dropout_seeds(FIXED, output="c") == dropout_seeds(FIXED, output="d")
+    assert dropout_seeds(dp=False, output="e") == dropout_seeds(dp=False, output="f")
+
+
 # ---------------------------------------------------------------- what must not matter
 
 

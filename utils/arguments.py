@@ -63,8 +63,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="sequences of max_seq_len that fit on a device at once; shorter ones "
         "are packed into the same number of padded tokens",
     )
-    parser.add_argument("--seed", type=natural_int, default=0, help="initialisation and dropout; "
-                        "never the noise, and in a DP run not who is sampled")  # fmt: skip
+    parser.add_argument(
+        "--seed",
+        type=natural_int,
+        default=0,
+        help="initialisation; without --eps also dropout and who is sampled, which are secret "
+        "in a DP run",
+    )
     parser.add_argument("--output_dir", default="outputs", help="runs are written to its JOB_SESS")
 
     group = parser.add_argument_group("privacy")
