@@ -23,6 +23,9 @@ from utils.files import JsonlAppender, read_jsonl, write_atomic, write_json
 
 LEDGER_FILE = "privacy_ledger.jsonl"
 UNIT = "one example: a row of the prepared train split"
+HISTOGRAM = "gaussian_histogram"
+# What kind of line may follow the first one of a ledger.
+FOLLOWERS = {"plan": "step", HISTOGRAM: HISTOGRAM}
 
 COVERED = [
     "the adapter, every checkpoint of it, and whatever is computed from them: merged models, "
@@ -157,6 +160,51 @@ def plan_from_arguments(
     return plan, warnings
 
 
+def _next_chain(previous: str, content: dict) -> str:
+    text = previous + json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _append(file: JsonlAppender, previous: str, content: dict) -> str:
+    """Append a line that continues the chain; returns its chain value."""
+    chain = _next_chain(previous, content)
+    file.append([{**content, "chain": chain}])
+    return chain
+
+
+def read_ledger(path: str | os.PathLike) -> list[dict]:
+    """Read a ledger and check its chain; the file is left as it is.
+
+    Returns:
+        A plan and the steps of its run, or histograms (see `record_histogram`); a torn last line
+        is passed over.
+
+    Raises:
+        UsageError: the file was edited.
+    """
+    records, chain = [], ""
+    for number, record in enumerate(read_jsonl(path), start=1):
+        chain = _next_chain(chain, {k: value for k, value in record.items() if k != "chain"})
+        kinds = ("plan", HISTOGRAM) if number == 1 else (FOLLOWERS[records[0]["kind"]],)
+        if record.get("chain") != chain or record.get("kind") not in kinds:
+            raise UsageError(
+                f"{path}, line {number}: this ledger was edited or mixed with another run's; "
+                "what was spent is no longer known"
+            )
+        records.append(record)
+    return records
+
+
+def require_head(path: str | os.PathLike, records: list[dict], head: dict) -> None:
+    """Raise a UsageError unless `records` of the ledger `path` continue the one that had `head`."""
+    lines = head["lines"]
+    if len(records) < lines or records[lines - 1]["chain"] != head["chain"]:
+        raise UsageError(
+            f"{path} was truncated, or is another run's: {lines} lines were recorded, "
+            f"{len(records)} are there"
+        )
+
+
 class Ledger:
     """Append-only record of the logical steps taken: one fsynced line a step, hash-chained.
 
@@ -171,64 +219,74 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike, plan: PrivacyPlan):
         self.path = Path(path)
-        self._chains: list[str] = []
-        self.steps_recorded = 0
-        if self.path.exists():
-            for record in read_jsonl(self.path):
-                self._check(record)
-            self._file = JsonlAppender(self.path)
-        else:
-            self._file = JsonlAppender(self.path)
-        if self._chains:
+        self._records = read_ledger(self.path) if self.path.exists() else []
+        self._file = JsonlAppender(self.path)
+        if self._records:
             plan.require_same(read_plan(self.path), str(self.path.parent))
         else:
             # The random run id makes the chains of two runs of one plan differ.
-            run_id = os.urandom(16).hex()
-            self._append({"kind": "plan", "run": run_id, "plan": asdict(plan)})
-
-    def _check(self, record: dict) -> None:
-        number = len(self._chains) + 1
-        content = {key: value for key, value in record.items() if key != "chain"}
-        expected_kind = "plan" if number == 1 else "step"
-        if record.get("chain") != self._next_chain(content) or record.get("kind") != expected_kind:
-            raise UsageError(
-                f"{self.path}, line {number}: this ledger was edited or mixed with another run's; "
-                "what was spent is no longer known, so the run cannot go on"
-            )
-        self._chains.append(record["chain"])
-        self.steps_recorded += number > 1
-
-    def _next_chain(self, content: dict) -> str:
-        previous = self._chains[-1] if self._chains else ""
-        text = previous + json.dumps(content, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+            self._append({"kind": "plan", "run": os.urandom(16).hex(), "plan": asdict(plan)})
 
     def _append(self, content: dict) -> None:
-        chain = self._next_chain(content)
-        self._file.append([{**content, "chain": chain}])
-        self._chains.append(chain)
+        previous = self._records[-1]["chain"] if self._records else ""
+        self._records.append({**content, "chain": _append(self._file, previous, content)})
 
     def record_step(self, step: int) -> None:
         """Record that logical step `step` (from 1) is taken; call it before its noise is used."""
         self._append({"kind": "step", "step": step})
-        self.steps_recorded += 1
+
+    @property
+    def steps_recorded(self) -> int:
+        return len(self._records) - 1
 
     @property
     def head(self) -> dict:
         """Number of lines and last chain value, for checkpoints and reports to keep."""
-        return {"lines": len(self._chains), "chain": self._chains[-1]}
+        return {"lines": len(self._records), "chain": self._records[-1]["chain"]}
 
     def require_head(self, head: dict) -> None:
         """Raise a UsageError unless this ledger continues the one that had `head`."""
-        lines = head["lines"]
-        if len(self._chains) < lines or self._chains[lines - 1] != head["chain"]:
-            raise UsageError(
-                f"{self.path} was truncated, or is another run's: {lines} lines were recorded, "
-                f"{len(self._chains)} are there"
-            )
+        require_head(self.path, self._records, head)
 
     def close(self) -> None:
         self._file.close()
+
+
+def record_histogram(
+    path: str | os.PathLike,
+    *,
+    num_examples: int,
+    noise_multiplier: float,
+    num_bins: int,
+    insecure: bool = False,
+) -> None:
+    """Append a Gaussian histogram to a ledger of its own; call it before its noise is used.
+
+    Its sensitivity is 1: adding or removing one example moves one bin by 1.
+
+    Args:
+        path: a file of histograms of one private dataset; made where there is none.
+        num_examples: N of the private dataset, public.
+        noise_multiplier: deviation of the noise of every bin.
+        insecure: noise came from a known seed.
+
+    Raises:
+        UsageError: the file was edited, or is no ledger of histograms.
+    """
+    records = read_ledger(path) if Path(path).exists() else []
+    if records and records[0]["kind"] != HISTOGRAM:
+        raise UsageError(f"{path} is the ledger of a training run; use another file")
+    content = {
+        "kind": HISTOGRAM,
+        "run": os.urandom(16).hex(),
+        "num_examples": num_examples,
+        "noise_multiplier": noise_multiplier,
+        "sensitivity": 1,
+        "num_bins": num_bins,
+        "insecure": insecure,
+    }
+    with JsonlAppender(path) as file:
+        _append(file, records[-1]["chain"] if records else "", content)
 
 
 def read_plan(ledger_path: str | os.PathLike) -> PrivacyPlan:

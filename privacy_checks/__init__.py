@@ -1,0 +1,1 @@
+"""Checks of the privacy guarantee: the composed report, the empirical audit, neighbour replay."""

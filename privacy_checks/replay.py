@@ -1,0 +1,191 @@
+"""Replay training on neighbouring data: does one example move the clipped sum by at most C?
+
+    python -m privacy_checks.replay
+
+Runs the whole of train.py twice on a tiny model, on the CPU: with every example in every batch,
+and without example k in step k. Nothing else differs: the noise is the same, and the optimizer is
+given one public vector in place of the result, so that each step starts from the same parameters.
+What it would have been given may then move by at most C(1 + 1e-5), and the same holds for every
+adaptive sequence of steps. Mixed lengths; Type A (uncond_generation) and Type C (vicuna); gradient
+checkpointing off and on; a clip norm that most examples reach and one that half of them do; one
+process and two. Without dropout, whose masks depend on an example's place in its microbatch. Exit
+code 0 if no example moves a sum by more, else 1.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from privacy_checks.observed_run import observe, save_tiny_model
+from utils.arguments import make_parser, positive_int
+from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
+from utils.dp_utils import assign_gradient
+from utils.files import write_json
+from utils.prompts import UNCONDITIONAL
+
+TOLERANCE = 1e-5
+# An example that moves the sum by this little less than C was clipped.
+CLIPPED = 1e-4
+STYLES = (UNCONDITIONAL, "vicuna")
+# Most examples reach the first, about half of them the second: a coupling shows beside examples
+# that it turns or lengthens.
+CLIP_NORMS = (0.25, 1.4)
+LONGEST = 60
+DATASETS = {UNCONDITIONAL: "letters.jsonl", "vicuna": "labelled_letters.jsonl"}
+RESULTS = "moves.json"
+
+# Prompt style, gradient checkpointing, clip norm.
+Case = tuple[str, bool, float]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the replay."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--examples", type=positive_int, default=8, help="and as many steps")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write this")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    cases = list(itertools.product(STYLES, (False, True), CLIP_NORMS))
+    results = [
+        {
+            "prompt_style": style,
+            "gradient_checkpointing": checkpointing,
+            "clip_norm": clip_norm,
+            "processes": processes,
+            "largest_move": max(moves),
+            "examples_clipped": sum(move > 1 - CLIPPED for move in moves),
+        }
+        for processes in (1, 2)
+        for (style, checkpointing, clip_norm), moves in zip(
+            cases, replay(cases, args.examples, processes)
+        )
+    ]
+    for case in results:
+        checkpointing = "on" if case["gradient_checkpointing"] else "off"
+        print(
+            f"{case['prompt_style']}, checkpointing {checkpointing}, C {case['clip_norm']:g}, "
+            f"{case['processes']} process(es): largest move {case['largest_move']:.8f} C, "
+            f"{case['examples_clipped']} of {args.examples} examples clipped"
+        )
+    passed = all(case["largest_move"] <= 1 + TOLERANCE for case in results)
+    print(f"{'PASSED' if passed else 'FAILED'}: bound (1 + {TOLERANCE:g}) C")
+    if args.json:
+        if args.json.exists():
+            say(f"{args.json} is replaced")
+        write_json(args.json, {"passed": passed, "tolerance": TOLERANCE, "cases": results})
+    return EXIT_OK if passed else EXIT_FAILED
+
+
+def replay(cases: list[Case], examples: int, processes: int = 1) -> list[list[float]]:
+    """How far leaving out one example moves what the optimizer is given, over C / total_bs.
+
+    Args:
+        cases: what each pair of runs is made with.
+        examples: in the data; each is left out in one step.
+        processes: that share the batches; with more than one they talk through gloo.
+
+    Returns:
+        For each case a move for every example.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_tiny_model(folder / "model")
+        _save_data(folder, examples)
+        if processes == 1:
+            return _replay_in_process(folder, cases, examples)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = (folder, cases, examples, processes, port)
+        torch.multiprocessing.spawn(_rank, arguments, nprocs=processes)
+        return json.loads((folder / RESULTS).read_text())
+
+
+def _save_data(folder: Path, examples: int) -> None:
+    random = np.random.default_rng(0)
+
+    def text() -> str:
+        return "".join(random.choice(list("abcdef "), random.integers(1, LONGEST)))
+
+    for name in DATASETS.values():
+        rows = [json.dumps({"instruction": text(), "answer": text()}) for _ in range(examples)]
+        (folder / name).write_text("\n".join(rows) + "\n")
+
+
+def _rank(
+    rank: int, folder: Path, cases: list[Case], examples: int, processes: int, port: int
+) -> None:
+    """One of several processes."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    moves = _replay_in_process(folder, cases, examples)
+    if rank == 0:
+        write_json(folder / RESULTS, moves)
+    torch.distributed.destroy_process_group()
+
+
+def _replay_in_process(folder: Path, cases: list[Case], examples: int) -> list[list[float]]:
+    torch.set_num_threads(1)
+    moves = []
+    for number, case in enumerate(cases):
+        with_all, without_one = (
+            _gradients(folder, f"{number}-{leave_out}", case, examples, leave_out)
+            for leave_out in (False, True)
+        )
+        *_, clip_norm = case
+        differences = np.linalg.norm(with_all - without_one, axis=1) * examples / clip_norm
+        moves.append(differences.tolist())
+    return moves
+
+
+def _gradients(folder: Path, job: str, case: Case, examples: int, leave_out: bool) -> np.ndarray:
+    """float64 [steps, parameters], what the optimizer would have been given."""
+    style, checkpointing, clip_norm = case
+    steps = itertools.count()
+
+    def draw(num_examples, _batch_size, _random):
+        everyone, step = np.arange(num_examples), next(steps)
+        return np.delete(everyone, step) if leave_out else everyone
+
+    def add_same_noise(clipped_sum, noise_multiplier, clip_norm, random):
+        # Without the grid, whose cells are wider than the moves to be seen.
+        noise = random.gaussian(clipped_sum.numel())
+        return clipped_sum.double() + noise_multiplier * clip_norm * noise
+
+    def assign_public_vector(parameters, gradient):
+        generator = torch.Generator().manual_seed(gradient.numel())
+        assign_gradient(parameters, torch.randn(gradient.numel(), generator=generator))
+
+    argv = [
+        f"--dataset_name={folder / DATASETS[style]}", f"--model_name={folder / 'model'}",
+        f"--output_dir={folder}", f"--job_sess={job}", f"--prompt_style={style}",
+        "--max_seq_len=400", "--perdevice_bs=1", "--lora_dropout=0", "--lr=0.01",
+        "--loss_normalization=tokens", f"--clip={clip_norm}", "--eps=1e6", "--delta=1e-5",
+        "--noise_multiplier=1", f"--total_bs={examples}", f"--num_epochs={examples}",
+        f"--save_steps={examples}", "--insecure_fixed_noise_seed=0",
+        *(["--gradient_checkpointing"] if checkpointing else []),
+    ]  # fmt: skip
+    seen = observe(
+        argv,
+        poisson_batch=draw,
+        add_noise=add_same_noise,
+        assign_gradient=assign_public_vector,
+    )
+    return np.array(seen.gradients)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,230 @@
+"""The empirical audit: it passes the training run as it is, and catches it broken."""
+
+import json
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+
+from privacy_checks import audit, randomness
+from tests.mutated_train import observe_mutated_train
+from utils.secure_random import SecureRandom
+
+# The same mu, and so the same claim, as the full size: sqrt(steps) / sigma = 1.
+SMALL = {"canaries": 4000, "steps": 4, "noise_multiplier": 2.0, "delta": 1e-5}
+NOISE = 'gradient = add_noise(gradient, sigma, clip_norm, randomness("noise"))'
+SMALL_FLAGS = ["--steps=4", "--noise_multiplier=2"]
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """A small canary run and a sampled run, both sound."""
+    return *audit.canary_run(**SMALL), audit.sampled_run()
+
+
+def failed(result: dict) -> set[str]:
+    return {check["name"] for check in result["checks"] if not check["passed"]}
+
+
+def test_the_training_run_passes(sound):
+    result = audit.judge(*sound)
+    assert failed(result) == set()
+    assert result["passed"]
+    assert result["claimed_epsilon"] == pytest.approx(4.377, abs=1e-3)
+    best = max(result["lower_bounds"].values())
+    assert 0.6 * result["claimed_epsilon"] <= best <= result["claimed_epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "catches"),
+    [
+        ("noise_half", {"claim", "noise scale"}),
+        ("clip_double", {"claim", "clip"}),
+        ("no_clip", {"claim", "clip"}),
+        ("reuse_noise", {"noise between and within steps"}),
+    ],
+)
+def test_a_broken_mechanism_is_caught(sound, broken, catches):
+    *_, second = sound
+    result = audit.judge(*audit.canary_run(**SMALL, broken=broken), second)
+    assert not result["passed"]
+    # Noise of another scale has another grid, and repeated noise has no power.
+    assert catches <= failed(result) <= catches | {"power", "grid"}
+
+
+def test_shuffled_epochs_are_caught(sound):
+    inside, run, _ = sound
+    result = audit.judge(inside, run, audit.sampled_run("shuffle"))
+    assert failed(result) == {
+        "sampler, batch sizes", "sampler, counts of examples", "sampler, adjacent batches",
+    }  # fmt: skip
+
+
+def test_noise_that_repeats_at_another_process_start_is_caught(sound):
+    inside, run, second = sound
+    run.seen.gradients[2], kept = (
+        (run.seen.clipped_sums[2] + second.noise[1] * run.plan.noise_multiplier)
+        / run.plan.expected_batch_size,
+        run.seen.gradients[2],
+    )
+    try:
+        caught = failed(audit.judge(inside, run, second))
+    finally:
+        run.seen.gradients[2] = kept
+    assert "noise between process starts" in caught
+    assert "noise between and within steps" not in caught
+
+
+# ---------------------------------------------------------------- defects in train.py itself
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "catches"),
+    [
+        ("sigma, clip_norm = plan.noise_multiplier,", "sigma, clip_norm = 1.5,", "noise scale"),
+        ("add_noise(gradient, sigma,", "add_noise(gradient / 2, sigma,", "power"),
+        (NOISE, "gradient = gradient.double()", "steps"),
+        (NOISE, f"{NOISE}; {NOISE}", "steps"),
+        (NOISE, f"{NOISE} + 1e-4", "grid"),
+    ],
+)
+def test_a_defect_in_the_loop_is_caught(sound, monkeypatch, old, new, catches):
+    *_, second = sound
+    observe_mutated_train(monkeypatch, old, new)
+    assert catches in failed(audit.judge(*audit.canary_run(**SMALL), second))
+
+
+# ---------------------------------------------------------------- tests of the randomness
+
+
+def bernoulli(steps=100, examples=100, rate=0.2):
+    taken = np.zeros((steps, examples), dtype=bool)
+    for row in taken:
+        row[SecureRandom().bernoulli_indices(round(rate * 100), 100, examples)] = True
+    return taken
+
+
+def fixed_size():
+    return np.array([np.random.default_rng().permutation(100) < 20 for _ in range(100)])
+
+
+def same_people():
+    """Batches of the right sizes, half of which hold the same examples as the one before."""
+    taken = bernoulli()
+    taken[1::2] = taken[::2]
+    return taken
+
+
+def favourites():
+    """Half of the examples are taken three times as often as the other half."""
+    return np.concatenate([bernoulli(examples=50, rate=0.1), bernoulli(examples=50, rate=0.3)], 1)
+
+
+P_VALUES = [randomness.batch_size_p_value, randomness.count_p_value, randomness.adjacent_p_value]
+
+
+@pytest.mark.parametrize("p_value", P_VALUES)
+def test_poisson_samples_are_accepted_and_p_values_mean_what_they_say(p_value):
+    values = np.array([p_value(bernoulli(), 0.2) for _ in range(300)])
+    assert values.min() > 1e-7
+    assert 0.3 < (values < 0.5).mean() < 0.7
+
+
+def test_batches_of_one_size_and_batches_that_depend_on_each_other_are_rejected():
+    assert randomness.batch_size_p_value(fixed_size(), 0.2) < 1e-9
+    assert randomness.adjacent_p_value(same_people(), 0.2) < 1e-9
+    assert randomness.count_p_value(favourites(), 0.2) < 1e-9
+    assert randomness.batch_size_p_value(bernoulli(rate=0.3), 0.2) < 1e-9
+
+
+@pytest.fixture
+def noise():
+    return SecureRandom().gaussian(16 * 8192).numpy().reshape(16, 8192)
+
+
+def test_fresh_noise_is_accepted(noise):
+    assert randomness.scale_p_value(noise) > 1e-7
+    assert randomness.repetition_p_value(noise) > 1e-7
+    assert randomness.repetition_p_value(noise[:8], noise[8:]) > 1e-7
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.03])
+def test_a_wrong_scale_is_rejected(noise, factor):
+    assert randomness.scale_p_value(factor * noise) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda noise: (3, slice(None), noise[7]),  # a whole step again
+        lambda noise: (3, slice(None), -noise[7]),  # with its sign changed
+        lambda noise: (3, slice(0, 1000), noise[7, 512:1512]),  # a part of it, elsewhere
+        lambda noise: (5, slice(4096, 5120), noise[5, :1024]),  # one tensor's noise in another
+    ],
+)
+def test_noise_that_repeats_is_rejected(noise, repeat):
+    row, place, values = repeat(noise)
+    noise[row, place] = values
+    assert randomness.repetition_p_value(noise) < 1e-9
+
+
+# ---------------------------------------------------------------- the command
+
+
+class ThisProcess:
+    """Stands in for a pool of processes: `second` is what its one task returns."""
+
+    def __init__(self, second):
+        self.second = second
+
+    def __call__(self, *_):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, *_):
+        future = Future()
+        future.set_result(self.second)
+        return future
+
+
+@pytest.mark.parametrize("broken", [None, "noise_half"])
+def test_the_command_tells_writes_json_and_exits_by_the_verdict(
+    sound, monkeypatch, tmp_path, capsys, broken
+):
+    *_, second = sound
+    monkeypatch.setattr(audit, "ProcessPoolExecutor", ThisProcess(second))
+    file = tmp_path / "audit.json"
+    file.write_text("old")
+    more = ["--break", broken] if broken else []
+    assert audit.main([*SMALL_FLAGS, f"--json={file}", *more]) == (1 if broken else 0)
+    told = capsys.readouterr()
+    assert f"{file} is replaced" in told.err
+    assert ("FAILED in" if broken else "PASSED in") in told.out
+    assert ("BROKEN ON PURPOSE" in told.out) is bool(broken)
+    result = json.loads(file.read_text())
+    assert result["passed"] is (broken is None)
+    assert result["lower_bounds"].keys() == {"gaussian_pair", "gdp", "one_run", "one_run_f_dp"}
+    assert f"Claimed epsilon {result['claimed_epsilon']:.3f}" in told.out
+
+
+@pytest.mark.parametrize("canaries", ["0", "99", "8193", "many"])
+def test_a_useless_number_of_canaries_is_refused(canaries, capsys):
+    with pytest.raises((audit.UsageError, SystemExit)) as refused:
+        audit.main([f"--canaries={canaries}"])
+    assert canaries in str(refused.value) + capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [None, *audit.BREAKS])
+def test_the_full_size_audit(tmp_path, broken):
+    file = tmp_path / "audit.json"
+    more = ["--break", broken] if broken else []
+    assert audit.main([f"--json={file}", *more]) == (1 if broken else 0)
+    result = json.loads(file.read_text())
+    assert result["passed"] is (broken is None)
+    assert result["seconds"] < 300

@@ -1,0 +1,374 @@
+"""The composed report of a run and histograms of the same data."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from privacy_checks import report
+from utils.accounting import (
+    ADD_REMOVE,
+    REPLACE,
+    SampledGaussian,
+    compute_delta,
+    compute_epsilon,
+)
+from utils.cli import UsageError, run_cli
+from utils.files import write_json
+from utils.privacy_plan import (
+    HISTOGRAM,
+    LEDGER_FILE,
+    Ledger,
+    PrivacyPlan,
+    build_report,
+    read_ledger,
+    record_histogram,
+    write_report,
+)
+
+PLAN = PrivacyPlan(
+    num_examples=500, expected_batch_size=10, steps=20, clip_norm=1.0, clip_function="flat",
+    loss_normalization="tokens", noise_multiplier=1.0, delta=1e-5, target_epsilon=2.0,
+)  # fmt: skip
+TRAINING = SampledGaussian(10 / 500, 1.0, 20)
+ARGUMENTS = {"eps": 2.0, "insecure_fixed_noise_seed": None}
+
+
+def make_run(folder: Path, recorded=range(1, 21), *, checkpoints=(20,), own_report=True) -> Path:
+    """The public part of a run's folder, as `train.py` leaves it."""
+    write_json(folder / "run_config.json", {"arguments": ARGUMENTS})
+    ledger = Ledger(folder / LEDGER_FILE, PLAN)
+    for step in recorded:
+        ledger.record_step(step)
+        if step in checkpoints:
+            state = {"ledger": ledger.head, "step": step}
+            write_json(folder / "checkpoints" / f"step-{step:06d}" / "state.json", state)
+    if own_report:
+        (folder / "adapter").mkdir()
+        own = build_report(
+            PLAN, steps_taken=step, steps_recorded=ledger.steps_recorded, ledger_head=ledger.head
+        )
+        write_report(folder, own)
+    ledger.close()
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "job")
+
+
+@pytest.fixture
+def histogram(tmp_path):
+    path = tmp_path / "histogram.jsonl"
+    record_histogram(path, num_examples=500, noise_multiplier=10.0, num_bins=1000)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _accountant_that_remembers(accountant_that_remembers):
+    """The report asks the accountant through the same memory as plans do."""
+    from utils import privacy_plan
+
+    with mock.patch.multiple(
+        report, compute_epsilon=privacy_plan.compute_epsilon, pld_epsilon=privacy_plan.pld_epsilon
+    ):
+        yield
+
+
+# ---------------------------------------------------------------- what is composed
+
+
+def test_training_alone_costs_what_its_own_report_says(run):
+    composed = report.composed_report(run)
+    own = json.loads((run / "privacy_report.json").read_text())
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == own["epsilon"]["upper"]
+    assert composed["steps_taken"] == 20
+    assert composed["steps_lost"] == 0
+    assert composed["epsilon_if_lost_steps_were_seen"] is None
+
+
+def test_histograms_compose_in_one_accountant(run, histogram, tmp_path):
+    second = tmp_path / "second.jsonl"
+    record_histogram(second, num_examples=500, noise_multiplier=5.0, num_bins=10)
+    record_histogram(second, num_examples=500, noise_multiplier=5.0, num_bins=10)
+    events = [TRAINING, SampledGaussian(1.0, 10.0, 1), SampledGaussian(1.0, 5.0, 2)]
+    composed = report.composed_report(run, [histogram, second])
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    assert composed["delta_at_epsilon"][ADD_REMOVE] == {
+        "epsilon": 2.0, "delta": compute_delta(events, 2.0),
+    }  # fmt: skip
+    assert len(composed["covered"]) == len(report.composed_report(run)["covered"]) + 3
+
+
+def test_the_curve_is_evaluated_where_it_is_asked_for(run):
+    composed = report.composed_report(run, [], 1e-6, 1.5, (ADD_REMOVE, REPLACE))
+    for relation in (ADD_REMOVE, REPLACE):
+        expected = compute_epsilon([TRAINING], 1e-6, relation).upper
+        assert composed["epsilon"][relation]["upper"] == expected
+        assert composed["delta_at_epsilon"][relation]["delta"] == compute_delta(
+            [TRAINING], 1.5, relation
+        )
+        others = composed["epsilon_at_other_deltas"][relation]
+        assert [point["delta"] for point in others] == pytest.approx([1e-5, 1e-7, 1e-8])
+        epsilons = [point["epsilon"] for point in others]
+        assert epsilons[0] < expected < epsilons[1] < epsilons[2]
+    assert composed["epsilon"][REPLACE]["upper"] > 1.05 * composed["epsilon"][ADD_REMOVE]["upper"]
+
+
+def test_lost_steps_are_composed_apart(tmp_path):
+    run = make_run(tmp_path / "job", [*range(1, 6), *range(4, 21)])
+    composed = report.composed_report(run)
+    assert (composed["steps_taken"], composed["steps_lost"]) == (20, 2)
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon([TRAINING], 1e-5).upper
+    seen = composed["epsilon_if_lost_steps_were_seen"][ADD_REMOVE]["upper"]
+    assert seen == compute_epsilon([SampledGaussian(10 / 500, 1.0, 22)], 1e-5).upper
+    assert f"epsilon would be {seen:.3f}" in report.render(composed, report.as_text)
+
+
+def test_a_run_that_crashed_counts_the_steps_of_its_last_checkpoint(tmp_path):
+    run = make_run(tmp_path / "job", range(1, 10), checkpoints=(3, 6), own_report=False)
+    composed = report.composed_report(run)
+    assert (composed["steps_taken"], composed["steps_lost"]) == (6, 3)
+    assert "14 of 20 planned steps are not taken" in report.render(composed, report.as_text)
+
+
+def test_without_anything_to_compare_with_every_step_counts_as_released(tmp_path):
+    run = make_run(tmp_path / "job", range(1, 10), checkpoints=(), own_report=False)
+    composed = report.composed_report(run)
+    assert (composed["steps_taken"], composed["steps_lost"]) == (9, 0)
+    assert "would not be noticed" in composed["checks"][-1]
+
+
+def test_what_is_reserved_and_not_named_is_named_as_not_covered(tmp_path, histogram, monkeypatch):
+    reserved = PrivacyPlan(**(vars(PLAN) | {"reserved_histogram_sigma": 10.0}))
+    monkeypatch.setattr(f"{__name__}.PLAN", reserved)
+    run = make_run(tmp_path / "job")
+    assert "sigma 10" in report.composed_report(run)["not_covered"][-1]
+    assert "sigma 10" not in report.composed_report(run, [histogram])["not_covered"][-1]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def damaged(lines: list[str], damage: str) -> list[str]:
+    if damage == "edited":
+        return [lines[0].replace('"noise_multiplier": 1.0', '"noise_multiplier": 2.0'), *lines[1:]]
+    if damage == "truncated":
+        return lines[:-1]
+    return [*lines[:4], *lines[5:]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [("edited", "edited"), ("truncated", "truncated"), ("thinned", "edited")]
+)
+def test_a_damaged_ledger_is_refused(run, damage, message):
+    lines = (run / LEDGER_FILE).read_text().splitlines(keepends=True)
+    (run / LEDGER_FILE).write_text("".join(damaged(lines, damage)))
+    with pytest.raises(UsageError, match=message):
+        report.composed_report(run)
+
+
+def test_a_truncated_ledger_shows_against_a_checkpoint_alone(tmp_path):
+    run = make_run(tmp_path / "job", range(1, 10), checkpoints=(6,), own_report=False)
+    lines = (run / LEDGER_FILE).read_text().splitlines(keepends=True)
+    (run / LEDGER_FILE).write_text("".join(lines[:6]))
+    with pytest.raises(UsageError, match="truncated"):
+        report.composed_report(run)
+
+
+def test_the_ledger_of_another_run_of_the_same_plan_is_refused(run, tmp_path):
+    other = make_run(tmp_path / "other")
+    shutil.copy(other / LEDGER_FILE, run / LEDGER_FILE)
+    with pytest.raises(UsageError, match="another run's"):
+        report.composed_report(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps_taken": 5}, "counts 5 steps"),
+        ({"epsilon": {"upper": 0.1}}, "claims epsilon 0.1, but its ledger gives"),
+        ({"plan_hash": "0" * 64}, "another plan"),
+    ],
+)
+def test_an_edited_report_of_the_run_is_refused(run, change, message):
+    file = run / "privacy_report.json"
+    write_json(file, json.loads(file.read_text()) | change)
+    with pytest.raises(UsageError, match=message):
+        report.composed_report(run)
+
+
+def test_reading_leaves_the_run_as_it_is(run, histogram):
+    torn = (run / LEDGER_FILE).read_bytes() + b'{"kind": "st'
+    (run / LEDGER_FILE).write_bytes(torn)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    report.composed_report(run, [histogram])
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert (run / LEDGER_FILE).read_bytes() == torn
+
+
+def test_a_histogram_of_another_dataset_is_refused(run, tmp_path):
+    path = tmp_path / "other.jsonl"
+    record_histogram(path, num_examples=501, noise_multiplier=10.0, num_bins=1000)
+    with pytest.raises(UsageError, match="501 examples, the run's has 500"):
+        report.composed_report(run, [path])
+
+
+def test_a_histogram_is_counted_once(run, histogram, tmp_path):
+    shutil.copy(histogram, tmp_path / "copy.jsonl")
+    for again in (histogram, tmp_path / "copy.jsonl"):
+        with pytest.raises(UsageError, match="hold the same histogram"):
+            report.composed_report(run, [histogram, again])
+
+
+def test_an_edited_histogram_ledger_is_refused(run, histogram):
+    histogram.write_text(histogram.read_text().replace("10.0", "99.0"))
+    with pytest.raises(UsageError, match="edited"):
+        report.composed_report(run, [histogram])
+
+
+def test_a_ledger_of_training_is_no_histogram(run):
+    with pytest.raises(UsageError, match="no ledger of histograms"):
+        report.composed_report(run, [run / LEDGER_FILE])
+    before = (run / LEDGER_FILE).read_bytes()
+    with pytest.raises(UsageError, match="the ledger of a training run"):
+        record_histogram(run / LEDGER_FILE, num_examples=500, noise_multiplier=9.0, num_bins=10)
+    assert (run / LEDGER_FILE).read_bytes() == before
+
+
+def test_kinds_do_not_mix_in_a_ledger_even_with_a_whole_chain(run, histogram):
+    for path, content in (
+        (run / LEDGER_FILE, {"kind": HISTOGRAM, "num_examples": 500}),
+        (histogram, {"kind": "step", "step": 21}),
+    ):
+        last = json.loads(path.read_text().splitlines()[-1])["chain"]
+        text = last + json.dumps(content, sort_keys=True)
+        line = json.dumps(content | {"chain": hashlib.sha256(text.encode()).hexdigest()})
+        path.write_text(path.read_text() + line + "\n")
+        with pytest.raises(UsageError, match="edited or mixed"):
+            read_ledger(path)
+
+
+def test_a_ledger_of_histograms_is_no_run(run, histogram):
+    shutil.copy(histogram, run / LEDGER_FILE)
+    with pytest.raises(UsageError, match="holds no privacy plan"):
+        report.composed_report(run)
+
+
+# ---------------------------------------------------------------- no guarantee
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"eps": -1}, "without differential privacy"),
+        ({"insecure_fixed_noise_seed": 0}, "known seed"),
+    ],
+)
+def test_no_guarantee_is_said_and_exits_1(run, capsys, tmp_path, arguments, why):
+    write_json(run / "run_config.json", {"arguments": ARGUMENTS | arguments})
+    assert report.main([str(run), "--output", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().out
+    assert "THERE IS NO PRIVACY GUARANTEE" in told
+    assert why in told
+    written = json.loads((tmp_path / "out" / "composed_report.json").read_text())
+    assert written["guarantee"] is False
+    assert "epsilon" not in written
+    assert not (tmp_path / "out" / "epsilon_over_steps.png").exists()
+
+
+def test_an_insecure_histogram_forfeits_the_guarantee(run, tmp_path):
+    path = tmp_path / "insecure.jsonl"
+    record_histogram(path, num_examples=500, noise_multiplier=9.0, num_bins=10, insecure=True)
+    composed = report.composed_report(run, [path])
+    assert composed["guarantee"] is False
+    assert "histogram's noise" in composed["why"]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_and_writes_three_files(run, histogram, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [str(run), "--histogram", str(histogram), "--output", str(out), "--delta=1e-6"]
+    argv += ["--relation", ADD_REMOVE, REPLACE]
+    assert report.main(argv) == 0
+    told = capsys.readouterr().out
+    written = json.loads((out / "composed_report.json").read_text())
+    page = (out / "composed_report.md").read_text()
+    for relation in (ADD_REMOVE, REPLACE):
+        claim = f"({written['epsilon'][relation]['upper']:.3f}, 1e-06)-differentially private"
+        assert claim in told
+        assert claim in page
+        assert relation in told
+    for item in written["covered"] + written["not_covered"]:
+        assert item in told
+        assert item in page
+    curve = written["epsilon_over_steps"]
+    assert [point["step"] for point in curve] == list(range(21))
+    assert all(a["epsilon"] < b["epsilon"] for a, b in zip(curve, curve[1:]))
+    assert curve[0]["epsilon"] > 0  # the histogram is there before the first step
+    assert curve[-1]["epsilon"] == pytest.approx(written["epsilon"][ADD_REMOVE]["upper"], abs=0.02)
+    assert (out / "epsilon_over_steps.png").read_bytes().startswith(b"\x89PNG")
+    assert "epsilon_over_steps.png" in page
+
+
+def test_nothing_is_overwritten(run, tmp_path):
+    (tmp_path / "composed_report.md").write_text("mine")
+    with pytest.raises(UsageError, match="exists; use another --output"):
+        report.main([str(run), f"--output={tmp_path}"])
+    assert (tmp_path / "composed_report.md").read_text() == "mine"
+    assert not (tmp_path / "composed_report.json").exists()
+
+
+def test_a_long_run_has_a_short_curve():
+    composed = {
+        "mechanisms": [
+            {"sampling_rate": 0.01, "noise_multiplier": 1.0, "times": 1000, "mechanism": "x"}
+        ],
+        "neighbouring_relations": [ADD_REMOVE],
+        "delta": 1e-5,
+    }
+    steps = [point["step"] for point in report.epsilon_over_steps(composed, points=5)]
+    assert steps == [0, 250, 500, 750, 1000]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere"], "nowhere holds no run"),
+        (["{run}", "--histogram", "nowhere.jsonl"], "no ledger of histograms at nowhere.jsonl"),
+        (["{run}", "--delta=1e-20"], "delta 1e-20: must be between 1e-12 and 0.01"),
+        (["{run}", "--epsilon=-1"], "not a number above 0"),
+        (["{run}", "--relation", "swap"], "invalid choice: 'swap'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, capsys, argv, message):
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: report.main([word.format(run=run) for word in argv]))
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (LEDGER_FILE, f"no {LEDGER_FILE}"),
+        ("privacy_report.json", "adapter but no privacy_report.json"),
+        ("run_config.json", "there is no run_config.json"),
+    ],
+)
+def test_an_incomplete_run_is_refused(run, name, message):
+    (run / name).unlink()
+    with pytest.raises(UsageError, match=message):
+        report.composed_report(run)
+
+
+def test_a_file_that_is_not_json_is_named(run):
+    (run / "run_config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"run_config.json is not JSON"):
+        report.composed_report(run)
