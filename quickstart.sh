@@ -15,23 +15,23 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 say "1/6  base model and private data"
 python data/prepare_quickstart.py
 
-base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 8"
-private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lr 1e-3 --resume auto"
+base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 16"
+private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lr 2e-3 --resume auto"
 
 say "2/6  Type A: learn to write instructions, with differential privacy"
 bash -c "$(python generate_train_command.py --dataset_name quickstart_instructions \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base $private \
-    --total_bs 128 --num_epochs 0.6)"
+    --total_bs 128 --num_epochs 0.25 --max_eval_examples 128)"
 
 say "3/6  Type B: sample synthetic instructions"
 bash -c "$(python generate_inference_command.py --instruction_file utils/syn_instruct.txt \
-    --num_samples 64 --adapter_path outputs/quickstart_instructions/adapter \
+    --num_samples 48 --max_new_tokens 64 --adapter_path outputs/quickstart_instructions/adapter \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base --top_p 0.95)"
 
 say "4/6  Type C: learn to answer, with differential privacy"
 bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart \
     --job_sess quickstart_answers --prompt_style vicuna $base $private \
-    --total_bs 64 --num_epochs 0.15)"
+    --total_bs 64 --num_epochs 0.075 --max_eval_examples 64)"
 
 say "5/6  Type D: answer held-out questions"
 bash -c "$(python generate_inference_command.py --instruction_file data/quickstart_questions.txt \
