@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from scipy import stats
 
+from privacy_checks.randomness import adjacent_p_value, batch_size_p_value, count_p_value
 from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
 from utils.secure_random import SecureRandom
 
@@ -31,43 +31,23 @@ def fixed_size(_step):
     return np.random.default_rng().choice(N, BATCH, replace=False)
 
 
-def variance_p_value(taken: np.ndarray) -> float:
-    """Two-sided p-value of the batch sizes' variance against N q (1 - q)."""
-    q = BATCH / N
-    statistic = (STEPS - 1) * taken.sum(1).var(ddof=1) / (N * q * (1 - q))
-    tail = stats.chi2(STEPS - 1).cdf(statistic)
-    return 2 * min(tail, 1 - tail)
-
-
-def counts_p_value(taken: np.ndarray) -> float:
-    """Two-sided p-value of the variance of each example's count against Binomial(steps, q)."""
-    q = BATCH / N
-    counts = taken.sum(0)
-    statistic = ((counts - STEPS * q) ** 2).sum() / (STEPS * q * (1 - q))
-    tail = stats.chi2(N).cdf(statistic)
-    return 2 * min(tail, 1 - tail)
-
-
-def adjacent_p_value(taken: np.ndarray) -> float:
-    """Two-sided p-value of being in two adjacent batches against q²."""
-    both = int((taken[:-1:2] & taken[1::2]).sum())
-    return stats.binomtest(both, N * (STEPS // 2), (BATCH / N) ** 2).pvalue
+def p_values(draw) -> list[float]:
+    """Of the batch sizes, of each example's count, and of adjacent batches."""
+    taken = draw_matrix(draw)
+    tests = (batch_size_p_value, count_p_value, adjacent_p_value)
+    return [test(taken, BATCH / N) for test in tests]
 
 
 def test_poisson_draws_fit_the_binomial_in_size_count_and_time():
-    taken = draw_matrix(poisson)
-    for p_value in (variance_p_value(taken), counts_p_value(taken), adjacent_p_value(taken)):
-        assert p_value > TINY_PROBABILITY
+    assert min(p_values(poisson)) > TINY_PROBABILITY
 
 
 def test_shuffled_epochs_fail_every_one_of_these():
-    taken = draw_matrix(shuffler)
-    for p_value in (variance_p_value(taken), counts_p_value(taken), adjacent_p_value(taken)):
-        assert p_value < TINY_PROBABILITY
+    assert max(p_values(shuffler)) < TINY_PROBABILITY
 
 
 def test_batches_of_a_fixed_size_fail_the_size_test():
-    assert variance_p_value(draw_matrix(fixed_size)) < TINY_PROBABILITY
+    assert p_values(fixed_size)[0] < TINY_PROBABILITY
 
 
 def test_poisson_takes_all_at_rate_one_and_may_take_none():
