@@ -31,6 +31,7 @@ from tests.training import (
 )
 from utils.cli import UsageError, run_cli
 from utils.privacy_plan import LEDGER_FILE
+from utils.run_folder import RELEASABLE
 
 FIXED = "--insecure_fixed_noise_seed=1"
 
@@ -130,6 +131,7 @@ def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch):
     folder = run()
     files = [path for path in folder.rglob("*") if path.is_file()]
     names = [str(path.relative_to(folder)) for path in files]
+    assert {path.name for path in folder.iterdir()} == RELEASABLE | {"checkpoints", "private"}
     unexpected = [n for n in names if not any(re.fullmatch(pattern, n) for pattern in ALLOWED)]
     assert unexpected == []
     assert all(any(re.fullmatch(p, name) for name in names) for p in ALLOWED), names

@@ -17,6 +17,7 @@ from pathlib import Path
 from utils.cli import UsageError
 from utils.files import write_atomic, write_json
 
+# What may leave the building; a test fails on anything else outside checkpoints/ and private/.
 RELEASABLE = {
     "adapter", "privacy_report.json", "privacy_report.md", "privacy_ledger.jsonl",
     "run_config.json",
