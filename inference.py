@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import os
 import time
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     # ------------------------------------------------------------------ what is asked for
     args = build_parser().parse_args(argv)
-    warnings = check_sampling_arguments(args) + check_adapter(args)
+    notices = check_sampling_arguments(args) + check_adapter(args)
     instructions = read_instructions(args)
     ends = list(accumulate(instruction.count for instruction in instructions))
     folder = run_folder(args)
@@ -96,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     dtype = resolve_dtype(args.dtype, state.device)
     settings = settings_of(args, dtype)
     if is_main:
-        for warning in warnings:
-            say(f"warning: {warning}")
+        for notice in notices:
+            say(f"warning: {notice}")
 
     # ------------------------------------------------------------------ the folder
     lock, refusal = None, None
@@ -116,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = [id for id in range(rank, ends[-1], num_ranks) if id not in done]
 
     # ------------------------------------------------------------------ model
+    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other, not about us
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(args.model_name)

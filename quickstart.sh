@@ -3,9 +3,12 @@
 # SmolLM2-135M learns to write instructions like a private data set's, with differential privacy.
 #
 #     ./quickstart.sh
+#     ./quickstart.sh --annotate     # also label the synthetic instructions with the local model
+#                                    # through the annotation script, and tune on that
 #
 # Interrupted, it goes on where it was; finished, it shows its summary again.
 set -euo pipefail
+case "$*" in "" | --annotate) ;; *) echo "usage: ./quickstart.sh [--annotate]" >&2; exit 2 ;; esac
 cd "$(dirname "$0")"
 . utils/venv.sh
 use_venv requirements.txt
@@ -25,7 +28,7 @@ bash -c "$(python generate_train_command.py --dataset_name quickstart_instructio
 
 say "3/6  Type B: sample synthetic instructions"
 bash -c "$(python generate_inference_command.py --instruction_file utils/syn_instruct.txt \
-    --num_samples 48 --max_new_tokens 64 --adapter_path outputs/quickstart_instructions/adapter \
+    --num_samples 48 --adapter_path outputs/quickstart_instructions/adapter \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base --top_p 0.95)"
 
 say "4/6  Type C: learn to answer, with differential privacy"
@@ -38,9 +41,34 @@ bash -c "$(python generate_inference_command.py --instruction_file data/quicksta
     --adapter_path outputs/quickstart_answers/adapter \
     --job_sess quickstart_answers --prompt_style vicuna $base --top_p 0.95)"
 
+if [ "$*" = --annotate ]; then
+    say "more  annotate the synthetic instructions with the local model, and Type C on the answers"
+    python -m pip install --quiet --disable-pip-version-check fastapi==0.165.0 uvicorn==0.54.0
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    mkdir -p outputs/hub_cache
+    HF_HUB_CACHE=outputs/hub_cache HF_HUB_OFFLINE=1 transformers serve data/quickstart_model \
+        --device cpu --port "$port" --continuous-batching --cb-num-blocks 32 \
+        --cb-max-batch-tokens 256 > outputs/annotator.log 2>&1 &
+    trap "kill $! 2> /dev/null || true" EXIT
+    python -m query_gpt35_for_annotation.annotate --concurrency 16 \
+        --instructions inference_outputs/quickstart_instructions \
+        --output annotations/quickstart --base_url "http://127.0.0.1:$port/v1" \
+        --model data/quickstart_model --max_tokens 64
+    [ -d data/labelled_quickstart_synthetic ] ||
+        python -m query_gpt35_for_annotation.build_dataset --answers annotations/quickstart \
+            --output data/labelled_quickstart_synthetic
+    bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart_synthetic \
+        --job_sess quickstart_synthetic_answers --prompt_style vicuna $base --eps -1 \
+        --total_bs 2 --num_epochs 1 --resume auto)"
+fi
+
 say "6/6  summary"
 python -m evaluation.summary --run outputs/quickstart_instructions \
     --samples inference_outputs/quickstart_instructions
 echo
 python -m evaluation.summary --run outputs/quickstart_answers \
     --samples inference_outputs/quickstart_answers --num_shown 3
+if [ "$*" = --annotate ]; then
+    echo
+    python -m evaluation.summary --run outputs/quickstart_synthetic_answers
+fi
