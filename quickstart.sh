@@ -72,3 +72,5 @@ if [ "$*" = --annotate ]; then
     echo
     python -m evaluation.summary --run outputs/quickstart_synthetic_answers
 fi
+echo
+echo "Both private runs read the same rows: whoever publishes both adapters spends both epsilons."
