@@ -53,7 +53,7 @@ if [ "$*" = --annotate ]; then
     python -m query_gpt35_for_annotation.annotate --concurrency 16 \
         --instructions inference_outputs/quickstart_instructions \
         --output annotations/quickstart --base_url "http://127.0.0.1:$port/v1" \
-        --model data/quickstart_model --max_tokens 64
+        --model data/quickstart_model --max_tokens 160
     [ -d data/labelled_quickstart_synthetic ] ||
         python -m query_gpt35_for_annotation.build_dataset --answers annotations/quickstart \
             --output data/labelled_quickstart_synthetic
