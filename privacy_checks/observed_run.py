@@ -11,36 +11,21 @@ from unittest import mock
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 import train
+from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.cli import EXIT_OK
 
-SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 # Of the tiny model with the default LoRA: 2 layers, 4 projections, r = 8, 64 + 64 features.
 NUM_PARAMETERS = 2 * 4 * 8 * (64 + 64)
 
 
 def save_tiny_model(folder: Path) -> None:
     """Save a random LLaMA (2 layers, hidden 64) and a tokenizer of one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
     disable_progress_bar()
-    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    tiny_llama(hidden_size=64, num_key_value_heads=4).save_pretrained(folder)
 
 
 @dataclass
