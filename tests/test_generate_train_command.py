@@ -143,7 +143,10 @@ def test_the_script_answers_without_torch_and_exits_with_its_codes(tmp_path, tin
     assert wrong.stderr.startswith("error: --delta 0.5")
     mistyped = run_process("generate_train_command.py", *command, "--epss=1")
     assert mistyped.returncode == 2
-    assert "Traceback" not in wrong.stderr + mistyped.stderr
+    assert mistyped.stderr.splitlines() == [
+        "error: unrecognized arguments: --epss=1; --help explains every flag"
+    ]
+    assert "Traceback" not in wrong.stderr
 
 
 def test_the_printed_line_runs_from_any_folder(tmp_path, tiny_model_dir):

@@ -4,8 +4,9 @@ import argparse
 import math
 import re
 from pathlib import Path
+from typing import NoReturn
 
-from utils.cli import UsageError
+from utils.cli import EXIT_USAGE, UsageError, say
 from utils.data_utils import is_labelled
 from utils.prompts import PROMPT_STYLES, UNCONDITIONAL
 
@@ -16,11 +17,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, and keeps the line breaks of a script's docstring."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one line, without the screen of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"error: {message}; --help explains every flag")
+        self.exit(EXIT_USAGE)
+
+
 def make_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser that takes full flag names only, so that a typing error is never guessed at."""
-    return argparse.ArgumentParser(
-        description=docstring, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    return Parser(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
