@@ -166,18 +166,18 @@ def test_ctrl_c_lets_the_script_save_its_work_and_ends_with_130(tmp_path):
     assert "Traceback" not in process.communicate()[1]
 
 
-def test_a_real_launch_runs_the_script_with_its_arguments(tmp_path, capfd):
-    # accelerate makes 1 of every failure of its script.
+@pytest.mark.parametrize("code", [0, 2, 130])
+def test_a_real_launch_runs_the_script_and_passes_its_exit_code_on(tmp_path, capfd, code):
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils.commands import launched_by_accelerate\n"
-        "print(launched_by_accelerate(), sys.argv[1:])\nsys.exit(2)\n"
+        "from utils.cli import run_cli\nfrom utils.commands import launched_by_accelerate\n"
+        "print(launched_by_accelerate(), sys.argv[1:])\n"
+        f"run_cli(lambda: {code})\n"
     )
-    code = print_or_run(launch_command(str(script), ["two words", "$HOME"], 1), run=True)
+    assert print_or_run(launch_command(str(script), ["two words", "$HOME"], 1), run=True) == code
     out, err = capfd.readouterr()
     assert out == "True ['two words', '$HOME']\n"
-    assert code == 1
     assert "Traceback" not in err
 
 

@@ -192,7 +192,7 @@ def test_run_passes_a_failure_on(tmp_path):
         "--prompt_style", "uncond_generation", "--num_samples", "3",
     ]  # fmt: skip
     done = subprocess.run(argv, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "no model at '/nowhere'" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""

@@ -170,6 +170,6 @@ def test_run_executes_the_line_and_passes_its_exit_code_on(tmp_path, tiny_model_
     assert done.stdout == ""
     assert (tmp_path / "out" / "job" / "adapter").is_dir()
     failed = run_process("generate_train_command.py", *flags("/nowhere", data, tmp_path), *short)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert "error: no model at '/nowhere'" in failed.stderr
     assert "Traceback" not in failed.stderr

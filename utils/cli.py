@@ -1,11 +1,15 @@
 """What every command line of the project shares: user errors, exit codes, one-line messages."""
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+# Names a file for the exit code, where a launcher in between makes 1 of every failure.
+EXIT_CODE_VARIABLE = "DP_INSTRUCTION_TUNING_EXIT_CODE_FILE"
 
 
 class UsageError(ValueError):
@@ -44,4 +48,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         say("interrupted")
         code = EXIT_INTERRUPTED
-    sys.exit(code or EXIT_OK)
+    code = code or EXIT_OK
+    if EXIT_CODE_VARIABLE in os.environ:
+        Path(os.environ[EXIT_CODE_VARIABLE]).write_text(str(code))
+    sys.exit(code)

@@ -5,9 +5,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from utils.cli import EXIT_INTERRUPTED, say
+from utils.cli import EXIT_CODE_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, say
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,18 +36,25 @@ def print_or_run(command: list[str], run: bool) -> int:
     say(f"+ {shlex.join(command)}")
     # The accelerate of this interpreter, whether or not its environment is activated.
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
-    # The launcher must outlive a Ctrl-C, which the script itself handles by saving its work.
-    process = subprocess.Popen(
-        launcher, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
-    )
-    interrupted = False
-    while True:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            interrupted = True
-            continue
-        return EXIT_INTERRUPTED if interrupted else code if code >= 0 else 128 - code
+    with tempfile.TemporaryDirectory() as folder:
+        exit_code = Path(folder, "exit_code")
+        # The launcher must outlive a Ctrl-C, which the script itself handles by saving its work.
+        process = subprocess.Popen(
+            launcher,
+            env=os.environ | {EXIT_CODE_VARIABLE: str(exit_code)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+        interrupted = False
+        while process.returncode is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                interrupted = True
+        if interrupted:
+            return EXIT_INTERRUPTED
+        if process.returncode and exit_code.exists():
+            return int(exit_code.read_text()) or EXIT_FAILED
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def launched_by_accelerate() -> bool:
