@@ -55,6 +55,7 @@ from utils.modeling import (
     load_tokenizer,
     model_fingerprint,
     resolve_dtype,
+    share_cores,
 )
 from utils.prompts import UNCONDITIONAL, prompt_ids
 from utils.sampling_arguments import (
@@ -92,8 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     state = PartialState(cpu=not torch.cuda.is_available())
     rank, num_ranks, is_main = state.process_index, state.num_processes, state.is_main_process
     if state.device.type == "cpu" and launched_by_accelerate():
-        # The launcher allows each process one thread where it is told of no number.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+        share_cores(num_ranks)
     dtype = resolve_dtype(args.dtype, state.device)
     settings = settings_of(args, dtype)
     if is_main:

@@ -49,6 +49,7 @@ from utils.modeling import (
     load_tokenizer,
     model_fingerprint,
     resolve_dtype,
+    share_cores,
 )
 from utils.privacy_plan import (
     LEDGER_FILE,
@@ -314,9 +315,7 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
         options = {"wandb": {"dir": str(private), "name": args.job_sess}}
         accelerator.init_trackers(args.job_sess, init_kwargs=options)
     if cpu and launched_by_accelerate():
-        # The launcher allows each process one thread where it is told of no number.
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        share_cores(accelerator.num_processes)
     return accelerator
 
 

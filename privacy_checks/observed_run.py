@@ -80,14 +80,15 @@ def observe(argv: list[str], **replacements: Callable) -> Observation:
         stack.enter_context(mock.patch.object(train.Accelerator, "end_training"))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(_signal_handlers_restored())
+        stack.enter_context(signal_handlers_restored())
         if train.main(argv) != EXIT_OK:
             raise KeyboardInterrupt
     return seen
 
 
 @contextlib.contextmanager
-def _signal_handlers_restored() -> Iterator[None]:
+def signal_handlers_restored() -> Iterator[None]:
+    """Give back the handlers that a run in this process takes for its own."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -25,7 +25,7 @@ def key(monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Back-off of a tenth, so that a test of ten retries takes seconds."""
+    """Pauses of a twentieth, so that a test of ten retries takes seconds."""
     monkeypatch.setattr(
         "query_gpt35_for_annotation.client.backoff", lambda *given: backoff(*given) / 20
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import inference
+from privacy_checks.observed_run import signal_handlers_restored
 from tests.helpers import adapted_model, byte_tokenizer, save_tiny_model
 from tests.test_generation import constant_model
 from utils.adapter_info import write_adapter_info
@@ -61,12 +62,8 @@ def flags(model, **changes):
 
 def run(model, **changes):
     """Run in this process; the code it returns."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signal_handlers_restored():
         return inference.main(flags(model, **changes))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def samples(job="job"):

@@ -8,13 +8,13 @@ import importlib
 import os
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import datasets
 import pytest
 from accelerate.state import AcceleratorState
 
+from privacy_checks.observed_run import signal_handlers_restored
 from tests.annotation_server import Server
 from tests.training import ROOT
 from utils.prompts import write_instruction_file
@@ -78,19 +78,15 @@ def clone(tmp_path_factory, tiny_model_dir):
 def run_script(words: list[str]) -> int:
     """Run `python SCRIPT ...`, `python -m MODULE ...` or a launch line in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        if words[:2] == ["python", "-m"]:
-            module, arguments = words[2], words[3:]
-        else:
-            position = next(i for i, word in enumerate(words) if word.endswith(".py"))
-            script = Path(words[position])
-            script = script.relative_to(ROOT) if script.is_absolute() else script
-            module, arguments = ".".join(script.with_suffix("").parts), words[position + 1 :]
+    if words[:2] == ["python", "-m"]:
+        module, arguments = words[2], words[3:]
+    else:
+        position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script = Path(words[position])
+        script = script.relative_to(ROOT) if script.is_absolute() else script
+        module, arguments = ".".join(script.with_suffix("").parts), words[position + 1 :]
+    with signal_handlers_restored():
         return importlib.import_module(module).main(arguments) or 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
+from privacy_checks.observed_run import signal_handlers_restored
 from tests.helpers import save_tiny_model
 from tests.training import (
     NUM_EXAMPLES,
@@ -56,18 +57,14 @@ def run(tiny_model_dir, letters, tmp_path):
         *more, dp=True, output="outputs", dataset=letters, model=tiny_model_dir, crash_in_step=None
     ):
         AcceleratorState._reset_state(reset_partial_state=True)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         arguments = flags(model, dataset, tmp_path / output, *more, dp=dp)
-        try:
+        with signal_handlers_restored():
             if crash_in_step:
                 calls = [train.assign_gradient] * (crash_in_step - 1) + [Crash]
                 with mock.patch("train.assign_gradient", side_effect=stepwise(calls)):
                     pytest.raises(Crash, train.main, arguments)
             else:
                 assert train.main(arguments) == 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return tmp_path / output / "job"
 
     return call

@@ -36,6 +36,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def share_cores(num_processes: int) -> None:
+    """Give this process its share of the CPU cores.
+
+    `accelerate launch` allows each process one thread where it is told of no number.
+    """
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
+
+
 def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a hub id or folder.
 
