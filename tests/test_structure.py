@@ -9,7 +9,9 @@ import pytest
 
 from tests.training import ROOT
 
-PACKAGES = ("utils", "data", "evaluation", "privacy_checks", "query_gpt35_for_annotation")
+PACKAGES = (
+    "utils", "data", "evaluation", "privacy_checks", "query_gpt35_for_annotation", "benchmarks",
+)  # fmt: skip
 FILES = [
     path
     for folder in (ROOT, *(ROOT / package for package in PACKAGES))

@@ -1,0 +1,1 @@
+"""Speed and memory, measured: training, sampling, resampling."""
