@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+import utils.dp_utils
 from tests.helpers import adapted_model, clipped_sum, random_examples, reference_gradients
 from utils.batching import cut_microbatches
 from utils.cli import UsageError
@@ -14,6 +15,8 @@ from utils.dp_utils import (
     assign_gradient,
     clip_factors,
     flatten_gradients,
+    ghost_norms,
+    instantiates,
 )
 from utils.secure_random import SecureRandom, grid_spacing
 
@@ -48,6 +51,72 @@ def test_clipped_sum_equals_one_by_one_reference(targets, checkpointing, normali
         )
         assert relative_error(total, expected) < 1e-5
         assert torch.allclose(observed.double(), norms.flatten(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[3] * 40 + [7] * 20, [2, 60, 9, 60, 1, 4, 33]])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_instantiated_and_ghost_norm_layers_together_equal_the_reference(lengths, checkpointing):
+    data = random_examples(lengths)
+    model = adapted_model("all-linear", checkpointing=checkpointing, rank=16)
+    _, norms = reference_sum(model, data, 1.0)
+    clip_norm = norms[norms > 0].median().item()
+    expected, _ = reference_sum(model, data, clip_norm)
+    for budget in (60, 200, 10_000):
+        total, observed = clipped_sum(model, data, clip_norm, budget=budget)
+        assert relative_error(total, expected) < 1e-5
+        assert torch.allclose(observed.double(), norms.flatten(), rtol=1e-5)
+
+
+def test_what_is_smaller_is_kept_until_the_clip_factors_are_known():
+    # (tokens, d_in, d_out) of LoRA's A; at a rank of 8 in a 7B model only tiny texts use pairs.
+    assert [instantiates(tokens, 4096, 8) for tokens in (1, 7, 8, 1024)] == [0, 0, 1, 1]
+    assert [instantiates(tokens, 4096, 64) for tokens in (8, 63, 64, 1024)] == [0, 0, 1, 1]
+    assert [instantiates(tokens, 64, 11008) for tokens in (8, 63, 64, 1024)] == [0, 0, 1, 1]
+
+
+def test_memory_is_bounded_however_many_examples_share_a_microbatch(monkeypatch):
+    kept = {}
+
+    def measure(layer):
+        tensors = [value for name, value in vars(layer).items() if name != "norms"]
+        return sum(tensor.numel() for tensor in tensors)
+
+    for form in ("_Instantiated", "_Pair"):
+        original = getattr(utils.dp_utils, form)
+
+        def recorder(inputs, gradients, form=form, original=original):
+            layer = original(inputs, gradients)
+            pair = inputs.numel() + gradients.numel()
+            kept.setdefault(form, []).append(measure(layer) / pair)
+            return layer
+
+        monkeypatch.setattr(utils.dp_utils, form, recorder)
+    model = adapted_model("all-linear", rank=16)
+    for tokens in (2, 5, 20, 50):
+        clipped_sum(model, random_examples([tokens] * 100), 1.0)
+    assert set(kept) == {"_Instantiated", "_Pair"}
+    assert max(kept["_Instantiated"] + kept["_Pair"]) <= 1
+
+
+def test_ghost_norms_equal_those_of_the_gradients():
+    torch.manual_seed(0)
+    inputs, gradients = torch.randn(50, 12, 300), torch.randn(50, 12, 40)
+    exact = torch.bmm(gradients.double().transpose(1, 2), inputs.double()).flatten(1).norm(dim=1)
+    assert torch.allclose(ghost_norms(inputs, gradients).double(), exact, rtol=1e-6)
+
+
+def test_a_ghost_norm_that_cancels_is_not_lost_to_rounding():
+    torch.manual_seed(0)
+    inputs, gradients = torch.randn(3, 12, 300), torch.randn(3, 12, 40)
+    # The tokens of one example say nearly the same, and their gradients nearly sum to zero.
+    inputs[1] = inputs[1, :1] + 1e-4 * torch.randn(12, 300)
+    gradients[1] -= gradients[1].mean(dim=0)
+    exact = torch.bmm(gradients.double().transpose(1, 2), inputs.double()).flatten(1).norm(dim=1)
+    assert torch.allclose(ghost_norms(inputs, gradients).double(), exact, rtol=1e-5)
+    total = torch.zeros(40, 300)
+    layer = utils.dp_utils._Pair(inputs, gradients)
+    layer.add_weighted_sum(total, clip_factors(layer.norms, 1e-3, "flat") * torch.eye(3)[1])
+    assert total.norm() <= 1e-3 * (1 + 1e-5)
 
 
 def test_automatic_clipping_equals_reference():
@@ -100,9 +169,10 @@ def test_released_sum_moves_by_at_most_the_clip_norm_under_the_same_noise():
     assert 0 < (released[0] - released[1]).norm() <= clip_norm * (1 + 1e-5) + rounding
 
 
-def test_a_non_finite_example_contributes_exactly_zero():
+@pytest.mark.parametrize("rank", [4, 32])  # instantiated; ghost norms
+def test_a_non_finite_example_contributes_exactly_zero(rank):
     data = random_examples([10, 10, 25])
-    model = adapted_model(ATTENTION)
+    model = adapted_model(ATTENTION, rank=rank)
     clean, _ = clipped_sum(model, data, 0.1, indices=np.array([0, 2]), budget=10_000)
     with torch.no_grad():  # one token's embedding is poisoned, and only example 1 has that token
         data.ids[data.offsets[1] + 3] = 258

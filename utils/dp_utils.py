@@ -14,6 +14,9 @@ from utils.cli import UsageError
 from utils.secure_random import SecureRandom, grid_spacing, round_to_grid
 
 AUTOMATIC_CLIPPING_STABILITY = 0.01
+# Below this share of what it could be, a squared ghost norm is mostly rounding: a float32 Gram
+# matrix is exact to about 1e-7 of that, and norms are to be exact to 1e-5.
+CANCELLATION = 0.01
 
 
 def clip_factors(norms: torch.Tensor, clip_norm: float, clip_function: str) -> torch.Tensor:
@@ -58,15 +61,56 @@ def add_noise(
     return round_to_grid(noised, grid_spacing(deviation))
 
 
+def instantiates(tokens: int, d_in: int, d_out: int) -> bool:
+    """Whether a layer's per-example gradients are instantiated, or left as pairs with ghost norms.
+
+    One example's gradient holds d_in · d_out numbers; the pair (input, output gradient) that it is
+    the product of holds tokens · (d_in + d_out). What is smaller is kept until the clip factors are
+    known, so that memory stays below a fixed multiple of the layer's own input and output, however
+    many examples share a microbatch. The smaller one is also the faster one, but for close calls:
+    both ways pay the 2 · tokens · d_in · d_out FLOPs of an ordinary weight gradient for each
+    example, beside which instantiating writes and reads its numbers once more, and ghost norms
+    (Goodfellow, 2015; Li et al., 2022, section 4) take 2 · tokens² · (d_in + d_out) FLOPs. All of
+    these grow with the number of examples alike, so it decides nothing.
+    """
+    return d_in * d_out <= tokens * (d_in + d_out)
+
+
+def ghost_norms(inputs: torch.Tensor, output_gradients: torch.Tensor) -> torch.Tensor:
+    """Norms of the per-example gradients of a linear layer, without the gradients.
+
+    ||g'x||² = sum over token pairs (s, t) of <x_s, x_t> <g_s, g_t>. Where these terms cancel to
+    little, rounding could hide a norm; such an example's gradient is instantiated instead.
+
+    Args:
+        inputs: float32 [examples, tokens, d_in].
+        output_gradients: float32 [examples, tokens, d_out].
+
+    Returns:
+        float32 [examples].
+    """
+    gram = torch.bmm(inputs, inputs.transpose(1, 2))
+    gradient_gram = torch.bmm(output_gradients, output_gradients.transpose(1, 2))
+    lengths = (gram.diagonal(dim1=1, dim2=2) * gradient_gram.diagonal(dim1=1, dim2=2)).sqrt()
+    squares = gram.mul_(gradient_gram).sum(dim=(1, 2))
+    norms = squares.clamp(min=0).sqrt()
+    # The largest that the norm could be, were no term to cancel, is the sum of the lengths.
+    cancelled = squares < CANCELLATION * lengths.sum(dim=1).square()
+    for example in cancelled.nonzero().flatten():
+        gradient = output_gradients[example].t() @ inputs[example]
+        norms[example] = torch.linalg.vector_norm(gradient)
+    return norms
+
+
 class PerExampleGradients:
     """Per-example gradients of every trainable tensor of a model, in one backward pass.
 
     Each trainable tensor must be the weight of an `nn.Linear` without bias that sees
     [examples, tokens, features] exactly once in a forward pass, as LoRA's A and B do. A forward
     hook passes the layer's output through an identity whose backward holds both the layer's input
-    and its output gradient; their product per example is the per-example gradient. Autograd's own
-    weight gradient is never computed. Works under non-reentrant activation checkpointing, whose
-    recomputed forward runs the hook again.
+    and its output gradient; their product per example is the per-example gradient, instantiated
+    or not as `instantiates` says. Autograd's own weight gradient is never computed. Works under
+    non-reentrant activation checkpointing, whose recomputed forward runs the hook again.
 
     Raises:
         UsageError: a trainable tensor is not covered; the message names it.
@@ -97,7 +141,7 @@ class PerExampleGradients:
         self.num_parameters = sum(tensor.numel() for tensor in self.parameters.values())
         self._anchor = torch.zeros((), requires_grad=True)
         self._num_examples = 0
-        self._gradients: dict[str, torch.Tensor] = {}
+        self._captured: dict[str, _Instantiated | _Pair] = {}
 
     def _make_hook(self, name: str):
         def hook(_module: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor):
@@ -114,11 +158,11 @@ class PerExampleGradients:
                 f"{name} saw an input of shape {list(inputs.shape)}; per-example gradients need "
                 f"[{self._num_examples} examples, tokens, features]"
             )
-        if name in self._gradients:
+        if name in self._captured:
             raise RuntimeError(f"{name} was used twice in one forward pass")
-        # [examples, d_out, tokens] @ [examples, tokens, d_in] -> [examples, d_out, d_in]
-        gradient = torch.bmm(output_gradient.float().transpose(1, 2), inputs.float())
-        self._gradients[name] = gradient
+        _, tokens, d_in = inputs.shape
+        form = _Instantiated if instantiates(tokens, d_in, output_gradient.shape[2]) else _Pair
+        self._captured[name] = form(inputs.float(), output_gradient.float())
 
     @contextmanager
     def capture(self, num_examples: int) -> Iterator[None]:
@@ -131,7 +175,7 @@ class PerExampleGradients:
             RuntimeError: a trainable tensor got no per-example gradient; the message names it.
         """
         self._num_examples = num_examples
-        self._gradients.clear()
+        self._captured.clear()
         for tensor in self.parameters.values():
             tensor.requires_grad_(False)
         try:
@@ -140,7 +184,7 @@ class PerExampleGradients:
             self._num_examples = 0
             for tensor in self.parameters.values():
                 tensor.requires_grad_(True)
-        missing = [name for name in self.parameters if name not in self._gradients]
+        missing = [name for name in self.parameters if name not in self._captured]
         if missing:
             raise RuntimeError(f"no per-example gradient for {missing[0]} ({len(missing)} in all)")
 
@@ -159,21 +203,64 @@ class PerExampleGradients:
             float32 [examples], norms before clipping. Computed from private data without noise:
             for `private/` alone.
         """
-        gradients = [self._gradients.pop(name).flatten(1) for name in self.parameters]
+        captured = [self._captured.pop(name) for name in self.parameters]
         # The squares of all layers' norms add up to the square of the one norm over all of them.
-        layer_norms = [torch.linalg.vector_norm(gradient, dim=1) for gradient in gradients]
-        norms = torch.linalg.vector_norm(torch.stack(layer_norms).double(), dim=0).float()
+        layer_norms = torch.stack([layer.norms for layer in captured])
+        norms = torch.linalg.vector_norm(layer_norms.double(), dim=0).float()
         factors = clip_factors(norms, clip_norm, clip_function)
         finite = torch.isfinite(norms)
         if not finite.all():
             # A factor of zero does not silence a NaN: 0 · NaN is NaN.
-            gradients = [gradient.masked_fill_(~finite[:, None], 0.0) for gradient in gradients]
+            for layer in captured:
+                layer.silence(~finite)
         offset = 0
-        for gradient in gradients:
-            size = gradient.shape[1]
-            total[offset : offset + size].addmv_(gradient.t(), factors)
-            offset += size
+        for tensor in self.parameters.values():
+            # Let go of one after the other: what is left shrinks while the sum is made.
+            captured.pop(0).add_weighted_sum(
+                total[offset : offset + tensor.numel()].view_as(tensor), factors
+            )
+            offset += tensor.numel()
         return norms
+
+
+class _Instantiated:
+    """A layer's per-example gradients [examples, d_out · d_in]."""
+
+    def __init__(self, inputs: torch.Tensor, output_gradients: torch.Tensor):
+        # [examples, d_out, tokens] @ [examples, tokens, d_in] -> [examples, d_out, d_in]
+        self.gradients = torch.bmm(output_gradients.transpose(1, 2), inputs).flatten(1)
+        self.norms = torch.linalg.vector_norm(self.gradients, dim=1)
+
+    def silence(self, examples: torch.Tensor) -> None:
+        self.gradients.masked_fill_(examples[:, None], 0.0)
+
+    def add_weighted_sum(self, total: torch.Tensor, factors: torch.Tensor) -> None:
+        total.view(-1).addmv_(self.gradients.t(), factors)
+
+
+class _Pair:
+    """A layer's inputs and output gradients, of which one product makes the weighted sum.
+
+    "Book-keeping" (Bu et al., 2023, "Differentially Private Optimization on Large Model at Small
+    Cost"): the backward pass is not repeated with the clip factors.
+    """
+
+    def __init__(self, inputs: torch.Tensor, output_gradients: torch.Tensor):
+        self.inputs, self.output_gradients = inputs, output_gradients
+        self.norms = ghost_norms(inputs, output_gradients)
+
+    def silence(self, examples: torch.Tensor) -> None:
+        # The inputs are another layer's output too, so theirs is a copy.
+        self.inputs = self.inputs.masked_fill(examples[:, None, None], 0.0)
+        self.output_gradients = self.output_gradients.masked_fill(examples[:, None, None], 0.0)
+
+    def add_weighted_sum(self, total: torch.Tensor, factors: torch.Tensor) -> None:
+        inputs, gradients = self.inputs, self.output_gradients
+        if inputs.shape[2] < gradients.shape[2]:
+            inputs = inputs * factors[:, None, None]
+        else:
+            gradients = gradients * factors[:, None, None]
+        total.addmm_(gradients.flatten(0, 1).t(), inputs.flatten(0, 1))
 
 
 class _Tap(torch.autograd.Function):
