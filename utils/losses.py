@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
 
 # Logits held at a time, in elements: 32 Mi of them are 128 MiB in float32.
 CHUNK_ELEMENTS = 1 << 25
@@ -40,10 +39,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(wants_gradient):
                 states = hidden[part].detach().requires_grad_(wants_gradient)
-                loss = F.cross_entropy(head(states).float(), targets[part], reduction="none")
-                losses[part] = loss.detach()
-                if wants_gradient:
-                    (gradient[part],) = torch.autograd.grad(loss.sum(), states)
+                logits = head(states)
+            losses[part], softmax = _cross_entropy(logits.detach(), targets[part])
+            if wants_gradient:
+                # The loss's gradient in the logits: softmax, less 1 at the target.
+                softmax[torch.arange(len(softmax), device=softmax.device), targets[part]] -= 1
+                (gradient[part],) = torch.autograd.grad(logits, states, softmax.to(logits.dtype))
         ctx.save_for_backward(gradient)
         return losses
 
@@ -51,6 +52,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_gradient):
         (gradient,) = ctx.saved_tensors
         return (gradient * loss_gradient[:, None]).to(gradient.dtype), None, None, None
+
+
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [n] and softmax [n, vocabulary] in float32, with one buffer beside the logits."""
+    largest = logits.amax(dim=1, keepdim=True).float()
+    exponentials = (logits - largest).exp_()
+    sums = exponentials.sum(dim=1, keepdim=True)
+    losses = sums.log() + largest - logits.gather(1, targets[:, None])
+    return losses.squeeze(1), exponentials.div_(sums)
 
 
 def example_losses(
