@@ -86,9 +86,10 @@ def say_summary(args: argparse.Namespace, plan: PrivacyPlan | None) -> None:
         ]  # fmt: skip
     else:
         rows.append(("guarantee", "NONE: --eps -1 trains without differential privacy"))
+    fitting = args.perdevice_bs == "auto"
+    budget = "as many as fit" if fitting else f"{args.perdevice_bs * args.max_seq_len:,}"
     rows += [
-        ("tokens", f"at most {args.max_seq_len:,} a sequence, "
-         f"{args.perdevice_bs * args.max_seq_len:,} on a device at once"),
+        ("tokens", f"at most {args.max_seq_len:,} a sequence, {budget} on a device at once"),
         ("outputs", str(run_folder(args))),
     ]  # fmt: skip
     for name, value in rows:

@@ -12,9 +12,11 @@ everything that the guarantee does not cover. A stopped run goes on with --resum
 import argparse
 import importlib.util
 import os
+import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,9 +24,11 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, reduce
+from accelerate.utils import broadcast, broadcast_object_list, gather, reduce
+from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from utils.adapter_info import write_adapter_info
 from utils.arguments import (
@@ -37,11 +41,12 @@ from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
 from utils.checkpointing import load_last_good, restore_adapter, save_checkpoint
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
 from utils.commands import StopRequest, launched_by_accelerate
-from utils.data_utils import TokenisedExamples, load_splits, tokenise
+from utils.data_utils import TokenisedExamples, load_splits, open_tokens, tokenise
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient, flatten_gradients
 from utils.files import JsonlAppender, write_atomic
 from utils.folders import whole_folder
 from utils.losses import normalise
+from utils.memory import fitting_sequences
 from utils.modeling import (
     LanguageModel,
     attach_lora,
@@ -115,17 +120,35 @@ def main(argv: list[str] | None = None) -> int:
     language_model = LanguageModel(base)
     gradients = PerExampleGradients(model)
     trainable = gradients.parameters
-    data = {}
-    for split, rows in splits.items():
-        if split == "val":
-            rows = rows.select(range(min(len(rows), args.max_eval_examples)))
-        rows = tqdm(rows, desc=f"tokenise {split}", disable=not is_main, leave=False)
-        data[split] = tokenise(rows, tokenizer, args.prompt_style, args.max_seq_len)
+    if "val" in splits:
+        shown = min(len(splits["val"]), args.max_eval_examples)
+        splits["val"] = splits["val"].select(range(shown))
+    data = tokenise_once(splits, tokenizer, args, accelerator, folder)
     train_data, lengths = data["train"], data["train"].lengths
-    token_budget = args.perdevice_bs * args.max_seq_len
 
     optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=args.wd)
     scheduler = transformers.get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, steps)
+
+    total = torch.zeros(gradients.num_parameters, device=device)
+
+    def add_microbatch(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Add clipped per-example gradients to `total`; plain ones to .grad without privacy.
+
+        Returns summed losses, numbers of tokens with loss, and norms, each [examples].
+        """
+        examples = len(batch["lengths"])
+        with gradients.capture(examples) if plan else nullcontext():
+            sums, counts = language_model.example_losses(batch)
+            losses = normalise(sums, counts, args.loss_normalization, args.max_seq_len)
+            losses.sum().backward()
+        norms = gradients.add_clipped_sum(total, args.clip, args.clip_function) if plan else None
+        return sums.detach(), counts, norms
+
+    sequences = args.perdevice_bs
+    if sequences == "auto":
+        model.train()
+        sequences = fitting_batch(add_microbatch, args.max_seq_len, accelerator)
+    token_budget = sequences * args.max_seq_len
 
     # ------------------------------------------------------------------ begin, or continue
     checkpoint = load_last_good(folder / "checkpoints") if holds_run(folder) else None
@@ -183,7 +206,6 @@ def main(argv: list[str] | None = None) -> int:
         evaluate()
 
     # ------------------------------------------------------------------ the loop
-    total = torch.zeros(gradients.num_parameters, device=device)
     saved_at = step if checkpoint else -1
     moved = step > 0
     while step < steps:
@@ -208,21 +230,18 @@ def main(argv: list[str] | None = None) -> int:
         # Sum of clipped per-example gradients (of plain ones in a run without privacy).
         total.zero_()
         optimizer.zero_grad()
-        norms, loss_sum, loss_tokens = [], 0.0, 0
+        all_norms, loss_sum, loss_tokens = [], 0.0, 0
         for microbatch in microbatches:
             if stop.requested:
                 break
             batch = train_data.collate(microbatch, tokenizer.pad_token_id, device)
-            with gradients.capture(len(microbatch)) if plan else nullcontext():
-                sums, counts = language_model.example_losses(batch)
-                losses = normalise(sums, counts, args.loss_normalization, args.max_seq_len)
-                losses.sum().backward()
+            sums, counts, norms = add_microbatch(batch)
             if plan:
-                norms.append(gradients.add_clipped_sum(total, args.clip, args.clip_function))
-            loss_sum += sums.detach().nansum()
+                all_norms.append(norms)
+            loss_sum += sums.nansum()
             loss_tokens += counts.sum()
         if not plan:
-            total = flatten_gradients(trainable)
+            total.copy_(flatten_gradients(trainable))
 
         # Reduce over ranks. A stop asked of one rank abandons the step on all of them.
         if reduce(torch.tensor(float(stop.requested), device=device), "max"):
@@ -259,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
                 "batch_size": len(indices),
                 "real_tokens": real_tokens,
                 "seconds": seconds,
-                **clipping_summary(norms, args.clip),
+                **clipping_summary(all_norms, args.clip),
             }
         )
         progress.set_postfix_str(f"{real_tokens / seconds:.0f} real tokens/s")
@@ -317,6 +336,54 @@ def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
     if cpu and launched_by_accelerate():
         share_cores(accelerator.num_processes)
     return accelerator
+
+
+def tokenise_once(
+    splits: dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    folder: Path,
+) -> dict[str, TokenisedExamples]:
+    """Tokenise on one process of each machine, into files that all of its processes map.
+
+    The files are gone as soon as all have them open: nothing of the data stays in the run's folder.
+    """
+    first = accelerator.process_index - accelerator.local_process_index
+    place = folder / "private" / f"tokens-{first}"
+    try:
+        if accelerator.is_local_main_process:
+            for split, rows in splits.items():
+                hidden = not accelerator.is_main_process
+                rows = tqdm(rows, f"tokenise {split}", unit="row", disable=hidden, leave=False)
+                tokenise(rows, tokenizer, args.prompt_style, args.max_seq_len, place / split)
+        accelerator.wait_for_everyone()
+        data = {split: open_tokens(place / split) for split in splits}
+        accelerator.wait_for_everyone()
+    finally:
+        if accelerator.is_local_main_process:
+            shutil.rmtree(place, ignore_errors=True)
+    return data
+
+
+def fitting_batch(add_microbatch: Callable, max_seq_len: int, accelerator: Accelerator) -> int:
+    """--perdevice_bs auto: as many sequences of `max_seq_len` as fit on every device."""
+
+    def step(sequences: int) -> None:
+        shape = {"dtype": torch.int64, "device": accelerator.device}
+        add_microbatch(
+            {
+                "input_ids": torch.zeros(sequences, max_seq_len, **shape),
+                "lengths": torch.full((sequences,), max_seq_len, **shape),
+                "loss_starts": torch.zeros(sequences, **shape),
+            }
+        )
+
+    count = torch.tensor([fitting_sequences(step, accelerator.device)], device=accelerator.device)
+    count = int(gather(count).min())
+    if accelerator.is_main_process:
+        say(f"--perdevice_bs auto: {count} sequences of {max_seq_len} tokens fit on a device")
+    return count
 
 
 def public_dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -25,17 +25,24 @@ def tokenizer():
     return tokenizer
 
 
+def training_example(tokenizer, style, instruction, answer=None, *, max_seq_len):
+    """The token ids and the first index with loss of one example."""
+    answers = None if answer is None else [answer]
+    (example,) = training_ids(tokenizer, style, [instruction], answers, max_seq_len=max_seq_len)
+    return example
+
+
 @pytest.mark.parametrize("style", [s for s in PROMPT_STYLES if s != UNCONDITIONAL])
 def test_training_continues_the_very_prompt_that_sampling_uses(tokenizer, style):
     prompt = prompt_ids(tokenizer, style, "Why?")
-    ids, loss_start = training_ids(tokenizer, style, "Why?", "Because.", max_seq_len=1000)
+    ids, loss_start = training_example(tokenizer, style, "Why?", "Because.", max_seq_len=1000)
     assert ids[:loss_start] == prompt
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[loss_start:-1]).strip() == "Because."
 
 
 def test_unconditional_examples_carry_loss_on_every_token(tokenizer):
-    ids, loss_start = training_ids(tokenizer, UNCONDITIONAL, "hi", max_seq_len=10)
+    ids, loss_start = training_example(tokenizer, UNCONDITIONAL, "hi", max_seq_len=10)
     assert (ids[0], ids[-1], loss_start, len(ids)) == (1, 2, 1, 4)
     assert prompt_ids(tokenizer, UNCONDITIONAL, "ignored") == [1]
     tokenizer.bos_token = None
@@ -43,16 +50,28 @@ def test_unconditional_examples_carry_loss_on_every_token(tokenizer):
 
 
 def test_long_examples_are_cut_and_lose_their_end(tokenizer):
-    ids, _ = training_ids(tokenizer, UNCONDITIONAL, "x" * 50, max_seq_len=20)
+    ids, _ = training_example(tokenizer, UNCONDITIONAL, "x" * 50, max_seq_len=20)
     assert len(ids) == 20
     assert 2 not in ids
-    ids, loss_start = training_ids(tokenizer, "vicuna", "x" * 50, "answer", max_seq_len=20)
+    ids, loss_start = training_example(tokenizer, "vicuna", "x" * 50, "answer", max_seq_len=20)
     assert (len(ids), loss_start) == (20, 20)  # nothing of the answer is left
+
+
+@pytest.mark.parametrize("style", PROMPT_STYLES)
+def test_an_example_does_not_depend_on_what_it_is_tokenised_with(tokenizer, style):
+    texts = ["Why?", "", "x" * 40, "é</s>"]
+    answers = None if style == UNCONDITIONAL else ["Because.", "y", "", "z" * 90]
+    together = training_ids(tokenizer, style, texts, answers, max_seq_len=60)
+    alone = [
+        training_example(tokenizer, style, text, answers and answers[i], max_seq_len=60)
+        for i, text in enumerate(texts)
+    ]
+    assert together == alone
 
 
 def test_special_tokens_that_a_user_typed_stay_text(tokenizer):
     for style in (UNCONDITIONAL, "vicuna", "alpaca"):
-        ids, _ = training_ids(tokenizer, style, "a</s>b<s>", "c</s>", max_seq_len=1000)
+        ids, _ = training_example(tokenizer, style, "a</s>b<s>", "c</s>", max_seq_len=1000)
         assert ids.count(2) == 1
         assert ids[-1] == 2
 

@@ -540,3 +540,21 @@ def test_a_foreign_folder_is_left_alone(run, tmp_path):
     (tmp_path / "outputs" / "job" / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match="no run of this tool"):
         run()
+
+
+def test_auto_finds_how_much_fits_and_learns_the_same(run, capsys):
+    for dp in (True, False):
+        more = (FIXED,) if dp else ()
+        fixed = run(*more, dp=dp, output=f"fixed{dp}")
+        found = run(*more, "--perdevice_bs=auto", dp=dp, output=f"auto{dp}")
+        assert "--perdevice_bs auto: 64 sequences of 32 tokens fit" in capsys.readouterr().err
+        assert largest_difference(fixed, found) < 1e-5
+
+
+def test_rows_that_cannot_be_used_leave_no_copy_behind(run, tmp_path):
+    rows = [{"instruction": "hello"}] * 63 + [{"instruction": None}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="row 63, column 'instruction'"):
+        run(dataset=str(data))
+    assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]

@@ -65,10 +65,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--perdevice_bs",
-        type=positive_int,
+        type=batch_size,
         default=4,
+        metavar="{auto,1,2,...}",
         help="sequences of max_seq_len that fit on a device at once; shorter ones "
-        "are packed into the same number of padded tokens",
+        "are packed into the same number of padded tokens; auto finds out by trying",
     )
     parser.add_argument(
         "--seed",
@@ -282,6 +283,11 @@ def job_name(text: str) -> str:
 def positive_int(text: str) -> int:
     """A whole number of 1 or more."""
     return _int_from(1, text)
+
+
+def batch_size(text: str) -> int | str:
+    """A whole number of 1 or more, or `auto`."""
+    return text if text == "auto" else positive_int(text)
 
 
 def natural_int(text: str) -> int:

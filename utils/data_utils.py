@@ -3,7 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,7 +183,7 @@ class TokenisedExamples:
     """A split as one flat array of token ids; example i is ids[offsets[i]:offsets[i + 1]].
 
     Attributes:
-        ids: int32 [tokens].
+        ids: int32 [tokens]; may be a memory map.
         offsets: int64 [examples + 1].
         loss_starts: int32 [examples], index in the example of the first token with loss.
     """
@@ -192,7 +195,7 @@ class TokenisedExamples:
     def __len__(self) -> int:
         return len(self.loss_starts)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [examples], tokens per example."""
         return np.diff(self.offsets)
@@ -211,10 +214,10 @@ class TokenisedExamples:
         import torch
 
         lengths = self.lengths[indices]
-        input_ids = np.full((len(indices), int(lengths.max())), pad_id, dtype=np.int64)
-        for row, index in enumerate(indices):
-            ids = self.ids[self.offsets[index] : self.offsets[index + 1]]
-            input_ids[row, : len(ids)] = ids
+        positions = np.arange(int(lengths.max()))
+        is_token = positions < lengths[:, None]
+        input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
+        input_ids[is_token] = self.ids[(self.offsets[indices, None] + positions)[is_token]]
         arrays = {
             "input_ids": input_ids,
             "lengths": lengths,
@@ -223,38 +226,66 @@ class TokenisedExamples:
         return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
+# Rows that are tokenised, and written, at once.
+ROWS_AT_ONCE = 1000
+TOKEN_FILES = {"ids": np.int32, "lengths": np.int32, "loss_starts": np.int32}
+
+
 def tokenise(
     rows: Iterable[dict],
     tokenizer: "PreTrainedTokenizerBase",
     style: str,
     max_seq_len: int,
-) -> TokenisedExamples:
-    """Tokenise every row of a split once.
+    folder: Path,
+) -> None:
+    """Tokenise every row of a split once, into files in `folder` for `open_tokens`.
+
+    The memory that this takes does not depend on the number of rows.
 
     Args:
         rows: objects with `instruction` and, for any style but `uncond_generation`, `answer`.
+        folder: made if it is not there; files in it are replaced. What it holds is as private as
+            the rows are.
 
     Raises:
         UsageError: a value is not a string, or no example has a token that carries loss.
     """
     columns = ["instruction"] if style == UNCONDITIONAL else ["instruction", "answer"]
-    ids, offsets, loss_starts = [], [0], []
-    for number, row in enumerate(rows):
-        texts = [row[column] for column in columns]
-        for column, text in zip(columns, texts):
-            if not isinstance(text, str):
-                raise UsageError(f"row {number}, column {column!r}: {type(text).__name__}, not str")
-        example, loss_start = training_ids(tokenizer, style, *texts, max_seq_len=max_seq_len)
-        ids.append(np.asarray(example, dtype=np.int32))
-        offsets.append(offsets[-1] + len(example))
-        loss_starts.append(loss_start)
-    tokenised = TokenisedExamples(
-        ids=np.concatenate(ids),
-        offsets=np.asarray(offsets, dtype=np.int64),
-        loss_starts=np.asarray(loss_starts, dtype=np.int32),
-    )
-    if not (tokenised.loss_starts < tokenised.lengths).any():
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, done, with_loss = iter(rows), 0, False
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in TOKEN_FILES}
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            for number, row in enumerate(some, start=done):
+                for column in columns:
+                    if not isinstance(row[column], str):
+                        kind = type(row[column]).__name__
+                        raise UsageError(f"row {number}, column {column!r}: {kind}, not str")
+            done += len(some)
+            texts = [[row[column] for row in some] for column in columns]
+            examples = training_ids(tokenizer, style, *texts, max_seq_len=max_seq_len)
+            with_loss = with_loss or any(start < len(ids) for ids, start in examples)
+            values = {
+                "ids": np.concatenate([ids for ids, _ in examples]),
+                "lengths": [len(ids) for ids, _ in examples],
+                "loss_starts": [start for _, start in examples],
+            }
+            for name, dtype in TOKEN_FILES.items():
+                files[name].write(np.asarray(values[name], dtype=dtype))
+    if not with_loss:
         raise UsageError(
             f"every example is longer than --max_seq_len {max_seq_len} before its answer begins"
         )
-    return tokenised
+
+
+def open_tokens(folder: Path) -> TokenisedExamples:
+    """What `tokenise` wrote to `folder`; the token ids, by far the largest part, stay on disk.
+
+    Once this has returned, the files may be deleted.
+    """
+    lengths = np.fromfile(folder / "lengths", dtype=TOKEN_FILES["lengths"])
+    return TokenisedExamples(
+        ids=np.memmap(folder / "ids", dtype=TOKEN_FILES["ids"], mode="r"),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        loss_starts=np.fromfile(folder / "loss_starts", dtype=TOKEN_FILES["loss_starts"]),
+    )

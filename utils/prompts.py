@@ -45,42 +45,52 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: st
     if style == UNCONDITIONAL:
         bos = tokenizer.bos_token_id
         return [tokenizer.eos_token_id if bos is None else bos]
-    return _encode(tokenizer, style, _prompt_text(tokenizer, style, instruction))
+    return _encode(tokenizer, style, [_prompt_text(tokenizer, style, instruction)])[0]
 
 
 def training_ids(
     tokenizer: "PreTrainedTokenizerBase",
     style: str,
-    instruction: str,
-    answer: str | None = None,
+    instructions: list[str],
+    answers: list[str] | None = None,
     *,
     max_seq_len: int,
-) -> tuple[list[int], int]:
-    """One training example: its token ids and the index of the first token that carries loss.
+) -> list[tuple[list[int], int]]:
+    """Training examples: the token ids of each and the index of its first token with loss.
 
     Every token from that index on carries loss, the end-of-sequence token included; an example
     longer than `max_seq_len` tokens is cut, and then has no end-of-sequence token.
 
     Args:
-        answer: None trains the instruction itself (`uncond_generation`).
+        answers: one for each instruction; None trains the instructions themselves
+            (`uncond_generation`).
     """
     if style == UNCONDITIONAL:
-        prompt = prompt_ids(tokenizer, style, "")
-        full = prompt + _encode_plain(tokenizer, style, instruction)
-        loss_start = len(prompt)
+        prompts = [prompt_ids(tokenizer, style, "")] * len(instructions)
+        texts = _encode_plain(tokenizer, style, instructions)
+        full = [prompt + text for prompt, text in zip(prompts, texts)]
     else:
-        text = _prompt_text(tokenizer, style, instruction)
+        texts = [_prompt_text(tokenizer, style, instruction) for instruction in instructions]
         separator = _ANSWER_SEPARATORS.get(style, " ")
-        full = _encode(tokenizer, style, text + separator + answer)
-        # The longest common prefix: a tokenizer may merge the last character of the prompt with
-        # the first of the answer, and that token is then the answer's.
-        loss_start = 0
-        for left, right in zip(_encode(tokenizer, style, text), full):
-            if left != right:
-                break
-            loss_start += 1
-    full = full + [tokenizer.eos_token_id]
-    return full[:max_seq_len], min(loss_start, max_seq_len)
+        prompts = _encode(tokenizer, style, texts)
+        pairs = [text + separator + answer for text, answer in zip(texts, answers)]
+        full = _encode(tokenizer, style, pairs)
+    return [
+        ((ids + [tokenizer.eos_token_id])[:max_seq_len], min(_shared(prompt, ids), max_seq_len))
+        for prompt, ids in zip(prompts, full)
+    ]
+
+
+def _shared(prompt: list[int], full: list[int]) -> int:
+    """Length of the longest common prefix.
+
+    A tokenizer may merge the last character of a prompt with the first of the answer, and that
+    token is then the answer's.
+    """
+    for position, (left, right) in enumerate(zip(prompt, full)):
+        if left != right:
+            return position
+    return min(len(prompt), len(full))
 
 
 def _prompt_text(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: str) -> str:
@@ -95,16 +105,18 @@ def _prompt_text(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: 
     return TEMPLATES[style].format(instruction=instruction)
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", style: str, text: str) -> list[int]:
-    """Ids of `text`, with BOS where this tokenizer puts one (chat templates have their own)."""
+def _encode(tokenizer: "PreTrainedTokenizerBase", style: str, texts: list[str]) -> list[list[int]]:
+    """Ids of texts, with BOS where this tokenizer puts one (chat templates have their own)."""
     bos = tokenizer.bos_token_id
     adds_bos = style != CHAT_TEMPLATE and bos in tokenizer("")["input_ids"]
-    return [bos] * adds_bos + _encode_plain(tokenizer, style, text)
+    return [[bos] * adds_bos + ids for ids in _encode_plain(tokenizer, style, texts)]
 
 
-def _encode_plain(tokenizer: "PreTrainedTokenizerBase", style: str, text: str) -> list[int]:
+def _encode_plain(
+    tokenizer: "PreTrainedTokenizerBase", style: str, texts: list[str]
+) -> list[list[int]]:
     return tokenizer(
-        text,
+        texts,
         add_special_tokens=False,
         split_special_tokens=style not in _STYLES_WITH_SPECIAL_TOKENS,
         return_attention_mask=False,
