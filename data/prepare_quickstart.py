@@ -297,7 +297,7 @@ class Prompt:
     answer: str
 
 
-def read_prompts(archive: zipfile.ZipFile) -> Iterator[Prompt]:
+def read_prompts(archive: zipfile.ZipFile, most_words: int = MAX_WORDS) -> Iterator[Prompt]:
     """Yield every registry row under the package's own licence that makes an instruction."""
     for name in sorted(archive.namelist()):
         task = name.removeprefix(REGISTRY)
@@ -312,13 +312,13 @@ def read_prompts(archive: zipfile.ZipFile) -> Iterator[Prompt]:
                 except ValueError:  # One file holds something else than JSON.
                     continue
                 if isinstance(row, dict):
-                    instruction = instruction_of(row.get("input"))
+                    instruction = instruction_of(row.get("input"), most_words)
                     answer = answer_of(row.get("ideal"))
                     if instruction and answer:
                         yield Prompt(task, instruction, answer)
 
 
-def instruction_of(prompt: object) -> str | None:
+def instruction_of(prompt: object, most_words: int = MAX_WORDS) -> str | None:
     """The instruction in a registry row's `input`: a text, or a list of chat messages.
 
     The messages joined, where they are one request of a fitting length; else the user's last
@@ -337,12 +337,12 @@ def instruction_of(prompt: object) -> str | None:
     candidates = [text for role, text in turns if role == "user" and "?" in text][-1:]
     if all(role != "assistant" for role, _ in turns):
         candidates.insert(0, "\n".join(text for _, text in turns).strip())
-    return next((text for text in candidates if _fits(text)), None)
+    return next((text for text in candidates if _fits(text, most_words)), None)
 
 
-def _fits(text: str) -> bool:
+def _fits(text: str, most_words: int) -> bool:
     is_ascii = re.fullmatch(r"[\t\n -~]+", text)
-    return bool(is_ascii) and MIN_WORDS <= len(text.split()) <= MAX_WORDS
+    return bool(is_ascii) and MIN_WORDS <= len(text.split()) <= most_words
 
 
 def answer_of(ideal: object) -> str | None:

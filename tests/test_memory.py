@@ -1,6 +1,5 @@
 """How many sequences fit on a device."""
 
-
 import pytest
 import torch
 

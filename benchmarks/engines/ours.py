@@ -1,0 +1,35 @@
+"""This toolkit: `train.py` itself, with and without privacy."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+import train
+from benchmarks.jobs import Job
+from utils.batching import cut_microbatches
+
+
+def run(job: Job) -> dict:
+    """Train for the job's steps, with every example in every batch; timed by the run itself."""
+    output = Path(job.folder) / f"outputs-{os.getpid()}"
+    private = ["--eps=100", "--delta=1e-4", "--noise_multiplier=10", "--clip=1"]
+    argv = [
+        f"--dataset_name={job.dataset}", f"--model_name={job.model}", "--job_sess=job",
+        f"--output_dir={output}", "--prompt_style=uncond_generation", "--no_eval_at_start",
+        f"--max_seq_len={job.max_seq_len}", f"--perdevice_bs={job.perdevice_bs}",
+        f"--total_bs={job.num_examples}", f"--num_epochs={1 + job.steps}", "--lr=1e-4",
+        f"--dtype={job.dtype}", f"--lora_r={job.lora_r}", f"--lora_alpha={2 * job.lora_r}",
+        "--lora_dropout=0", "--loss_normalization=tokens", "--save_steps=1000000",
+        "--target_modules", *job.targets, *(private if job.engine == "ours-dp" else ["--eps=-1"]),
+    ]  # fmt: skip
+    if train.main(argv):
+        raise RuntimeError("the run did not finish")
+    lines = (output / "job" / "private" / "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    lengths = job.lengths()
+    budget = job.perdevice_bs * job.max_seq_len
+    (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, budget)
+    processed = sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
+    return {"seconds": seconds[1:], "processed_tokens": processed}

@@ -1,0 +1,95 @@
+"""The benchmark of training: what it measures, counts and writes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import memory, training
+from benchmarks.engines.published_loop import _keep_input
+from benchmarks.jobs import OURS, PEERS, Job
+from tests.helpers import adapted_model, random_examples, reference_gradients, save_tiny_model
+from utils.losses import normalise
+from utils.modeling import LanguageModel
+
+KEYS = {"real_tokens_per_second", "processed_over_real", "peak_memory_mib", "seconds"}
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A data set of 40 instructions of 1 to 40 words."""
+    path = tmp_path / "texts.jsonl"
+    rows = [{"instruction": " ".join(["word"] * (1 + number % 40))} for number in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A job on the tiny model with two examples of 5 and 9 tokens."""
+    save_tiny_model(tmp_path / "model")
+    np.savez(tmp_path / "tokens.npz", ids=np.arange(3, 17), lengths=np.array([5, 9]))
+    return Job("ours-dp", str(tmp_path), 2, 16, 1, 8, ("q_proj", "o_proj"), "float32", 1)
+
+
+def test_our_engines_are_measured_and_written(texts, tmp_path, capsys):
+    arguments = ["--quick", "--dataset_name", texts, "--engines", *OURS, "--rounds", "1"]
+    assert training.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["engine"] for row in rows] == list(OURS)
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["processed_over_real"] >= 1
+        assert min(row["seconds"] + [row["peak_memory_mib"]]) > 0
+    printed = capsys.readouterr().out
+    assert "ours-dp over ours-nondp" in printed
+    assert "a logical batch of 40" in printed
+
+
+@pytest.mark.slow
+def test_every_engine_runs(texts, tmp_path):
+    arguments = ["--quick", "--dataset_name", texts, "--json", str(tmp_path / "out.json")]
+    assert training.main(arguments) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["engine"] for row in rows] == list(PEERS + OURS)
+
+
+def test_memory_of_both_is_compared_in_every_case(texts, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "SHORT_EXAMPLES", 40)
+    found = {"seconds": [1.0], "processed_tokens": 1, "peak_memory_mib": 100.0}
+    peaks = {"ours-nondp": 100.0, "ours-dp": 125.0}
+
+    def measure(_python, jobs, _rounds):
+        return {job.engine: [found | {"peak_memory_mib": peaks[job.engine]}] for job in jobs}
+
+    monkeypatch.setattr(memory, "measure", measure)
+    assert memory.main(["--quick", "--dataset_name", texts]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 4 * 2
+    assert all(line.endswith("1.250") for line in lines if "ours-dp" in line)
+
+
+def test_flops_are_counted_by_hand(job):
+    # 2 layers, hidden 32, inner 64, 4 heads over 2 key/value heads of 8, vocabulary 259.
+    linear = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64) + 32 * 259
+    lora = 2 * 2 * 8 * (32 + 32)
+    attention = 2 * 32 * (5**2 + 9**2)
+    inputs_of_first = 32 * 32 + 2 * 32 * 16
+    expected = 14 * (4 * linear - 2 * inputs_of_first + 6 * lora) + 6 * attention
+    assert training.step_flops(job) == expected
+
+
+def test_the_published_loop_takes_the_true_per_example_gradients():
+    data = random_examples([9, 9, 9])
+    model = adapted_model(["q_proj", "v_proj"])
+    expected = reference_gradients(model, data)
+    language_model = LanguageModel(model.get_base_model())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
+            module.register_forward_hook(_keep_input)
+    sums, counts = language_model.example_losses(data.collate(np.arange(3), 0))
+    normalise(sums, counts, "max_seq_len", 64).sum().backward()
+    trainable = [tensor for tensor in model.parameters() if tensor.requires_grad]
+    found = torch.cat([tensor.per_example.flatten(1) for tensor in trainable], dim=1)
+    assert torch.allclose(found.double(), expected, atol=1e-7)
