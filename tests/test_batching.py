@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from privacy_checks.randomness import adjacent_p_value, batch_size_p_value, count_p_value
-from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
+from utils.batching import MICROBATCH_TOKENS, cut_microbatches, poisson_batch, shuffled_batch
 from utils.secure_random import SecureRandom
 
 N, BATCH, STEPS = 400, 60, 600
@@ -74,6 +74,45 @@ def test_microbatches_keep_the_budget_and_waste_little():
     assert max(padded) <= 4 * 1024
     assert sum(padded) / lengths[drawn].sum() < 1.03
     assert lengths[batches[0]].max() == lengths[drawn].max()
+
+
+def padded_tokens(batches, lengths):
+    return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+
+
+def test_no_other_cut_costs_less():
+    def least(sizes, budget):
+        """By trying every way to cut."""
+        costs = [0]
+        for end in range(1, len(sizes) + 1):
+            costs.append(
+                min(
+                    costs[start] + sizes[start] * (end - start) + MICROBATCH_TOKENS
+                    for start in range(end)
+                    if sizes[start] * (end - start) <= budget
+                )
+            )
+        return costs[-1]
+
+    random = np.random.default_rng(0)
+    for budget in (300, 700, 2000):
+        lengths = random.integers(1, 300, 60)
+        (batches,) = cut_microbatches(np.arange(60), lengths, budget)
+        cost = padded_tokens(batches, lengths) + MICROBATCH_TOKENS * len(batches)
+        assert cost == least(sorted(lengths, reverse=True), budget)
+
+
+def test_a_small_logical_batch_is_hardly_padded():
+    lengths = np.minimum(np.random.default_rng(0).lognormal(4.3, 0.9, 96).astype(int) + 1, 1024)
+    (batches,) = cut_microbatches(np.arange(96), lengths, 4 * 1024)
+    assert padded_tokens(batches, lengths) / lengths.sum() < 1.12
+
+
+def test_what_fits_into_one_microbatch_is_shared_all_the_same():
+    lengths = np.full(64, 100)
+    parts = cut_microbatches(np.arange(64), lengths, 16 * 1024, 4)
+    assert [padded_tokens(rank, lengths) for rank in parts] == [1600] * 4
+    assert len(cut_microbatches(np.arange(64), lengths, 16 * 1024)[0]) == 1
 
 
 def test_ranks_are_balanced_and_may_be_empty():

@@ -78,15 +78,15 @@ def test_memory_is_bounded_however_many_examples_share_a_microbatch(monkeypatch)
     kept = {}
 
     def measure(layer):
-        tensors = [value for name, value in vars(layer).items() if name != "norms"]
-        return sum(tensor.numel() for tensor in tensors)
+        names = ("gradients", "inputs", "output_gradients")
+        return sum(vars(layer)[name].numel() for name in names if name in vars(layer))
 
     for form in ("_Instantiated", "_Pair"):
         original = getattr(utils.dp_utils, form)
 
         def recorder(inputs, gradients, form=form, original=original):
             layer = original(inputs, gradients)
-            pair = inputs.numel() + gradients.numel()
+            pair = max(1, inputs.numel() + gradients.numel())
             kept.setdefault(form, []).append(measure(layer) / pair)
             return layer
 
@@ -102,21 +102,25 @@ def test_ghost_norms_equal_those_of_the_gradients():
     torch.manual_seed(0)
     inputs, gradients = torch.randn(50, 12, 300), torch.randn(50, 12, 40)
     exact = torch.bmm(gradients.double().transpose(1, 2), inputs.double()).flatten(1).norm(dim=1)
-    assert torch.allclose(ghost_norms(inputs, gradients).double(), exact, rtol=1e-6)
+    norms, cancelled = ghost_norms(inputs, gradients)
+    assert torch.allclose(norms.double(), exact, rtol=1e-6)
+    assert not cancelled.any()
 
 
 def test_a_ghost_norm_that_cancels_is_not_lost_to_rounding():
     torch.manual_seed(0)
-    inputs, gradients = torch.randn(3, 12, 300), torch.randn(3, 12, 40)
-    # The tokens of one example say nearly the same, and their gradients nearly sum to zero.
-    inputs[1] = inputs[1, :1] + 1e-4 * torch.randn(12, 300)
-    gradients[1] -= gradients[1].mean(dim=0)
+    inputs, gradients = torch.randn(40, 12, 300), torch.randn(40, 12, 40)
+    # In half of the examples all tokens say nearly the same, and their gradients sum to zero.
+    inputs[::2] = inputs[::2, :1] + 1e-4 * torch.randn(20, 12, 300)
+    gradients[::2] -= gradients[::2].mean(dim=1, keepdim=True)
     exact = torch.bmm(gradients.double().transpose(1, 2), inputs.double()).flatten(1).norm(dim=1)
-    assert torch.allclose(ghost_norms(inputs, gradients).double(), exact, rtol=1e-5)
-    total = torch.zeros(40, 300)
     layer = utils.dp_utils._Pair(inputs, gradients)
-    layer.add_weighted_sum(total, clip_factors(layer.norms, 1e-3, "flat") * torch.eye(3)[1])
-    assert total.norm() <= 1e-3 * (1 + 1e-5)
+    assert layer.apart.tolist() == list(range(0, 40, 2))
+    assert torch.allclose(layer.norms.double(), exact, rtol=1e-3)  # float32 inputs cancel, too
+    for example in torch.eye(40)[::2]:
+        total = torch.zeros(40, 300)
+        layer.add_weighted_sum(total, clip_factors(layer.norms, 1e-3, "flat") * example)
+        assert total.norm() <= 1e-3 * (1 + 1e-5)
 
 
 def test_automatic_clipping_equals_reference():
@@ -171,7 +175,7 @@ def test_released_sum_moves_by_at_most_the_clip_norm_under_the_same_noise():
 
 @pytest.mark.parametrize("rank", [4, 32])  # instantiated; ghost norms
 def test_a_non_finite_example_contributes_exactly_zero(rank):
-    data = random_examples([10, 10, 25])
+    data = random_examples([10, 10, 12])
     model = adapted_model(ATTENTION, rank=rank)
     clean, _ = clipped_sum(model, data, 0.1, indices=np.array([0, 2]), budget=10_000)
     with torch.no_grad():  # one token's embedding is poisoned, and only example 1 has that token
