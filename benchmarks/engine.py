@@ -1,12 +1,11 @@
 """One engine in a process of its own: `python -m benchmarks.engine JOB`, with a job as JSON.
 
-Prints one JSON object: seconds of the timed steps, processed tokens, and the peak of memory beyond
-what the interpreter and its libraries take (on a GPU: the peak that torch allocated).
+Prints one JSON object: seconds of the timed steps, processed tokens, and the peak of memory in the
+steps beyond what the interpreter and its libraries take (on a GPU: what torch had allocated).
 """
 
 import importlib
 import json
-import resource
 import sys
 
 import psutil
@@ -23,13 +22,10 @@ def main(argv: list[str]) -> None:
     job = Job(**(settings | {"targets": tuple(settings["targets"])}))
     name = "ours" if job.engine in OURS else MODULES.get(job.engine, job.engine)
     module = importlib.import_module(f"benchmarks.engines.{name}")
-    before = psutil.Process().memory_info().rss
+    libraries = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
     result = module.run(job)
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    print(json.dumps(result | {"peak_memory_mib": peak / 2**20}))
+    result["peak_memory_mib"] = (result.pop("peak_memory") - libraries) / 2**20
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.environments import python_with
 from benchmarks.jobs import OURS, PEERS
@@ -86,6 +87,7 @@ def instructions(dataset_name: str | None) -> list[str]:
 
 def prepare(args: argparse.Namespace, folder: Path, texts: list[str]) -> None:
     """Write the model, the logical batch's texts and their tokens into `folder`."""
+    disable_progress_bar()
     if args.model_name:
         (folder / "model").symlink_to(Path(args.model_name).resolve(), target_is_directory=True)
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")

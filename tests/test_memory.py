@@ -1,11 +1,13 @@
 """How many sequences fit on a device."""
 
+import time
+
 import pytest
 import torch
 
 import utils.memory
 from utils.cli import UsageError
-from utils.memory import MOST_SEQUENCES, fitting_sequences
+from utils.memory import MOST_SEQUENCES, PeakMemory, fitting_sequences
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MODEL, SEQUENCE = 1000, 50
@@ -15,24 +17,23 @@ class Device:
     """Stands in for a device: what a step of n sequences takes, and where it fails."""
 
     def __init__(self, monkeypatch, memory: int, truly_fits: int = 10**9):
-        self.truly_fits, self.peak, self.tried = truly_fits, 0, []
-        replacements = {
-            "_peak_of": self.peak_of,
-            "_in_use": lambda _device: MODEL,
-            "_available": lambda _device: memory - MODEL,
-        }
-        for name, function in replacements.items():
-            monkeypatch.setattr(utils.memory, name, function)
+        self.truly_fits, self.tried = truly_fits, []
+        monkeypatch.setattr(utils.memory, "PeakMemory", lambda _device: self)
+        monkeypatch.setattr(utils.memory, "_in_use", lambda _device: MODEL)
+        monkeypatch.setattr(utils.memory, "_available", lambda _device: memory - MODEL)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def step(self, sequences: int) -> None:
         self.tried.append(sequences)
         if sequences > self.truly_fits:
             raise torch.OutOfMemoryError
+        self.peak = MODEL + SEQUENCE * sequences
 
-    def peak_of(self, step, sequences, _device) -> int:
-        step(sequences)
-        return MODEL + SEQUENCE * sequences
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 @pytest.mark.parametrize("memory", [1400, 2000, 3000])
@@ -61,14 +62,17 @@ def test_one_where_two_are_too_many_and_none_is_an_error(monkeypatch):
         fitting_sequences(device.step, GPU)
 
 
-def test_memory_of_this_process_is_measured():
-    kept = []
+def test_the_peak_of_a_block_is_measured_though_it_was_higher_before():
+    def work(mebibytes: int) -> None:
+        tensor = torch.ones(mebibytes << 18)
+        time.sleep(0.05)
+        del tensor
 
-    def step(sequences: int) -> None:
-        kept.append(torch.ones(sequences * 64 << 18))  # 64 MiB each
-
-    before = utils.memory._in_use(CPU)
-    peaks = [utils.memory._peak_of(step, sequences, CPU) for sequences in (1, 2)]
-    assert peaks[0] >= before
-    assert utils.memory._in_use(CPU) - before >= 180 << 20
+    peaks = []
+    for mebibytes in (600, 100, 300):
+        before = utils.memory._in_use(CPU)
+        with PeakMemory(CPU) as memory:
+            work(mebibytes)
+        peaks.append((memory.peak - before) / 2**20)
+    assert [round(peak, -2) for peak in peaks] == [600, 100, 300]
     assert utils.memory._available(CPU) > 1 << 28

@@ -1,7 +1,6 @@
-"""How many sequences fit on a device at once, found by trying."""
+"""How much memory work takes at its height, and how many sequences fit on a device."""
 
-import resource
-import sys
+import threading
 from collections.abc import Callable
 
 import psutil
@@ -13,6 +12,41 @@ from utils.cli import UsageError
 USABLE_SHARE = 0.9
 # Beyond this a device is busy, and larger microbatches gain nothing.
 MOST_SEQUENCES = 64
+SAMPLE_SECONDS = 0.002
+
+
+class PeakMemory:
+    """Measures the most bytes in use on `device` while its block runs, as `peak`.
+
+    On a GPU what torch has allocated. On a CPU the process's resident memory, looked at every two
+    milliseconds: the system's own high-water mark would keep that of earlier work.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.peak = 0
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._ended = threading.Event()
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._ended.set()
+            self._watcher.join()
+
+    def _watch(self) -> None:
+        process, ended = psutil.Process(), False
+        while not ended:
+            ended = self._ended.wait(SAMPLE_SECONDS)
+            self.peak = max(self.peak, process.memory_info().rss)
 
 
 def fitting_sequences(step: Callable[[int], None], device: torch.device) -> int:
@@ -29,18 +63,22 @@ def fitting_sequences(step: Callable[[int], None], device: torch.device) -> int:
         1 to `MOST_SEQUENCES`.
 
     Raises:
-        UsageError: not even one fits.
+        UsageError: not even two fit.
     """
+    peaks = []
     try:
-        first, second = (_peak_of(step, sequences, device) for sequences in (1, 2))
+        for sequences in (1, 2):
+            with PeakMemory(device) as memory:
+                step(sequences)
+            peaks.append(memory.peak)
     except torch.OutOfMemoryError:
         raise UsageError(
             "--perdevice_bs auto: not two sequences fit into this device's memory; lower "
             "--max_seq_len, add --gradient_checkpointing, or give --perdevice_bs 1"
         ) from None
-    each = max(1, second - first)
-    count = 2 + int(USABLE_SHARE * _available(device) - (second - _in_use(device))) // each
-    count = min(max(1, count), MOST_SEQUENCES)
+    each = max(1, peaks[1] - peaks[0])
+    left = USABLE_SHARE * _available(device) - (peaks[1] - _in_use(device))
+    count = min(max(1, 2 + int(left // each)), MOST_SEQUENCES)
     while device.type == "cuda" and count > 2:
         try:
             step(count)
@@ -49,17 +87,6 @@ def fitting_sequences(step: Callable[[int], None], device: torch.device) -> int:
             torch.cuda.empty_cache()
             count = count * 7 // 8
     return count
-
-
-def _peak_of(step: Callable[[int], None], sequences: int, device: torch.device) -> int:
-    """Bytes in use at the height of a step. On a CPU they only ever grow, as the steps must."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    step(sequences)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _in_use(device: torch.device) -> int:

@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import train
 from benchmarks.jobs import Job
 from utils.batching import cut_microbatches
+from utils.memory import PeakMemory
 
 
 def run(job: Job) -> dict:
@@ -24,6 +26,20 @@ def run(job: Job) -> dict:
         "--lora_dropout=0", "--loss_normalization=tokens", "--save_steps=1000000",
         "--target_modules", *job.targets, *(private if job.engine == "ours-dp" else ["--eps=-1"]),
     ]  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    memory, cut, report = PeakMemory(device), train.cut_microbatches, train.build_report
+
+    def first_cut(*arguments) -> list:
+        train.cut_microbatches = cut
+        memory.__enter__()
+        return cut(*arguments)
+
+    def first_report(*arguments, **options) -> dict:
+        memory.__exit__()
+        return report(*arguments, **options)
+
+    # Between the plan before the steps and the report after them: an accountant takes memory too.
+    train.cut_microbatches, train.build_report = first_cut, first_report
     if train.main(argv):
         raise RuntimeError("the run did not finish")
     lines = (output / "job" / "private" / "metrics.jsonl").read_text().splitlines()
@@ -32,4 +48,8 @@ def run(job: Job) -> dict:
     budget = job.perdevice_bs * job.max_seq_len
     (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, budget)
     processed = sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
-    return {"seconds": seconds[1:], "processed_tokens": processed}
+    return {
+        "seconds": seconds[1:],
+        "processed_tokens": processed,
+        "peak_memory": memory.peak,
+    }

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from benchmarks.jobs import Job
+from utils.memory import PeakMemory
 
 NOISE_MULTIPLIER, CLIP_NORM, LEARNING_RATE = 1.0, 1.0, 1e-4
 
@@ -59,13 +60,18 @@ def example_losses(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torc
 
 
 def measured(job: Job, batches: list[dict], step: Callable[[list[dict]], None]) -> dict:
-    """Time `step` on the logical batch, after one step that warms up."""
+    """Time `step` on the logical batch, after one step that warms up, and its peak of memory."""
     seconds = []
-    for _ in range(1 + job.steps):
-        began = time.perf_counter()
-        step(batches)
-        if device().type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+    with PeakMemory(device()) as memory:
+        for _ in range(1 + job.steps):
+            began = time.perf_counter()
+            step(batches)
+            if device().type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
     processed = sum(batch["input_ids"].numel() for batch in batches)
-    return {"seconds": seconds[1:], "processed_tokens": processed}
+    return {
+        "seconds": seconds[1:],
+        "processed_tokens": processed,
+        "peak_memory": memory.peak,
+    }
