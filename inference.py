@@ -164,11 +164,15 @@ def main(argv: list[str] | None = None) -> int:
         stop_ids=stop_ids,
     )
 
+    began = time.monotonic()
+
     @lru_cache(maxsize=1024)
     def prompt_of(index: int) -> list[int]:
         return prompt_ids(tokenizer, args.prompt_style, instructions[index].text)
 
     def requests() -> Iterator[Request]:
+        nonlocal began
+        began = time.monotonic()  # an engine that compiles first has taken none yet
         for id in missing:
             yield Request(id, prompt_of(bisect_right(ends, id)))
 
@@ -191,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_main:
         say_start(args, ends[-1], len(done), batch_size, state.device, num_ranks)
     stop = StopRequest()
-    began = saved_at = time.monotonic()
+    saved_at = time.monotonic()
     num_tokens, finished = 0, []
     drawn = complete(args.engine, model, requests(), decoding, batch_size, lambda: stop.requested)
     with (
