@@ -80,7 +80,7 @@ def say_summary(args: argparse.Namespace, instructions: list[Instruction] | None
         ("prompt style", args.prompt_style),
         ("decoding", f"{describe_decoding(args)}, seed {args.seed}"),
         ("new tokens", f"at most {longest}"),
-        ("engine", args.engine),
+        ("engine", args.engine + ", in the environment that has it" * (args.engine == "vllm")),
         ("outputs", f"{run_folder(args)}; the same command again goes on where it stopped"),
     ]
     for name, value in rows:

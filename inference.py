@@ -14,6 +14,7 @@ and the texts do not depend on how often it was stopped.
 import argparse
 import hashlib
 import os
+import shutil
 import time
 import warnings
 from bisect import bisect_right
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,18 +31,16 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.arguments import make_parser, run_folder
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
 from utils.commands import StopRequest, launched_by_accelerate
+from utils.decoding import STOP, Completion, Decoding, Request
 from utils.files import JsonlAppender, write_json
 from utils.generation import (
     MANIFEST_FILE,
-    STOP,
-    Completion,
-    Decoding,
-    Request,
+    cache_bytes,
     check_manifest,
     complete,
     finish_reasons,
@@ -66,6 +65,7 @@ from utils.sampling_arguments import (
     describe_decoding,
     read_instructions,
 )
+from utils.vllm_engine import MAX_SEQUENCES_ON_GPU, ModelFolder, check_vllm
 
 SAVE_SECONDS = 1.0
 # Flags that decide what the texts are; samples that were drawn with other values do not mix.
@@ -74,6 +74,7 @@ SETTINGS = (
     "repetition_penalty", "seed", "engine", "no_merge",
 )  # fmt: skip
 VERSIONED = ("torch", "transformers", "peft", "accelerate")
+MERGED_MODEL = ".merged_model"  # in the run's folder while vLLM uses it
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     # ------------------------------------------------------------------ what is asked for
     args = build_parser().parse_args(argv)
     notices = check_sampling_arguments(args) + check_adapter(args)
+    if args.engine == "vllm":
+        check_vllm()
     instructions = read_instructions(args)
     ends = list(accumulate(instruction.count for instruction in instructions))
     folder = run_folder(args)
@@ -133,8 +136,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"that {args.model_name} was trained with"
             )
         write_manifest(folder, args, settings, ends[-1])
-    model = model.to(state.device).eval()
-    batch_size = args.perdevice_bs or fitting_batch_size(model, args.max_seq_len)
+    if args.engine == "vllm":
+        model, batch_size = model_folder(args, model, tokenizer, folder / MERGED_MODEL, state)
+    else:
+        model = model.to(state.device).eval()
+        batch_size = args.perdevice_bs or fitting_batch_size(model, args.max_seq_len)
 
     # From here on the processes need each other no more; each holds the folder until it ends.
     if is_main:
@@ -158,11 +164,15 @@ def main(argv: list[str] | None = None) -> int:
         stop_ids=stop_ids,
     )
 
+    began = time.monotonic()
+
     @lru_cache(maxsize=1024)
     def prompt_of(index: int) -> list[int]:
         return prompt_ids(tokenizer, args.prompt_style, instructions[index].text)
 
     def requests() -> Iterator[Request]:
+        nonlocal began
+        began = time.monotonic()  # an engine that compiles first has taken none yet
         for id in missing:
             yield Request(id, prompt_of(bisect_right(ends, id)))
 
@@ -185,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     if is_main:
         say_start(args, ends[-1], len(done), batch_size, state.device, num_ranks)
     stop = StopRequest()
-    began = saved_at = time.monotonic()
+    saved_at = time.monotonic()
     num_tokens, finished = 0, []
     drawn = complete(args.engine, model, requests(), decoding, batch_size, lambda: stop.requested)
     with (
@@ -212,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{progress.n / seconds:.2f} samples/s, {num_tokens / seconds:.0f} tokens/s"
         )
         wait_for_other_processes(lock)
+        shutil.rmtree(folder / MERGED_MODEL, ignore_errors=True)
     if stop.requested:
         if is_main:
             say(f"stopped; the same command again goes on with what {folder} lacks")
@@ -245,6 +256,8 @@ def write_manifest(
         name: getattr(args, name) for name in ("model_name", "adapter_path", "instruction_file")
     }
     versions = {name: version(name) for name in VERSIONED}
+    if args.engine == "vllm":  # its CPU build has a distribution of another name
+        versions["vllm"] = version(packages_distributions()["vllm"][0])
     manifest = {**settings, "num_samples": num_samples, **names, "versions": versions}
     write_json(folder / MANIFEST_FILE, manifest)
 
@@ -256,6 +269,43 @@ def load_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrained
         return model, model_fingerprint(model)
     model = load_adapted(args.model_name, args.adapter_path, dtype, merge=not args.no_merge)
     return model, model_fingerprint(model)
+
+
+def model_folder(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    merged: Path,
+    state: PartialState,
+) -> tuple[ModelFolder, int]:
+    """What vLLM loads in place of `model`, and how many sequences it may take at once.
+
+    Args:
+        merged: where the first process writes the model with its adapter, for all of them.
+    """
+    on_gpu = state.device.type == "cuda"
+    batch_size = args.perdevice_bs
+    if batch_size is None and on_gpu:
+        batch_size = MAX_SEQUENCES_ON_GPU
+    elif batch_size is None:
+        batch_size = fitting_batch_size(model, args.max_seq_len)
+    path, adapter = args.model_name, args.adapter_path if args.no_merge else None
+    if args.adapter_path and not args.no_merge:
+        path = str(merged)
+        if state.is_main_process:
+            shutil.rmtree(merged, ignore_errors=True)  # of a run that was killed
+            model.generation_config = GenerationConfig()  # an odd one refuses to be saved
+            model.save_pretrained(merged)
+            tokenizer.save_pretrained(merged)
+    found = ModelFolder(
+        path=path,
+        dtype=str(model.dtype).removeprefix("torch."),
+        adapter=adapter,
+        gpu=state.local_process_index if on_gpu else None,
+        # Whole pages, so rounded up.
+        cache_bytes=batch_size * cache_bytes(model, args.max_seq_len + 128),
+    )
+    return found, batch_size
 
 
 def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -11,12 +11,23 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = ROOT / ".benchmark-environments"
 
 
-def python_with(requirements: Path) -> Path:
+# vLLM asks for these, and texts need none of them. PyPI's are built for CUDA and do not import
+# beside a CPU build of torch, which keeps transformers, and so vLLM, from importing.
+VLLM_DOES_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
+
+
+def vllm_python() -> Path:
+    """The Python of an environment with a CPU build of vLLM."""
+    return python_with(ROOT / "benchmarks" / "requirements-vllm.txt", without=VLLM_DOES_WITHOUT)
+
+
+def python_with(requirements: Path, without: tuple[str, ...] = ()) -> Path:
     """The Python of an environment that holds `requirements`; made on the first call.
 
     Args:
         requirements: a pip requirements file; its contents name the environment, so a changed
             file gets a new one.
+        without: packages that others ask for, to be taken out again.
 
     Raises:
         UsageError: pip could not install it; its own lines say why.
@@ -28,7 +39,10 @@ def python_with(requirements: Path) -> Path:
         return python
     say(f"installing {requirements} into {folder}")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "-r", str(requirements)]):
+    commands = [[sys.executable, "-m", "venv", str(folder)], [*pip, "-r", str(requirements)]]
+    if without:
+        commands.append([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *without])
+    for command in commands:
         if subprocess.run(command, check=False).returncode:
             raise UsageError(f"could not install {requirements}; the lines above say why")
     installed.touch()

@@ -13,19 +13,16 @@ from scipy import stats
 from tests.helpers import tiny_llama
 from utils import generation
 from utils.cli import UsageError
+from utils.decoding import Completion, Decoding, Request
 from utils.generation import (
-    ENGINES,
-    Completion,
-    Decoding,
-    Request,
     check_manifest,
     complete,
-    draw,
     finish_reasons,
     fitting_batch_size,
     lock_folder,
-    uniform_bits,
 )
+
+ENGINES = ("continuous", "static")  # vLLM has an environment, and tests, of its own
 
 EOS = 2
 SAMPLING = Decoding(
@@ -103,7 +100,7 @@ def test_a_full_cache_changes_no_text(model, monkeypatch):
     requests = [Request(i, [1]) for i in range(24)]
     decoding = replace(SAMPLING, max_seq_len=120, stop_ids=frozenset([EOS, 50]))
     expected = tokens_of("static", model, requests, decoding)
-    config = generation.ContinuousBatchingConfig
+    config = transformers.ContinuousBatchingConfig
     made = []
 
     def crowded(**arguments):
@@ -114,7 +111,7 @@ def test_a_full_cache_changes_no_text(model, monkeypatch):
     manager = transformers.generation.continuous_batching.offloading_manager.OffloadingManager
     offload = manager.offload_requests
     monkeypatch.setattr(manager, "offload_requests", lambda self: resets.append(1) or offload(self))
-    monkeypatch.setattr(generation, "ContinuousBatchingConfig", crowded)
+    monkeypatch.setattr(transformers, "ContinuousBatchingConfig", crowded)
     assert tokens_of("continuous", model, requests, decoding, batch_size=3) == expected
     assert resets, "the cache was never full, so this test shows nothing"
 
@@ -193,26 +190,6 @@ def test_tokens_follow_the_decoding_flags(engine, flags):
         assert p_value(counts, expected_distribution(**wrong)) < LEVEL
     pairs = stats.contingency.crosstab(*drawn[:, :2].T).count
     assert stats.chi2_contingency(pairs).pvalue > LEVEL, "the second token hangs on the first"
-
-
-def test_uniform_bits_are_uniform_and_differ_in_every_argument():
-    bits = [
-        uniform_bits(seed, str(sample), position)
-        for seed in range(4)
-        for sample in range(50)
-        for position in range(50)
-    ]
-    assert len(set(bits)) > len(bits) - 10  # 10,000 draws from 2**32 rarely collide
-    uniform = (np.array(bits) + 2**31) / 2**32
-    assert stats.kstest(uniform, "uniform").pvalue > LEVEL
-    assert stats.kstest(np.sort(uniform) ** 1.1, "uniform").pvalue < LEVEL
-
-
-def test_draw_at_the_ends_of_the_uniform_range():
-    scores = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
-    lowest, highest = torch.tensor([0]), torch.tensor([-1])  # 0 and 2**32 - 1 as unsigned bits
-    assert draw(scores, lowest).argmax() == 1
-    assert draw(scores, highest).argmax() == 2
 
 
 def test_repetition_penalty_equals_generate_and_spares_padding():
@@ -299,13 +276,32 @@ def test_requests_are_taken_as_they_are_needed(engine, model):
     assert len(taken) < 500
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("decoding", [SAMPLING, GREEDY, replace(SAMPLING, top_p=0.9)])
+def test_logits_that_are_no_numbers_end_it_in_a_line(engine, decoding):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(UsageError, match="logits are NaN or infinite"):
+        tokens_of(engine, model, random_requests(5), decoding)
+
+
+def test_the_model_keeps_its_attention(model):
+    before = model.config._attn_implementation
+    tokens_of("continuous", model, random_requests(2), SAMPLING)
+    assert model.config._attn_implementation == before
+
+
 def test_too_little_memory_is_said_in_a_line(model):
     with pytest.raises(UsageError, match="--perdevice_bs 100000000 .*lower one of them"):
         tokens_of("continuous", model, [Request(0, [1])], SAMPLING, batch_size=10**8)
 
 
 def test_fitting_batch_size_on_a_cpu(model):
-    assert fitting_batch_size(model, 1024) == generation.BATCH_SIZE_ON_CPU
+    assert fitting_batch_size(model, 1024) == generation.MAX_BATCH_SIZE_ON_CPU
+    sequence = generation.cache_bytes(model, 1000)
+    assert sequence == 2 * 2 * 2 * 8 * 4 * 1000  # keys and values, layers, heads, width, bytes
+    assert fitting_batch_size(model, 10**12) == 1
 
 
 # ---------------------------------------------------------------------- the folder

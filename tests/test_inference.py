@@ -1,12 +1,14 @@
 """`inference.py`: what it writes, what it refuses, and what a stop or a kill leaves."""
 
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,11 +16,13 @@ import pytest
 import torch
 
 import inference
+from benchmarks.environments import vllm_python
 from privacy_checks.observed_run import signal_handlers_restored
 from tests.helpers import adapted_model, byte_tokenizer, save_tiny_model
 from tests.test_generation import constant_model
 from utils.adapter_info import write_adapter_info
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli
+from utils.files import read_jsonl
 from utils.modeling import load_base_model, model_fingerprint
 from utils.prompts import write_instruction_file
 
@@ -69,9 +73,9 @@ def run(model, **changes):
 def samples(job="job"):
     """Records by id; every id must be there once."""
     records = [
-        json.loads(line)
+        record
         for shard in Path("inference_outputs", job).glob("shard-*.jsonl")
-        for line in shard.read_text().splitlines()
+        for record in read_jsonl(shard)
     ]
     by_id = {record["id"]: record for record in records}
     assert len(by_id) == len(records), "an id is there twice"
@@ -260,6 +264,50 @@ def test_instruction_files_that_do_not_fit(folder, tiny_model_dir, text, message
         run(tiny_model_dir, instruction_file="i.txt", num_samples=None)
 
 
+@pytest.mark.parametrize("engine", ["continuous", "static"])
+def test_odd_prompts_are_prompts(folder, tiny_model_dir, engine):
+    odd = [
+        "",
+        " ",
+        "\x00",
+        "</s>",
+        "USER: a ASSISTANT: b",
+        "\u2028 \N{GRINNING FACE}",
+        "{instruction}",
+    ]
+    write_instruction_file("i.txt", odd)
+    run(tiny_model_dir, engine=engine, instruction_file="i.txt", prompt_style="alpaca",
+        num_samples=None, max_seq_len=300, max_new_tokens=3)  # fmt: skip
+    found = samples()
+    assert [found[id]["prompt"] for id in range(len(odd))] == odd
+    assert all(1 <= record["num_tokens"] <= 3 for record in found.values())
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ('{"foo": 1}\n', "line 1 is no sample"),
+        ('{"id": "3", "finish_reason": "stop"}\n', "line 1 is no sample"),
+        ("not json\n", "line 1 is not a JSON object"),
+        ('{"id": 3, "finish_reason": "stop"}\n' * 2, "line 2: sample 3 is there a second time"),
+    ],
+)
+def test_foreign_lines_in_a_shard(folder, tiny_model_dir, shard, message):
+    run(tiny_model_dir, num_samples=1)
+    path = Path("inference_outputs/job/shard-5.jsonl")
+    path.write_text(shard)
+    with pytest.raises(UsageError, match=message):
+        run(tiny_model_dir, num_samples=4)
+    assert path.read_text() == shard
+
+
+def test_a_damaged_manifest(folder, tiny_model_dir):
+    run(tiny_model_dir, num_samples=1)
+    Path("inference_outputs/job/manifest.json").write_text('{"seed": ')
+    with pytest.raises(UsageError, match="manifest.json is damaged"):
+        run(tiny_model_dir, num_samples=2)
+
+
 # ---------------------------------------------------------------------- stops and kills
 
 
@@ -289,6 +337,21 @@ def start(processes, argv, log="log", **environment):
     return process
 
 
+def start_ranks(processes, argv, size):
+    """Start the `size` processes of one run; rank R logs to logR."""
+    if size == 1:
+        return [start(processes, argv, "log0")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port)}  # fmt: skip
+    return [
+        start(processes, argv, f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **world)
+        for rank in range(size)
+    ]
+
+
 def count_lines():
     return sum(p.read_bytes().count(b"\n") for p in Path("inference_outputs").glob("*/shard-*"))
 
@@ -304,9 +367,11 @@ def wait_for_lines(number, process):
 LONG = {"num_samples": 1500, "max_seq_len": 60, "perdevice_bs": 8}
 
 
-def test_kills_at_random_moments_lose_and_double_nothing(folder, tiny_model_dir, processes):
+@pytest.mark.parametrize("engine", ["continuous", "static"])
+def test_kills_at_random_moments_lose_and_double_nothing(folder, tiny_model_dir, processes, engine):
     moments = random.Random(0)
-    argv = flags(tiny_model_dir, **(LONG | {"num_samples": 250}))
+    small = LONG | {"num_samples": 250, "engine": engine}
+    argv = flags(tiny_model_dir, **small)
     for number in range(4):
         process = start(processes, argv)
         if number % 2:  # the others are killed wherever they are
@@ -319,7 +384,37 @@ def test_kills_at_random_moments_lose_and_double_nothing(folder, tiny_model_dir,
     process.join(120)
     assert process.exitcode == EXIT_OK, Path("log").read_text()
     assert sorted(samples()) == list(range(250))
-    run(tiny_model_dir, **(LONG | {"num_samples": 250, "job_sess": "at once"}))
+    run(tiny_model_dir, **(small | {"job_sess": "at once"}))
+    assert samples() == samples("at once")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ["continuous", "static"])
+def test_many_kills_of_one_or_two_processes(folder, tiny_model_dir, processes, engine):
+    moments = random.Random(1)
+    many = LONG | {"num_samples": 1500, "engine": engine}
+    argv = flags(tiny_model_dir, **many)
+    kills = 0
+    while len(samples()) < 1400:
+        ranks = start_ranks(processes, argv, moments.choice([1, 2]))
+        if kills % 3:  # the others are killed wherever they are
+            wait_for_lines(count_lines() + 1, ranks[0])
+        time.sleep(moments.uniform(0, 1.5))
+        moments.shuffle(ranks)
+        for rank in ranks:
+            rank.kill()
+            time.sleep(moments.choice([0, 0.02]))
+        for rank in ranks:
+            rank.join()
+        kills += 1
+    assert kills >= 5
+    ranks = start_ranks(processes, argv, 2)
+    for rank in ranks:
+        rank.join(300)
+        assert rank.exitcode == EXIT_OK, Path("log0").read_text()
+    assert sorted(samples()) == list(range(1500))
+    run(tiny_model_dir, **(many | {"job_sess": "at once"}))
     assert samples() == samples("at once")
 
 
@@ -351,16 +446,7 @@ def test_two_runs_at_once_do_not_share_a_folder(folder, tiny_model_dir, processe
 
 
 def test_two_processes_share_the_work_and_one_finishes_it(folder, tiny_model_dir, processes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(port)}  # fmt: skip
-    argv = flags(tiny_model_dir, num_samples=40)
-    ranks = [
-        start(processes, argv, f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **world)
-        for rank in (0, 1)
-    ]
+    ranks = start_ranks(processes, flags(tiny_model_dir, num_samples=40), 2)
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [EXIT_OK, EXIT_OK], Path("log1").read_text()
@@ -372,3 +458,48 @@ def test_two_processes_share_the_work_and_one_finishes_it(folder, tiny_model_dir
     assert "all 40 samples" not in Path("log1").read_text()
     run(tiny_model_dir, num_samples=40, job_sess="alone")
     assert samples() == samples("alone")
+
+
+# ---------------------------------------------------------------------- vLLM, in its environment
+
+
+def test_without_vllm_the_error_says_how_to_install_it(folder, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install -r benchmarks/requirements-vllm.txt"):
+        run(tiny_model_dir, engine="vllm")
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(1800)
+def test_vllm_draws_and_goes_on_like_the_others(folder, tiny_model_dir, adapter_dir):
+    python = vllm_python()
+
+    def run(job, **changes):
+        argv = flags(tiny_model_dir, engine="vllm", job_sess=job, perdevice_bs=4, **changes)
+        done = subprocess.run(
+            [python, ROOT / "inference.py", *argv], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return samples(job)
+
+    base = run("base")
+    merged = run("merged", adapter_path=adapter_dir)
+    assert sorted(merged) == list(range(12))
+    assert len({record["text"] for record in merged.values()}) == 12
+    assert merged != base, "the adapter changed nothing"
+    for record in merged.values():
+        assert record["num_tokens"] == 23 or record["finish_reason"] == "stop"
+    assert not Path("inference_outputs/merged/.merged_model").exists()
+    first = run("grown", adapter_path=adapter_dir, num_samples=5)
+    assert first.items() <= run("grown", adapter_path=adapter_dir).items()
+    assert sorted(run("apart", adapter_path=adapter_dir, no_merge=True)) == list(range(12))
+    assert run("greedy", no_sample=True, num_samples=1) == run_greedy(tiny_model_dir)
+    manifest = json.loads(Path("inference_outputs/apart/manifest.json").read_text())
+    assert manifest["versions"]["vllm"]
+
+
+def run_greedy(model):
+    """What the default engine takes as the likeliest text."""
+    run(model, no_sample=True, num_samples=1, job_sess="greedy_here")
+    return samples("greedy_here")

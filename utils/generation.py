@@ -1,116 +1,56 @@
-"""Sampling: two engines that draw the same texts, and the folder that a stopped run goes on with.
-
-Every token is drawn from one uniform number, a hash of (seed, id of the sample, position). So a
-sample's text is decided by the seed, its id, its prompt and the model: whatever else is in the
-batch, however many processes there are, and however often the run was stopped. (Floating-point
-sums hang on the shape of a batch, so that a token whose number falls on the very border between
-two may differ.) This is more than a convenience: a run that drew afresh after every stop would
-keep the short texts, which are finished first, and redraw the long ones.
-"""
+"""Sampling: engines behind one interface, and the folder that a stopped run goes on with."""
 
 import fcntl
-import hashlib
 import json
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from transformers import (
-    ContinuousBatchingConfig,
+    AttentionInterface,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
 )
 
 from utils.cli import UsageError
+from utils.decoding import (
+    PROMPT_TOO_LONG,
+    Completion,
+    Decoding,
+    Drawer,
+    Request,
+    completion_of,
+    uniform_bits,
+)
 from utils.files import read_jsonl
+from utils.ragged_attention import NAME as RAGGED_SDPA
+from utils.ragged_attention import ragged_attention
+from utils.vllm_engine import ModelFolder, vllm_engine
 
-STOP, LENGTH, PROMPT_TOO_LONG = "stop", "length", "prompt_too_long"
 MANIFEST_FILE = "manifest.json"
-BATCH_SIZE_ON_CPU, MAX_BATCH_SIZE = 16, 128
-# Most texts are far shorter than max_seq_len, so that more of them share the same memory. On a CPU
-# more at once costs more: attention without a varlen kernel grows with the square.
+MAX_BATCH_SIZE_ON_CPU, MAX_BATCH_SIZE = 64, 128
+# Most texts are far shorter than max_seq_len, so that more of them share the same memory.
 REQUESTS_PER_SEQUENCE_ON_GPU = 4
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a text follows its prompt.
-
-    Attributes:
-        max_seq_len: longest prompt and text together, in tokens.
-        max_new_tokens: longest text; None is what the prompt leaves of `max_seq_len`.
-        stop_ids: tokens that end a text.
-    """
-
-    max_seq_len: int
-    max_new_tokens: int | None
-    no_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    seed: int
-    stop_ids: frozenset[int]
-
-    def limit(self, prompt: list[int]) -> int:
-        """The most tokens that may follow `prompt`; 0 or less if it leaves no room."""
-        room = self.max_seq_len - len(prompt)
-        return room if self.max_new_tokens is None else min(room, self.max_new_tokens)
-
-    def warpers(self) -> list[LogitsProcessor]:
-        """What shapes the distribution that tokens are drawn from, in the order of `generate`."""
-        found = []
-        if self.temperature != 1:
-            found.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k > 0:
-            found.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
-        return found
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, as token ids, and the id of the sample to draw for it."""
-
-    id: int
-    prompt: list[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The tokens drawn for a request, a stop token included, and why there are no more."""
-
-    id: int
-    tokens: list[int]
-    finish_reason: str
-
-
+Model = PreTrainedModel | ModelFolder
 Engine = Callable[
-    [PreTrainedModel, Iterable[Request], Decoding, int, Callable[[], bool]], Iterator[Completion]
+    [Model, Iterable[Request], Decoding, int, Callable[[], bool]], Iterator[Completion]
 ]
 
 
 def complete(
     engine: str,
-    model: PreTrainedModel,
+    model: Model,
     requests: Iterable[Request],
     decoding: Decoding,
     batch_size: int,
@@ -120,11 +60,15 @@ def complete(
 
     Args:
         engine: a name in `ENGINES`.
+        model: a `ModelFolder` for vllm, which loads it itself.
         batch_size: sequences of `max_seq_len` tokens whose keys and values fit on the device.
         should_stop: asked often; once it is true, unfinished texts are dropped and this ends.
 
     Yields:
         One completion a request. A prompt without room for a token gets an empty one.
+
+    Raises:
+        UsageError: the model's logits are no numbers, or it does not fit in memory.
     """
     too_long = deque()
 
@@ -135,8 +79,6 @@ def complete(
             else:
                 too_long.append(Completion(request.id, [], PROMPT_TOO_LONG))
 
-    # What a model brings along (its own temperature, top-p, length) decides nothing here.
-    model.generation_config = GenerationConfig()
     drawn = ENGINES[engine](model, fitting(), decoding, batch_size, should_stop)
     with closing(drawn):
         for completion in drawn:
@@ -147,60 +89,41 @@ def complete(
 
 
 def fitting_batch_size(model: PreTrainedModel, max_seq_len: int) -> int:
-    """How many sequences of `max_seq_len` a GPU's free memory holds; a fixed number on a CPU."""
-    if model.device.type != "cuda":
-        return BATCH_SIZE_ON_CPU
+    """How many sequences of `max_seq_len` tokens a share of the device's memory holds."""
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        # Logits, their sorted copies and activations take their share of the rest.
+        share, most = 0.6, MAX_BATCH_SIZE
+    else:
+        # Of all memory: what is free just now depends on what the system keeps of files.
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        share, most = 0.125, MAX_BATCH_SIZE_ON_CPU
+    return max(1, min(most, int(share * free) // cache_bytes(model, max_seq_len)))
+
+
+def cache_bytes(model: PreTrainedModel, max_seq_len: int) -> int:
+    """Size of the keys and values of one sequence."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(model.device)
-    # Logits, their sorted copies and activations take their share of the rest.
-    return max(1, min(MAX_BATCH_SIZE, int(0.6 * free) // (token_bytes * max_seq_len)))
-
-
-# ---------------------------------------------------------------------- drawing a token
-
-
-def uniform_bits(seed: int, sample: str, position: int) -> int:
-    """32 bits, as a signed integer, for the token of `sample` at `position`."""
-    digest = hashlib.blake2b(f"{seed} {sample} {position}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def draw(scores: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """Draw a token from each row's softmax by inverting its distribution function.
-
-    Args:
-        scores: processed logits [rows, vocabulary]; -inf is never drawn.
-        bits: integers of 32 random bits [rows].
-
-    Returns:
-        Logits that are 0 at the drawn token and -inf elsewhere, for an engine that takes the
-        likeliest token.
-    """
-    uniform = ((bits.long() & 0xFFFFFFFF).double() + 0.5) / 2**32
-    cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
-    # Scaled by the last sum, which is not quite 1, so that the search always ends inside.
-    targets = uniform.unsqueeze(-1) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True)
-    return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * max_seq_len
 
 
 # ---------------------------------------------------------------------- static batches
 
 
 class StaticDraw(LogitsProcessor):
-    """`draw` for the rows of a left-padded batch."""
+    """The draw for the rows of a left-padded batch."""
 
-    def __init__(self, batch: list[Request], width: int, seed: int):
+    def __init__(self, batch: list[Request], width: int, seed: int, drawer: Drawer):
         self._rows = [(str(request.id), width - len(request.prompt)) for request in batch]
         self._seed = seed
+        self._drawer = drawer
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         length = input_ids.shape[1]
         bits = [uniform_bits(self._seed, id, length - padding) for id, padding in self._rows]
-        return draw(scores, torch.tensor(bits, device=scores.device))
+        return self._drawer(scores, torch.tensor(bits, device=scores.device))
 
 
 class RowLimits(StoppingCriteria):
@@ -223,6 +146,9 @@ def static_engine(
     batches_sorted_together: int = 64,
 ) -> Iterator[Completion]:
     """`generate` on left-padded batches of prompts of similar length."""
+    # What a model brings along (its own temperature, top-p, length) decides nothing here.
+    model.generation_config = GenerationConfig()
+    drawer = Drawer(decoding, model.device)
     requests = iter(requests)
     while pool := list(islice(requests, batch_size * batches_sorted_together)):
         pool.sort(key=lambda request: len(request.prompt))
@@ -232,10 +158,7 @@ def static_engine(
             padded = [[0] * (width - len(r.prompt)) + r.prompt for r in batch]
             mask = [[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in batch]
             limits = [decoding.limit(request.prompt) for request in batch]
-            processors = LogitsProcessorList()
-            if not decoding.no_sample:
-                draw_tokens = StaticDraw(batch, width, decoding.seed)
-                processors = LogitsProcessorList([*decoding.warpers(), draw_tokens])
+            draw_tokens = StaticDraw(batch, width, decoding.seed, drawer)
             lengths = torch.tensor([width + limit for limit in limits], device=model.device)
             output = model.generate(
                 torch.tensor(padded, device=model.device),
@@ -247,46 +170,43 @@ def static_engine(
                     eos_token_id=sorted(decoding.stop_ids),
                     pad_token_id=0,
                 ),
-                logits_processor=processors,
+                logits_processor=LogitsProcessorList([draw_tokens]),
                 stopping_criteria=[RowLimits(lengths, should_stop)],
             )
             if should_stop():
                 return
+            drawer.check()
             for request, limit, tokens in zip(batch, limits, output[:, width:].tolist()):
-                yield _cut(request.id, tokens[:limit], decoding.stop_ids)
-
-
-def _cut(id: int, tokens: list[int], stop_ids: frozenset[int]) -> Completion:
-    """A completion that ends with the first stop token, or with the last token."""
-    for number, token in enumerate(tokens, start=1):
-        if token in stop_ids:
-            return Completion(id, tokens[:number], STOP)
-    return Completion(id, tokens, LENGTH)
+                yield completion_of(request.id, tokens[:limit], decoding.stop_ids)
 
 
 # ---------------------------------------------------------------------- continuous batching
 
 
-class ContinuousDraw(ContinuousBatchingLogitsProcessor):
-    """`draw` for whatever requests share a forward pass."""
+def continuous_draw(seed: int, drawer: Drawer):
+    """The draw for whatever requests share a forward pass, as continuous batching takes it."""
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessor,
+    )
 
-    supported_kwargs: dict[str, type] = {}
-    ignored_kwargs: tuple[str, ...] = ()
+    class ContinuousDraw(ContinuousBatchingLogitsProcessor):
+        supported_kwargs: dict[str, type] = {}
+        ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self, seed: int):
-        self._seed = seed
+        def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+            int32_tensor.zero_()
 
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        int32_tensor.zero_()
+        def prepare_tensor_args(self, requests_with_new_token: list) -> torch.Tensor:
+            states = [request.state for request in requests_with_new_token]
+            # `position_offset` counts the tokens in the cache after this pass: the new one's
+            # position.
+            bits = [uniform_bits(seed, s.request_id, s.position_offset) for s in states]
+            return torch.tensor(bits, dtype=torch.int32)
 
-    def prepare_tensor_args(self, requests_with_new_token: list) -> torch.Tensor:
-        states = [request.state for request in requests_with_new_token]
-        # `position_offset` counts the tokens in the cache after this pass: the new one's position.
-        bits = [uniform_bits(self._seed, s.request_id, s.position_offset) for s in states]
-        return torch.tensor(bits, dtype=torch.int32)
+        def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+            return drawer(scores, tensor_arg[: len(scores)])
 
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        return draw(scores, tensor_arg[: len(scores)])
+    return ContinuousDraw()
 
 
 def continuous_engine(
@@ -301,7 +221,13 @@ def continuous_engine(
     The one place that knows transformers' continuous batching, whose arguments and attributes
     move between minor versions.
     """
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessorList,
+    )
+
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+    model.generation_config = GenerationConfig()
     if model.device.type == "cuda":
         # Flash attention's decoding kernel takes pages of 256.
         page_size, max_requests = 256, REQUESTS_PER_SEQUENCE_ON_GPU * batch_size
@@ -317,11 +243,15 @@ def continuous_engine(
     manager = model.init_continuous_batching(
         GenerationConfig(do_sample=False), continuous_batching_config=config
     )
-    if not decoding.no_sample:
-        processors = LogitsProcessorList([*decoding.warpers(), ContinuousDraw(decoding.seed)])
-        manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
-        # Its one row of arguments; the list counts those of processors that it converts itself.
-        manager.logit_processor.tensors_required = 1
+    drawer = Drawer(decoding, model.device)
+    processors = LogitsProcessorList([continuous_draw(decoding.seed, drawer)])
+    manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
+    # Its one row of arguments; the list counts those of processors that it converts itself.
+    manager.logit_processor.tensors_required = 1
+    attention = model.config._attn_implementation
+    if attention == "sdpa" and model.device.type == "cpu":
+        AttentionInterface.register(RAGGED_SDPA, ragged_attention)
+        model.set_attn_implementation(RAGGED_SDPA)
     try:
         manager.warmup()
     except MemoryError as error:
@@ -335,6 +265,7 @@ def continuous_engine(
     manager.start()
     try:
         while not should_stop():
+            drawer.check()
             # A short queue keeps the engine full, and its scheduler's walk through it short.
             for request in islice(requests, 2 * max_requests - under_way):
                 manager.add_request(
@@ -354,12 +285,17 @@ def continuous_engine(
             if result.error:
                 raise RuntimeError(f"{result.error}; --engine static may do without")
             under_way -= 1
-            yield _cut(int(result.request_id), result.generated_tokens, decoding.stop_ids)
+            yield completion_of(int(result.request_id), result.generated_tokens, decoding.stop_ids)
     finally:
         manager.stop(hard_stop=True)
+        model.set_attn_implementation(attention)
 
 
-ENGINES: dict[str, Engine] = {"continuous": continuous_engine, "static": static_engine}
+ENGINES: dict[str, Engine] = {
+    "continuous": continuous_engine,
+    "static": static_engine,
+    "vllm": vllm_engine,
+}
 
 
 # ---------------------------------------------------------------------- the folder of samples
@@ -407,7 +343,12 @@ def check_manifest(folder: Path, settings: dict) -> None:
             raise UsageError(f"{folder} holds samples without {MANIFEST_FILE}; use another "
                              "--job_sess")  # fmt: skip
         return
-    there = json.loads(path.read_text())
+    try:
+        there = json.loads(path.read_text())
+    except ValueError:
+        there = None
+    if not isinstance(there, dict):
+        raise UsageError(f"{path} is damaged; use another --job_sess")
     for name, value in settings.items():
         if name in there and there[name] != value:
             raise UsageError(
@@ -417,9 +358,20 @@ def check_manifest(folder: Path, settings: dict) -> None:
 
 
 def finish_reasons(folder: Path) -> dict[int, str]:
-    """Why each sample in `folder` ended, by its id; what is not in here is still to be drawn."""
-    return {
-        record["id"]: record["finish_reason"]
-        for shard in sorted(folder.glob("shard-*.jsonl"))
-        for record in read_jsonl(shard)
-    }
+    """Why each sample in `folder` ended, by its id; what is not in here is still to be drawn.
+
+    Raises:
+        UsageError: a line is no sample, or a sample is there twice.
+    """
+    reasons = {}
+    for shard in sorted(folder.glob("shard-*.jsonl")):
+        for number, record in enumerate(read_jsonl(shard), start=1):
+            id, reason = record.get("id"), record.get("finish_reason")
+            if not (type(id) is int and isinstance(reason, str)):
+                raise UsageError(f"{shard}, line {number} is no sample: it lacks id or "
+                                 "finish_reason; remove it, or use another --job_sess")  # fmt: skip
+            if id in reasons:
+                raise UsageError(f"{shard}, line {number}: sample {id} is there a second time; "
+                                 "remove one of them, or use another --job_sess")  # fmt: skip
+            reasons[id] = reason
+    return reasons

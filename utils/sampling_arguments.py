@@ -9,7 +9,8 @@ from utils.arguments import add_model_arguments, natural_int, positive_int
 from utils.cli import UsageError
 from utils.prompts import UNCONDITIONAL, Instruction, read_instruction_file
 
-ENGINE_NAMES = ("continuous", "static")
+ENGINE_NAMES = ("continuous", "static", "vllm")
+LOWEST_TEMPERATURE = 1e-4  # below it, logits would overflow
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -27,7 +28,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=None,
         help="sequences of max_seq_len tokens on a device at once; left out: what a GPU's memory "
-        "holds, and 16 on a CPU",
+        "holds; an eighth of a CPU's memory, at most 64",
     )
     parser.add_argument("--seed", type=natural_int, default=0, help="what is drawn; a sample's "
                         "text depends on this and its id")  # fmt: skip
@@ -43,7 +44,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine", choices=ENGINE_NAMES, default="continuous", help="continuous: "
                         "a finished text makes room for the next one at once; static: a batch "
-                        "waits for its longest text")  # fmt: skip
+                        "waits for its longest text; vllm: needs an environment of its own, see "
+                        "the README")  # fmt: skip
 
     group = parser.add_argument_group("decoding")
     group.add_argument("--no_sample", action="store_true", help="always take the likeliest token")
@@ -83,9 +85,11 @@ def check_sampling_arguments(args: argparse.Namespace) -> list[str]:
     """
     if not 0 < args.top_p <= 1:
         raise UsageError(f"--top_p {args.top_p}: must be above 0 and at most 1 (1: off)")
-    if not (math.isfinite(args.temperature) and args.temperature > 0):
-        fix = "; use --no_sample for the likeliest token" if args.temperature == 0 else ""
-        raise UsageError(f"--temperature {args.temperature}: must be above 0{fix}")
+    if not (math.isfinite(args.temperature) and args.temperature >= LOWEST_TEMPERATURE):
+        raise UsageError(
+            f"--temperature {args.temperature}: must be a number of {LOWEST_TEMPERATURE} or more; "
+            "use --no_sample for the likeliest token"
+        )
     if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
         raise UsageError(
             f"--repetition_penalty {args.repetition_penalty}: must be above 0 (1: off)"
