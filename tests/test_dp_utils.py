@@ -143,12 +143,13 @@ def test_loss_on_the_answer_only():
 @pytest.mark.parametrize("clip_function", ["flat", "automatic"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("normalization", ["max_seq_len", "tokens"])
+@pytest.mark.parametrize("rank", [4, 64])  # mostly instantiated; mostly ghost norms
 def test_dropping_one_example_moves_the_sum_by_at_most_the_clip_norm(
-    clip_function, checkpointing, normalization
+    clip_function, checkpointing, normalization, rank
 ):
     clip_norm = 1e-3  # far below every norm, so each example fills its bound
     data = random_examples([3, 50, 17, 29, 50, 8])
-    model = adapted_model("all-linear", checkpointing=checkpointing)
+    model = adapted_model("all-linear", checkpointing=checkpointing, rank=rank)
     everyone = np.arange(len(data))
     options = {"clip_function": clip_function, "budget": 100, "normalization": normalization}
     full, _ = clipped_sum(model, data, clip_norm, indices=everyone, **options)
