@@ -5,15 +5,7 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
-from benchmarks.engines.peers import (
-    CLIP_NORM,
-    LEARNING_RATE,
-    NOISE_MULTIPLIER,
-    adapted_model,
-    example_losses,
-    measured,
-    microbatches,
-)
+from benchmarks.engines import peers
 from benchmarks.jobs import Job
 
 
@@ -23,21 +15,21 @@ class _Criterion:
     reduction = "sum"
 
     def __call__(self, logits: torch.Tensor, batch: dict) -> torch.Tensor:
-        return example_losses(logits, batch)
+        return peers.example_losses(logits, batch)
 
 
 def run(job: Job) -> dict:
     """Train for the job's steps; see `peers.measured`."""
     ghost = job.engine == "opacus-ghost"
-    options = {"max_grad_norm": CLIP_NORM, "use_ghost_clipping": True} if ghost else {}
+    options = {"max_grad_norm": peers.CLIP_NORM, "use_ghost_clipping": True} if ghost else {}
     module_type = GradSampleModuleFastGradientClipping if ghost else GradSampleModule
-    model = module_type(adapted_model(job), loss_reduction="sum", strict=False, **options)
+    model = module_type(peers.adapted_model(job), loss_reduction="sum", strict=False, **options)
     trainable = [tensor for tensor in model.parameters() if tensor.requires_grad]
     optimizer_type = DPOptimizerFastGradientClipping if ghost else DPOptimizer
     optimizer = optimizer_type(
-        torch.optim.AdamW(trainable, lr=LEARNING_RATE),
-        noise_multiplier=NOISE_MULTIPLIER,
-        max_grad_norm=CLIP_NORM,
+        torch.optim.AdamW(trainable, lr=peers.LEARNING_RATE),
+        noise_multiplier=peers.NOISE_MULTIPLIER,
+        max_grad_norm=peers.CLIP_NORM,
         expected_batch_size=job.num_examples,
         loss_reduction="sum",
     )
@@ -53,4 +45,4 @@ def run(job: Job) -> dict:
             optimizer.step()
             optimizer.zero_grad()
 
-    return measured(job, microbatches(job), step)
+    return peers.measured(job, peers.microbatches(job), step)

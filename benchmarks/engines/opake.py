@@ -8,33 +8,25 @@ from opake.patches import apply_model_patches, apply_runtime_patches
 from opake.pytree import merge
 from opake.random import key
 
-from benchmarks.engines.peers import (
-    CLIP_NORM,
-    LEARNING_RATE,
-    NOISE_MULTIPLIER,
-    adapted_model,
-    example_losses,
-    measured,
-    microbatches,
-)
+from benchmarks.engines import peers
 from benchmarks.jobs import Job
 
 
 def run(job: Job) -> dict:
     """Train for the job's steps; see `peers.measured`."""
     apply_runtime_patches()
-    model = adapted_model(job)
+    model = peers.adapted_model(job)
     apply_model_patches(model)
     functional, trainable, frozen = make_functional(model, partition_trainable=True)
 
     def loss(parameters: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         batch = {"input_ids": ids[None], "attention_mask": mask[None]}
         logits = functional(merge(frozen, parameters), **batch).logits
-        return example_losses(logits, batch).sum()
+        return peers.example_losses(logits, batch).sum()
 
-    gradient, clip_state = clipped_grad(loss, batch_argnums=(1, 2), clipping_norm=CLIP_NORM)
-    noise, noise_state = gaussian_noise(noise_multiplier=NOISE_MULTIPLIER, key=key(0))
-    optimizer = torch.optim.AdamW(trainable.values(), lr=LEARNING_RATE)
+    gradient, clip_state = clipped_grad(loss, batch_argnums=(1, 2), clipping_norm=peers.CLIP_NORM)
+    noise, noise_state = gaussian_noise(noise_multiplier=peers.NOISE_MULTIPLIER, key=key(0))
+    optimizer = torch.optim.AdamW(trainable.values(), lr=peers.LEARNING_RATE)
 
     def step(batches: list[dict]) -> None:
         nonlocal clip_state, noise_state
@@ -53,4 +45,4 @@ def run(job: Job) -> dict:
                 tensor.grad = noised.pytree[name] / job.num_examples
         optimizer.step()
 
-    return measured(job, microbatches(job), step)
+    return peers.measured(job, peers.microbatches(job), step)
