@@ -10,7 +10,8 @@ import pytest
 from tests.training import ROOT
 
 PACKAGES = (
-    "utils", "data", "evaluation", "privacy_checks", "query_gpt35_for_annotation", "benchmarks",
+    "utils", "data", "evaluation", "privacy_checks", "query_gpt35_for_annotation",
+    "resample_with_dp_histogram", "benchmarks",
 )  # fmt: skip
 FILES = [
     path
