@@ -12,7 +12,9 @@ batch, the longest first. A stopped run goes on with the same command, on any nu
 """
 
 import argparse
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,9 +36,13 @@ from utils.modeling import model_fingerprint
 from utils.run_folder import PRIVATE_README
 from utils.text_inputs import FORMATS, read_instructions
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 DEFAULT_MODEL = "sentence-transformers/sentence-t5-base"
-# Batches on a device between two saves.
-BATCHES_PER_SAVE = 16
+# Batches that a device gets at once, and the least time between two saves.
+BATCHES_AT_ONCE = 8
+SAVE_SECONDS = 5.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"{len(texts):,} embeddings of {manifest['dimensions']} dimensions are in {folder}")
 
 
-def load_model(name: str):
+def load_model(name: str) -> "SentenceTransformer":
     """Load a SentenceTransformer on the CPU.
 
     Raises:
@@ -129,7 +135,13 @@ def begin(folder: Path, private: bool, manifest: dict) -> None:
     write_json(folder / MANIFEST_FILE, manifest)
 
 
-def embed(texts: list[str], model, folder: Path, manifest: dict, args: argparse.Namespace) -> None:
+def embed(
+    texts: list[str],
+    model: "SentenceTransformer",
+    folder: Path,
+    manifest: dict,
+    args: argparse.Namespace,
+) -> None:
     """Embed what is missing, the longest text first, and note after each save how far it came.
 
     Raises:
@@ -144,26 +156,26 @@ def embed(texts: list[str], model, folder: Path, manifest: dict, args: argparse.
     # Known from the texts alone, so that a later run finds the same first `num_embedded` done.
     order = np.argsort([-len(text) for text in texts], kind="stable")
     devices = args.devices or default_devices()
-    rows_per_save = BATCHES_PER_SAVE * args.batch_size * len(devices)
+    rows_at_once = BATCHES_AT_ONCE * args.batch_size * len(devices)
     pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
+    saved_at = time.monotonic()
     try:
         with tqdm(total=len(texts), initial=done, desc="embed", unit="text") as progress:
-            for start in range(done, len(texts), rows_per_save):
-                rows = order[start : start + rows_per_save]
-                vectors[rows] = unit_vectors(
-                    model.encode(
-                        [texts[row] for row in rows],
-                        batch_size=args.batch_size,
-                        show_progress_bar=False,
-                        **({"pool": pool} if pool else {"device": devices[0]}),
-                    ),
-                    rows,
-                    str(folder),
+            for start in range(done, len(texts), rows_at_once):
+                rows = order[start : start + rows_at_once]
+                embeddings = model.encode(
+                    [texts[row] for row in rows],
+                    batch_size=args.batch_size,
+                    show_progress_bar=False,
+                    **({"pool": pool} if pool else {"device": devices[0]}),
                 )
-                vectors.flush()
-                manifest = manifest | {"num_embedded": start + len(rows)}
-                write_json(folder / MANIFEST_FILE, manifest)
+                vectors[rows] = unit_vectors(embeddings, rows, str(folder))
                 progress.update(len(rows))
+                now = time.monotonic()
+                if now - saved_at >= SAVE_SECONDS or progress.n == len(texts):
+                    vectors.flush()
+                    write_json(folder / MANIFEST_FILE, manifest | {"num_embedded": progress.n})
+                    saved_at = now
     finally:
         if pool:
             model.stop_multi_process_pool(pool)

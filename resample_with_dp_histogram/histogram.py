@@ -10,7 +10,9 @@ from utils.secure_random import SecureRandom
 SENSITIVITY = 1.0
 
 
-def noisy_histogram(bins: np.ndarray, num_bins: int, sigma: float, random: SecureRandom):
+def noisy_histogram(
+    bins: np.ndarray, num_bins: int, sigma: float, random: SecureRandom
+) -> np.ndarray:
     """Count private rows in bins and add N(0, sigma²) to each count, on a public grid.
 
     Guarantee: where each row's bin depends on that row alone (see `Clusters`), this is one

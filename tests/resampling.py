@@ -1,16 +1,13 @@
 """Small embeddings and a small sentence encoder, for tests of resampling."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from resample_with_dp_histogram.embeddings import (
-    MANIFEST_FILE,
-    VECTORS_FILE,
-    location,
-    texts_digest,
-)
+from benchmarks.resampling import write_embeddings
+from resample_with_dp_histogram.embeddings import MANIFEST_FILE, location
 from utils.files import write_json
 
 DIMENSIONS = 16
@@ -25,17 +22,12 @@ def unit_vectors(rows: int, seed: int = 0, groups: int = 6, weights=None) -> np.
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
 
 
-def save_embeddings(folder: Path, vectors: np.ndarray, *, private: bool, texts=None, **changes):
+def save_embeddings(folder: Path, vectors: np.ndarray, *, private: bool, texts=(), **changes):
     """Write what `embed` writes; `changes` replace entries of the manifest."""
-    place = location(folder, private)
-    place.mkdir(parents=True, exist_ok=True)
-    np.save(place / VECTORS_FILE, vectors)
-    manifest = {
-        "texts_sha256": texts_digest(texts or []), "model_fingerprint": "same",
-        "model": "a model", "num_texts": len(vectors), "dimensions": vectors.shape[1],
-        "num_embedded": len(vectors),
-    }  # fmt: skip
-    write_json(place / MANIFEST_FILE, manifest | changes)
+    write_embeddings(folder, [vectors], vectors.shape, list(texts), private=private)
+    if changes:
+        path = location(folder, private) / MANIFEST_FILE
+        write_json(path, json.loads(path.read_text()) | changes)
     return folder
 
 

@@ -26,7 +26,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture
 def arguments(encoder, tmp_path):
-    """Flags that embed TEXTS into tmp_path/out, eight batches of 8 a save."""
+    """Flags that embed TEXTS into tmp_path/out, eight at once."""
     file = tmp_path / "texts.json"
     file.write_text(json.dumps(TEXTS))
     return [
@@ -81,7 +81,7 @@ def test_texts_of_similar_length_share_a_batch(arguments, monkeypatch):
     monkeypatch.setattr(embed, "load_model", lambda name: model)
     embed.main(["--synthetic", *arguments])
     lengths = [length for batch in seen for length in batch]
-    assert len(seen) == 10
+    assert len(seen) == 19
     assert lengths == sorted(map(len, TEXTS), reverse=True)
 
 
@@ -95,15 +95,15 @@ def dying(*given):
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return unit_vectors(*given)
-embed.unit_vectors = dying
+embed.unit_vectors, embed.SAVE_SECONDS = dying, 0
 embed.main(["--private", *sys.argv[1:]])
 """
     command = [sys.executable, "-c", script, *arguments]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     manifest = tmp_path / "out" / "private" / "manifest.json"
-    assert json.loads(manifest.read_text())["num_embedded"] == 48
-    with pytest.raises(UsageError, match="48 of 150 embeddings; the same embed command goes on"):
+    assert json.loads(manifest.read_text())["num_embedded"] == 24
+    with pytest.raises(UsageError, match="24 of 150 embeddings; the same embed command goes on"):
         open_embeddings(tmp_path / "out", private=True)
     # Another batch size, since what is done is counted in texts.
     embedded = []
@@ -113,7 +113,7 @@ embed.main(["--private", *sys.argv[1:]])
             embed, "unit_vectors", lambda *given: embedded.append(given[1]) or unit_vectors(*given)
         )
         embed.main(["--private", *arguments, "--batch_size=3"])
-    assert sum(map(len, embedded)) == 102
+    assert sum(map(len, embedded)) == 126
     vectors = open_embeddings(tmp_path / "out", private=True).vectors
     np.testing.assert_allclose(vectors, expected, atol=1e-3)
 
@@ -165,11 +165,12 @@ def test_a_model_that_gives_nan_is_refused_and_what_is_done_stays(arguments, tmp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "encode", failing)
         patch.setattr(embed, "load_model", lambda name: model)
+        patch.setattr(embed, "SAVE_SECONDS", 0)
         with pytest.raises(SystemExit) as ended:
             run_cli(lambda: embed.main(["--private", *arguments]))
     assert ended.value.code == 2
     assert "is no unit vector: NaN" in capsys.readouterr().err.splitlines()[-1]
-    with pytest.raises(UsageError, match="32 of 150 embeddings"):
+    with pytest.raises(UsageError, match="16 of 150 embeddings"):
         open_embeddings(tmp_path / "out", private=True)
 
 

@@ -34,7 +34,8 @@ def test_a_count_that_does_not_fit_is_refused(tmp_path, changes, message):
 def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(UsageError, match="no embeddings at .*embed --private"):
         open_embeddings(tmp_path, private=True)
-    save_embeddings(tmp_path, unit_vectors(9).astype(np.float32), private=False)
+    save_embeddings(tmp_path, unit_vectors(9), private=False)
+    np.save(tmp_path / "embeddings.npy", unit_vectors(9).astype(np.float32))
     with pytest.raises(UsageError, match="holds float32"):
         open_embeddings(tmp_path, private=False)
     content = (tmp_path / "embeddings.npy").read_bytes()

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 
 from privacy_checks.observed_run import signal_handlers_restored
 from tests.annotation_server import Server
+from tests.resampling import save_tiny_encoder
 from tests.training import ROOT
 from utils.prompts import write_instruction_file
 
@@ -65,6 +66,8 @@ def clone(tmp_path_factory, tiny_model_dir):
     data = folder / "data"
     data.mkdir()
     (data / "quickstart_model").symlink_to(tiny_model_dir)
+    encoder = save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
+    (data / "quickstart_embedder").symlink_to(encoder)
     rows = {"instruction": ["say hello"] * 64, "answer": ["hello"] * 64}
     for name in INSTRUCTIONS + PAIRS:
         columns = rows if name in PAIRS else {"instruction": rows["instruction"]}
