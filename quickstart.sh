@@ -28,7 +28,7 @@ bash -c "$(python generate_train_command.py --dataset_name quickstart_instructio
 
 say "3/7  Type B: sample synthetic instructions"
 bash -c "$(python generate_inference_command.py --instruction_file utils/syn_instruct.txt \
-    --num_samples 48 --adapter_path outputs/quickstart_instructions/adapter \
+    --num_samples 96 --adapter_path outputs/quickstart_instructions/adapter \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base --top_p 0.95)"
 
 say "4/7  resample: select by a DP histogram of the private data"
@@ -45,7 +45,7 @@ python -m resample_with_dp_histogram.embed --private --model data/quickstart_emb
     --private_embeddings resampling/quickstart/private_data \
     --synthetic_embeddings resampling/quickstart/synthetic_embeddings \
     --synthetic_instructions resampling/quickstart/synthetic/instructions.jsonl \
-    --output resampling/quickstart/selected --num_bins 8 --num_samples 16
+    --output resampling/quickstart/selected --num_bins 6 --num_samples 12
 
 say "5/7  Type C: learn to answer, with differential privacy"
 bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart \

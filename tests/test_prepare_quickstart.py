@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import prepare_quickstart
@@ -399,6 +400,13 @@ def test_the_real_packages_make_a_model_that_answers_and_five_thousand_prompts(t
         torch.testing.assert_close(model(**prompt).logits, original(**prompt).logits.float())
         answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)
     assert "Paris" in tokenizer.decode(answer[0])
+
+    embedder = SentenceTransformer(str(tmp_path / "quickstart_embedder"), device="cpu")
+    bread, loaf, war = embedder.encode(
+        ["How do I bake bread?", "What is a recipe for a loaf?", "Who won the war of 1812?"],
+        normalize_embeddings=True,
+    )
+    assert bread @ loaf > bread @ war + 0.3
 
     rows = texts(tmp_path)
     together = [text for part in rows.values() for text in part]

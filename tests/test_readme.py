@@ -36,7 +36,7 @@ SMALLER = {
     "--total_bs 32 --num_epochs 3": "--total_bs 8 --num_epochs 0.2",
     # A third of the random model's texts end by themselves, and those alone are annotated.
     "uncond_generation --max_seq_len 128 --top_p": "uncond_generation --max_seq_len 100 --top_p",
-    "--num_samples 64": "--num_samples 80",
+    "--num_samples 128": "--num_samples 80",
     "--max_seq_len 128": "--max_seq_len 500",
     "--max_seq_len 1024": "--max_seq_len 500",
     "--max_seq_len 2048": "--max_seq_len 500",
