@@ -15,28 +15,44 @@ use_venv requirements.txt
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 
-say "1/6  base model and private data"
+say "1/7  base model and private data"
 python data/prepare_quickstart.py
 
 base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 16"
 private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lr 2e-3 --resume auto"
 
-say "2/6  Type A: learn to write instructions, with differential privacy"
+say "2/7  Type A: learn to write instructions, with differential privacy"
 bash -c "$(python generate_train_command.py --dataset_name quickstart_instructions \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base $private \
-    --total_bs 128 --num_epochs 0.25 --max_eval_examples 128)"
+    --total_bs 128 --num_epochs 0.25 --max_eval_examples 128 --reserve_histogram_sigma 10)"
 
-say "3/6  Type B: sample synthetic instructions"
+say "3/7  Type B: sample synthetic instructions"
 bash -c "$(python generate_inference_command.py --instruction_file utils/syn_instruct.txt \
-    --num_samples 48 --adapter_path outputs/quickstart_instructions/adapter \
+    --num_samples 96 --adapter_path outputs/quickstart_instructions/adapter \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base --top_p 0.95)"
 
-say "4/6  Type C: learn to answer, with differential privacy"
+say "4/7  resample: select by a DP histogram of the private data"
+[ -d resampling/quickstart/synthetic ] || python -m resample_with_dp_histogram.extract \
+    --instructions inference_outputs/quickstart_instructions \
+    --output resampling/quickstart/synthetic
+python -m resample_with_dp_histogram.embed --synthetic --model data/quickstart_embedder \
+    --instructions resampling/quickstart/synthetic/instructions.jsonl \
+    --output resampling/quickstart/synthetic_embeddings
+python -m resample_with_dp_histogram.embed --private --model data/quickstart_embedder \
+    --instructions data/quickstart_instructions --split train \
+    --output resampling/quickstart/private_data
+[ -d resampling/quickstart/selected ] || python -m resample_with_dp_histogram.resample \
+    --private_embeddings resampling/quickstart/private_data \
+    --synthetic_embeddings resampling/quickstart/synthetic_embeddings \
+    --synthetic_instructions resampling/quickstart/synthetic/instructions.jsonl \
+    --output resampling/quickstart/selected --num_bins 6 --num_samples 12
+
+say "5/7  Type C: learn to answer, with differential privacy"
 bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart \
     --job_sess quickstart_answers --prompt_style vicuna $base $private \
     --total_bs 64 --num_epochs 0.075 --max_eval_examples 64)"
 
-say "5/6  Type D: answer held-out questions"
+say "6/7  Type D: answer held-out questions"
 bash -c "$(python generate_inference_command.py --instruction_file data/quickstart_questions.txt \
     --adapter_path outputs/quickstart_answers/adapter \
     --job_sess quickstart_answers --prompt_style vicuna $base --top_p 0.95)"
@@ -51,7 +67,7 @@ if [ "$*" = --annotate ]; then
         --cb-max-batch-tokens 256 > outputs/annotator.log 2>&1 &
     trap "kill $! 2> /dev/null || true" EXIT
     python -m query_gpt35_for_annotation.annotate --concurrency 16 \
-        --instructions inference_outputs/quickstart_instructions \
+        --instructions resampling/quickstart/selected/selected.jsonl \
         --output annotations/quickstart --base_url "http://127.0.0.1:$port/v1" \
         --model data/quickstart_model --max_tokens 160
     [ -d data/labelled_quickstart_synthetic ] ||
@@ -62,9 +78,12 @@ if [ "$*" = --annotate ]; then
         --total_bs 2 --num_epochs 1 --resume auto)"
 fi
 
-say "6/6  summary"
+say "7/7  summary"
 python -m evaluation.summary --run outputs/quickstart_instructions \
     --samples inference_outputs/quickstart_instructions
+python -m privacy_checks.report outputs/quickstart_instructions \
+    --histogram resampling/quickstart/private_data/histogram_ledger.jsonl |
+    grep "differentially private for"
 echo
 python -m evaluation.summary --run outputs/quickstart_answers \
     --samples inference_outputs/quickstart_answers --num_shown 3

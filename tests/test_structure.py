@@ -10,8 +10,8 @@ import pytest
 from tests.training import ROOT
 
 PACKAGES = (
-    "utils", "data", "evaluation", "privacy_checks", "query_gpt35_for_annotation", "benchmarks",
-    "benchmarks/engines",
+    "utils", "data", "evaluation", "privacy_checks", "query_gpt35_for_annotation",
+    "resample_with_dp_histogram", "benchmarks", "benchmarks/engines",
 )  # fmt: skip
 FILES = [
     path

@@ -252,6 +252,23 @@ class Ledger:
         self._file.close()
 
 
+def read_histograms(path: str | os.PathLike, num_examples: int) -> list[dict]:
+    """The lines of a ledger of histograms of a dataset of `num_examples`; none if there is none.
+
+    Raises:
+        UsageError: the file was edited, is no ledger of histograms, or is another dataset's.
+    """
+    records = read_ledger(path) if Path(path).exists() else []
+    if records and records[0]["kind"] != HISTOGRAM:
+        raise UsageError(f"{path} is the ledger of a training run; use another file")
+    if records and records[0]["num_examples"] != num_examples:
+        raise UsageError(
+            f"{path} is of a private dataset of {records[0]['num_examples']:,} examples, not of "
+            f"{num_examples:,}; each dataset has a ledger of its own"
+        )
+    return records
+
+
 def record_histogram(
     path: str | os.PathLike,
     *,
@@ -271,11 +288,9 @@ def record_histogram(
         insecure: noise came from a known seed.
 
     Raises:
-        UsageError: the file was edited, or is no ledger of histograms.
+        UsageError: see `read_histograms`.
     """
-    records = read_ledger(path) if Path(path).exists() else []
-    if records and records[0]["kind"] != HISTOGRAM:
-        raise UsageError(f"{path} is the ledger of a training run; use another file")
+    records = read_histograms(path, num_examples)
     content = {
         "kind": HISTOGRAM,
         "run": os.urandom(16).hex(),

@@ -26,8 +26,8 @@ CONFIG_FILE = "run_config.json"
 PRIVATE_README = """# Private
 
 Everything in this folder was computed from private data without noise: losses, gradient norms,
-clip fractions, realised batch sizes, hashes of the data. No privacy guarantee covers it. Do not
-share it, and do not choose what to publish by it without saying so.
+clip fractions, realised batch sizes, embeddings, hashes of the data. No privacy guarantee covers
+it. Do not share it, and do not choose what to publish by it without saying so.
 """
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "dp-accounting")
 # Settings that a continued run may change, since none of them changes what is learnt or how

@@ -3,7 +3,6 @@
 import json
 import pickletools
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 
 from utils.cli import UsageError, say
@@ -18,39 +17,61 @@ _FINISHED = "stop"
 def read_instructions(path: str, split: str | None = None) -> list[str]:
     """Read the instructions of `path`, in its order, repeated and blank ones included.
 
-    Sampled texts (objects with a `finish_reason`) that were cut before their end are left out, and
-    their number is said.
+    Sampled texts that were cut before their end are left out, and their number is said.
+
+    Args:
+        path, split: see `read_entries`.
+
+    Raises:
+        UsageError: see `read_entries`; or nothing is left.
+    """
+    entries = read_entries(path, split)
+    texts = [text for text in entries if text is not None]
+    if len(texts) < len(entries):
+        say(
+            f"{len(entries) - len(texts):,} sampled texts left out: their finish_reason is not "
+            f"{_FINISHED!r}"
+        )
+    if not texts:
+        raise UsageError(f"{path!r} holds no instruction")
+    return texts
+
+
+def read_entries(path: str, split: str | None = None) -> list[str | None]:
+    """Read every entry of `path`, in its order.
 
     Args:
         path: a file or folder in one of `FORMATS`. Objects (json, jsonl) and columns (parquet,
             datasets) give their `instruction`, or else their `text`.
         split: which split of a saved `DatasetDict`; unused otherwise.
 
+    Returns:
+        Texts; None for a sampled one (an object with a `finish_reason`) that was cut before its
+        end.
+
     Raises:
         UsageError: no such path, an unknown format, or content that is not instructions.
     """
     source = Path(path)
     if not source.exists():
-        raise UsageError(f"--instructions {path!r} does not exist")
+        raise UsageError(f"{path!r} does not exist")
     if source.is_dir():
-        texts = _read_folder(source, split)
+        entries = _read_folder(source, split)
     elif source.suffix in _READERS:
         try:
-            texts = _READERS[source.suffix](source)
+            entries = _READERS[source.suffix](source)
         except UsageError:
             raise
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"--instructions {path!r} cannot be read: {error}") from None
+            raise UsageError(f"{path!r} cannot be read: {error}") from None
     else:
-        raise UsageError(f"--instructions {path!r} has an unknown format; known are {FORMATS}")
-    for number, text in enumerate(texts, start=1):
+        raise UsageError(f"{path!r} has an unknown format; known are {FORMATS}")
+    for number, text in enumerate(entries, start=1):
         try:
-            text.encode()
+            (text or "").encode()
         except UnicodeEncodeError:
             raise UsageError(f"{path}, instruction {number} is not valid Unicode") from None
-    if not texts:
-        raise UsageError(f"--instructions {path!r} holds no instruction")
-    return texts
+    return entries
 
 
 def read_pickled_strings(data: bytes) -> list[str]:
@@ -110,15 +131,14 @@ def read_pickled_strings(data: bytes) -> list[str]:
 def _read_folder(folder: Path, split: str | None) -> list[str]:
     shards = sorted(folder.glob("shard-*.jsonl"))
     if shards:
-        return _texts(chain.from_iterable(map(read_jsonl, shards)))
+        return [text for shard in shards for text in _texts(read_jsonl(shard), f"{shard}, ")]
     from datasets import DatasetDict, load_from_disk
 
     try:
         dataset = load_from_disk(str(folder))
     except FileNotFoundError:
         raise UsageError(
-            f"--instructions {str(folder)!r} is neither a saved datasets folder nor a folder of "
-            "shard-*.jsonl"
+            f"{str(folder)!r} is neither a saved datasets folder nor a folder of shard-*.jsonl"
         ) from None
     if isinstance(dataset, DatasetDict):
         if split is None or split not in dataset:
@@ -156,26 +176,24 @@ def _column(path: Path, names: Iterable[str], read) -> list[str]:
     raise UsageError(f"{path} has no column 'instruction' or 'text', only {', '.join(names)}")
 
 
-def _texts(items: Iterable) -> list[str]:
-    """The strings of `items`, or of those of its objects that were not cut while sampled."""
-    texts, cut = [], 0
+def _texts(items: Iterable, where: str = "") -> list[str | None]:
+    """The strings of `items`, or of its objects; None for those that were cut while sampled."""
+    texts = []
     for number, item in enumerate(items, start=1):
         if isinstance(item, dict):
             if item.get("finish_reason", _FINISHED) != _FINISHED:
-                cut += 1
+                texts.append(None)
                 continue
             item = item.get("instruction", item.get("text"))
-        texts.append(_string(number, item))
-    if cut:
-        say(f"{cut:,} sampled texts left out: their finish_reason is not {_FINISHED!r}")
+        texts.append(_string(number, item, where))
     return texts
 
 
-def _string(number: int, item: object) -> str:
+def _string(number: int, item: object, where: str = "") -> str:
     if not isinstance(item, str):
         raise UsageError(
-            f"entry {number} is no string and has no string 'instruction' or 'text' but is of "
-            f"type {type(item).__name__}"
+            f"{where}entry {number} is no string and has no string 'instruction' or 'text' but is "
+            f"of type {type(item).__name__}"
         )
     return item
 
@@ -183,7 +201,7 @@ def _string(number: int, item: object) -> str:
 _READERS = {
     ".pkl": lambda path: read_pickled_strings(path.read_bytes()),
     ".json": _read_json,
-    ".jsonl": lambda path: _texts(read_jsonl(path)),
+    ".jsonl": lambda path: _texts(read_jsonl(path), f"{path}, "),
     ".txt": _read_txt,
     ".parquet": _read_parquet,
 }

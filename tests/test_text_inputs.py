@@ -10,8 +10,8 @@ import sys
 import pytest
 from datasets import Dataset, DatasetDict
 
-from query_gpt35_for_annotation.inputs import read_instructions, read_pickled_strings
 from utils.cli import UsageError
+from utils.text_inputs import read_instructions, read_pickled_strings
 
 TEXTS = ["one", "two\nlines", "Grüße, 你好 😀", "### BOI", "x" * 300, "one"]
 

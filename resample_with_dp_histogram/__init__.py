@@ -1,0 +1,1 @@
+"""Synthetic instructions whose distribution follows the private one, through a DP histogram."""

@@ -1,0 +1,207 @@
+"""Embed texts with a sentence encoder into a memory-mapped float16 file.
+
+    python -m resample_with_dp_histogram.embed --synthetic \\
+        --instructions synthetic/mine/instructions.jsonl --output embeddings/mine
+    python -m resample_with_dp_histogram.embed --private \\
+        --instructions data/chatbot_arena_instructions_train180k --split train \\
+        --output embeddings/chatbot_arena
+
+With --private everything goes to OUTPUT/private/, since an embedding gives its text away; embed
+the very split that was trained on, so that both have one N. Texts of similar length share a
+batch, the longest first. A stopped run goes on with the same command, on any number of devices.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from resample_with_dp_histogram.embeddings import (
+    MANIFEST_FILE,
+    VECTORS_FILE,
+    location,
+    open_vectors,
+    read_manifest,
+    require_unit,
+    texts_digest,
+)
+from utils.arguments import make_parser, positive_int
+from utils.cli import UsageError, run_cli, say
+from utils.files import fsync_folder, write_atomic, write_json
+from utils.modeling import model_fingerprint
+from utils.run_folder import PRIVATE_README
+from utils.text_inputs import FORMATS, read_instructions
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+DEFAULT_MODEL = "sentence-transformers/sentence-t5-base"
+# Batches that a device gets at once, and the least time between two saves.
+BATCHES_AT_ONCE = 8
+SAVE_SECONDS = 5.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `embed`."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--private", action="store_true", help="the texts are private: write to OUTPUT/private/"
+    )
+    kind.add_argument("--synthetic", action="store_true", help="the texts may be shown to anyone")
+    add("--instructions", required=True, metavar="PATH", help=f"the texts: {FORMATS}")
+    add("--split", help="the split to read where --instructions is a saved DatasetDict")
+    add(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for the embeddings; give the same one again to go on after a stop",
+    )
+    add("--model", default=DEFAULT_MODEL, help="a sentence-transformers hub id or folder")
+    add("--batch_size", type=positive_int, default=64, help="texts in a batch on one device")
+    add(
+        "--devices",
+        nargs="+",
+        metavar="DEVICE",
+        help="one process each, such as cuda:0 cuda:1; all GPUs if left out, or else the CPU",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    texts = read_instructions(args.instructions, args.split)
+    folder = location(args.output, args.private)
+    begun = read_manifest(args.output, args.private)
+    # A run that was killed while it began has left the page and nothing else.
+    if begun is None and {path.name for path in folder.glob("*")} - {"README.md"}:
+        raise UsageError(f"{folder} holds something else than embeddings; use another --output")
+    model = load_model(args.model)
+    settings = {
+        "texts_sha256": texts_digest(texts),
+        "model_fingerprint": model_fingerprint(model),
+    }
+    names = {"texts_sha256": "texts", "model_fingerprint": "model"}
+    for name, value in settings.items():
+        if begun is not None and begun[name] != value:
+            raise UsageError(
+                f"{args.output} holds embeddings with other {names[name]} "
+                f"({begun['num_texts']:,} texts, {begun['model']}); use another --output"
+            )
+    manifest = begun or {
+        **settings,
+        "model": args.model,
+        "num_texts": len(texts),
+        "dimensions": model.get_embedding_dimension(),
+        "num_embedded": 0,
+    }
+    if begun is None:
+        begin(folder, args.private, manifest)
+    embed(texts, model, folder, manifest, args)
+    say(f"{len(texts):,} embeddings of {manifest['dimensions']} dimensions are in {folder}")
+
+
+def load_model(name: str) -> "SentenceTransformer":
+    """Load a SentenceTransformer on the CPU.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    import sentence_transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        return sentence_transformers.SentenceTransformer(name, device="cpu").eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--model {name!r} is no sentence-transformers folder, and could not be fetched from "
+            f"the hub ({reason})"
+        ) from None
+
+
+def begin(folder: Path, private: bool, manifest: dict) -> None:
+    """Make the folder and the manifest that says whose it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if private:
+        write_atomic(folder / "README.md", PRIVATE_README)
+    write_json(folder / MANIFEST_FILE, manifest)
+
+
+def embed(
+    texts: list[str],
+    model: "SentenceTransformer",
+    folder: Path,
+    manifest: dict,
+    args: argparse.Namespace,
+) -> None:
+    """Embed what is missing, the longest text first, and note after each save how far it came.
+
+    Raises:
+        UsageError: the model gives a text no direction (NaN or zero); its row is named.
+    """
+    done = manifest["num_embedded"]
+    if done == 0:
+        shape = (manifest["num_texts"], manifest["dimensions"])
+        np.lib.format.open_memmap(folder / VECTORS_FILE, mode="w+", dtype=np.float16, shape=shape)
+        fsync_folder(folder)
+    vectors = open_vectors(folder, manifest, "r+")
+    # Known from the texts alone, so that a later run finds the same first `num_embedded` done.
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    devices = args.devices or default_devices()
+    rows_at_once = BATCHES_AT_ONCE * args.batch_size * len(devices)
+    pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
+    saved_at = time.monotonic()
+    try:
+        with tqdm(total=len(texts), initial=done, desc="embed", unit="text") as progress:
+            for start in range(done, len(texts), rows_at_once):
+                rows = order[start : start + rows_at_once]
+                embeddings = model.encode(
+                    [texts[row] for row in rows],
+                    batch_size=args.batch_size,
+                    show_progress_bar=False,
+                    **({"pool": pool} if pool else {"device": devices[0]}),
+                )
+                vectors[rows] = unit_vectors(embeddings, rows, str(folder))
+                progress.update(len(rows))
+                now = time.monotonic()
+                if now - saved_at >= SAVE_SECONDS or progress.n == len(texts):
+                    vectors.flush()
+                    write_json(folder / MANIFEST_FILE, manifest | {"num_embedded": progress.n})
+                    saved_at = now
+    finally:
+        if pool:
+            model.stop_multi_process_pool(pool)
+
+
+def unit_vectors(embeddings: np.ndarray, rows: np.ndarray, where: str) -> np.ndarray:
+    """L2-normalise and round to float16.
+
+    Args:
+        embeddings: [texts, dimensions].
+        rows: the number of each text, for the message.
+
+    Raises:
+        UsageError: a text has no direction (NaN, infinite or zero); its row is named.
+    """
+    wide = embeddings.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        unit = (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float16)
+    require_unit(unit.astype(np.float64), rows, where)
+    return unit
+
+
+def default_devices() -> list[str]:
+    """Every GPU, or else the CPU."""
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,93 @@
+"""Turn sampled texts into a list of distinct instructions, and count what was dropped.
+
+    python -m resample_with_dp_histogram.extract --instructions inference_outputs/mine \\
+        --output synthetic/mine
+
+Writes OUTPUT/instructions.jsonl, one {"instruction": text} a line in the order of the input, and
+preparation.json with the counts. Dropped are texts without a word (empty), sampled texts that were
+cut before their end (truncated), and texts whose words came before in the same order (duplicate).
+
+This is for synthetic texts, where nothing is spent. Private ones are embedded as they are: what
+deduplication does to one row depends on the others, which no guarantee for a row covers.
+"""
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+from utils.arguments import make_parser
+from utils.cli import UsageError, run_cli, say
+from utils.files import write_json
+from utils.folders import PREPARATION_FILE, whole_folder
+from utils.text_filters import comparison_form
+from utils.text_inputs import FORMATS, read_entries
+
+INSTRUCTIONS_FILE = "instructions.jsonl"
+EMPTY, TRUNCATED, DUPLICATE = "empty", "truncated", "duplicate"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `extract`."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--instructions",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help=f"what was sampled: {FORMATS}",
+    )
+    parser.add_argument("--split", help="the split to read of a saved DatasetDict")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder, which must not exist"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.output.exists():
+        raise UsageError(f"--output {str(args.output)!r} exists; name another, or remove it first")
+    entries = [entry for path in args.instructions for entry in read_entries(path, args.split)]
+    kept, dropped = distinct_instructions(entries)
+    counts = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
+    say(f"{len(entries):,} texts: {len(kept):,} kept; dropped: {counts}")
+    if not kept:
+        raise UsageError(f"{' '.join(args.instructions)!r} holds no instruction to keep")
+    with whole_folder(args.output) as folder:
+        with open(folder / INSTRUCTIONS_FILE, "w", encoding="utf-8") as file:
+            for text in kept:
+                file.write(json.dumps({"instruction": text}, ensure_ascii=False) + "\n")
+        preparation = {"sources": args.instructions, "kept": len(kept), "dropped": dropped}
+        write_json(folder / PREPARATION_FILE, preparation)
+    say(f"wrote {args.output / INSTRUCTIONS_FILE}")
+
+
+def distinct_instructions(entries: list[str | None]) -> tuple[list[str], Counter]:
+    """The texts that are distinct in `comparison_form`, stripped, and why the others are dropped.
+
+    Args:
+        entries: texts, None for one that was cut before its end; see `read_entries`.
+    """
+    kept, dropped = [], Counter({EMPTY: 0, TRUNCATED: 0, DUPLICATE: 0})
+    seen = set()
+    for entry in entries:
+        if entry is None:
+            dropped[TRUNCATED] += 1
+            continue
+        form = comparison_form(entry)
+        # Hashes, since a million forms would double the memory of the texts.
+        digest = hashlib.blake2b(form.encode(), digest_size=16).digest()
+        if not form:
+            dropped[EMPTY] += 1
+        elif digest in seen:
+            dropped[DUPLICATE] += 1
+        else:
+            seen.add(digest)
+            kept.append(entry.strip())
+    return kept, dropped
+
+
+if __name__ == "__main__":
+    run_cli(main)

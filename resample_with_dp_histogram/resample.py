@@ -1,0 +1,383 @@
+"""Select synthetic instructions whose distribution follows the private one, through a DP histogram.
+
+    python -m resample_with_dp_histogram.resample --private_embeddings embeddings/chatbot_arena \\
+        --synthetic_embeddings embeddings/mine \\
+        --synthetic_instructions synthetic/mine/instructions.jsonl --output selected/mine
+
+Clusters the synthetic embeddings (unit length, PCA to 90% of the variance, k-means), counts the
+private ones in these clusters, adds Gaussian noise to every count, and samples synthetic rows by
+the noisy histogram. Private data is read for the counts alone: clusters are fitted on synthetic
+embeddings only. Adding or removing one private row moves one count by 1, so the histogram is one
+Gaussian mechanism of noise multiplier --histogram_sigma. It is written to a ledger before its
+noise is drawn, and composes with training:
+
+    python -m privacy_checks.report outputs/mine --histogram LEDGER
+
+The number N of private rows is a public constant, as it is in training, and the default size of
+the selection. Writes to OUTPUT, all of which may be released if the report there says so:
+selected.jsonl, histograms.json and .png, clusters.npz, resampling_report.json.
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from resample_with_dp_histogram.clusters import PCA_VARIANCE, Clusters, fit_clusters
+from resample_with_dp_histogram.embeddings import (
+    Embeddings,
+    open_embeddings,
+    require_same_model,
+    texts_digest,
+)
+from resample_with_dp_histogram.histogram import SENSITIVITY, noisy_histogram, project_to_simplex
+from resample_with_dp_histogram.selection import (
+    Allocation,
+    allocate,
+    choose_rows,
+    largest_remainders,
+    total_variation,
+)
+from utils.accounting import ADD_REMOVE, SampledGaussian
+from utils.arguments import make_parser, natural_int, positive_int
+from utils.cli import UsageError, run_cli, say
+from utils.files import write_json
+from utils.folders import whole_folder
+from utils.privacy_plan import UNIT, read_histograms, read_ledger, record_histogram
+from utils.secure_random import SecureRandom, grid_spacing
+from utils.text_inputs import FORMATS, read_instructions
+
+LEDGER_FILE = "histogram_ledger.jsonl"
+HISTOGRAM, CONDITIONAL = "histogram", "histogram_conditional"
+COVERED = [
+    "the noisy histogram, and whatever is computed from it and from synthetic texts alone: the "
+    "selection, its order, the distances and the plot",
+    "the clusters and the bins of synthetic rows: they never see private data",
+]
+NOT_COVERED = [
+    "the private embeddings, under private/ of their folder",
+    "that this run came to an end: it refuses private vectors that are damaged (not finite, not "
+    "of unit length), and whether they are depends on private data",
+    "training on the same private data, and other histograms of it: compose them with "
+    "python -m privacy_checks.report RUN --histogram LEDGER",
+    "the choice of sigma, bins or size after a look at several histograms that are not all in the "
+    "ledger",
+    "text that the embedding model had already seen",
+    "several rows about one person: the unit is a row",
+    "timing and other side channels of the machine",
+]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `resample`."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    for kind in ("private", "synthetic"):
+        add(
+            f"--{kind}_embeddings",
+            required=True,
+            type=Path,
+            metavar="DIR",
+            help=f"the --output of embed --{kind}",
+        )
+    add(
+        "--synthetic_instructions",
+        required=True,
+        metavar="PATH",
+        help=f"the texts that --synthetic_embeddings are of: {FORMATS}",
+    )
+    add("--split", help="the split to read where --synthetic_instructions is a saved DatasetDict")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder, which must not exist")
+    add("--num_bins", type=positive_int, default=1000, help="clusters, the histogram's bins")
+    add(
+        "--num_samples",
+        type=positive_int,
+        default=None,
+        help="synthetic rows to select; N, which is public, if left out",
+    )
+    add(
+        "--select",
+        choices=(HISTOGRAM, CONDITIONAL),
+        default=HISTOGRAM,
+        help="histogram: as many rows of each bin as the histogram says, none twice; "
+        "histogram_conditional: draw each row's bin from the histogram, and repeat rows of scarce "
+        "bins up to --max_copies times, so that more can be selected than the pool's shape allows",
+    )
+    add(
+        "--max_copies",
+        type=positive_int,
+        default=4,
+        help="times that histogram_conditional may select one row",
+    )
+    add(
+        "--seed",
+        type=natural_int,
+        default=0,
+        help="clusters, and which rows of a bin are selected; never the noise",
+    )
+
+    group = parser.add_argument_group("privacy")
+    group.add_argument(
+        "--histogram_sigma",
+        type=float,
+        default=10.0,
+        help="deviation of the noise of every count; the sensitivity is 1",
+    )
+    group.add_argument(
+        "--num_train_examples",
+        type=positive_int,
+        default=None,
+        help="N, public, the same as in training; the number of private embeddings if left out",
+    )
+    group.add_argument(
+        "--ledger",
+        type=Path,
+        default=None,
+        help="ledger of all histograms of this private dataset, appended to; "
+        f"PRIVATE_EMBEDDINGS/{LEDGER_FILE} if left out",
+    )
+    group.add_argument(
+        "--insecure_fixed_noise_seed",
+        type=int,
+        default=None,
+        help="TESTS ONLY: noise from a known seed; no guarantee. Allows --histogram_sigma 0",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    # ------------------------------------------------------------------ what is asked for
+    args = build_parser().parse_args(argv)
+    if args.output.exists():
+        raise UsageError(f"--output {str(args.output)!r} exists; name another, or remove it first")
+    insecure = check_noise(args)
+    private = open_embeddings(args.private_embeddings, private=True)
+    synthetic = open_embeddings(args.synthetic_embeddings, private=False)
+    require_same_model(private, synthetic)
+    texts = read_instructions(args.synthetic_instructions, args.split)
+    check_texts(args.synthetic_instructions, texts, synthetic)
+    num_examples = args.num_train_examples or len(private.vectors)
+    num_samples = args.num_samples or num_examples
+    copies = args.max_copies if args.select == CONDITIONAL else 1
+    check_size(num_samples, len(texts), copies)
+    ledger = args.ledger or args.private_embeddings / LEDGER_FILE
+    read_histograms(ledger, num_examples)
+
+    # ------------------------------------------------------------------ clusters and counts
+    steps = tqdm(total=3, desc="cluster", unit="step")
+    clusters = fit_clusters(
+        synthetic.vectors, args.num_bins, args.seed, str(args.synthetic_embeddings)
+    )
+    steps.update()
+    synthetic_bins = clusters.assign(synthetic.vectors, str(args.synthetic_embeddings))
+    pool = np.bincount(synthetic_bins, minlength=args.num_bins)
+    steps.update()
+    private_bins = clusters.assign(private.vectors, str(args.private_embeddings))
+    steps.update()
+    steps.close()
+
+    # ------------------------------------------------------------------ the DP histogram
+    record_histogram(
+        ledger,
+        num_examples=num_examples,
+        noise_multiplier=args.histogram_sigma,
+        num_bins=args.num_bins,
+        insecure=insecure,
+    )
+    random = SecureRandom()
+    if insecure:
+        random = SecureRandom.insecure_fixed(args.insecure_fixed_noise_seed, "histogram")
+    noisy = noisy_histogram(private_bins, args.num_bins, args.histogram_sigma, random)
+    del private_bins
+    # From here on everything is post-processing.
+    target = project_to_simplex(noisy, num_examples)
+
+    # ------------------------------------------------------------------ the selection
+    choice = np.random.default_rng(args.seed)
+    share = largest_remainders
+    if args.select == CONDITIONAL:
+
+        def share(probabilities: np.ndarray, size: int) -> np.ndarray:
+            return choice.multinomial(size, probabilities)
+
+    allocation = allocate(target, copies * pool, num_samples, share)
+    rows = choose_rows(synthetic_bins, allocation.counts, choice)
+    histograms = {
+        "private_noisy": noisy,
+        "private": target,
+        "synthetic": pool,
+        "selected": allocation.counts,
+    }
+    report = build_report(args, num_examples, clusters, ledger, histograms, allocation, rows)
+    with whole_folder(args.output) as folder:
+        write_selection(folder / "selected.jsonl", texts, synthetic_bins, rows)
+        lists = {name: values.tolist() for name, values in histograms.items()}
+        write_json(folder / "histograms.json", lists)
+        (folder / "histograms.png").write_bytes(plot(histograms, args.histogram_sigma))
+        np.savez(
+            folder / "clusters.npz",
+            weights=clusters.weights,
+            offsets=clusters.offsets,
+            synthetic_bins=synthetic_bins,
+        )
+        write_json(folder / "resampling_report.json", report)
+    say_end(args.output, ledger, report)
+
+
+def check_noise(args: argparse.Namespace) -> bool:
+    """Refuse a noise that no accountant can be trusted with; whether the noise is a known one."""
+    insecure = args.insecure_fixed_noise_seed is not None
+    if insecure:
+        say("warning: --insecure_fixed_noise_seed: the noise is known, so there is NO guarantee")
+    if not (insecure and args.histogram_sigma == 0):
+        try:
+            SampledGaussian(1.0, args.histogram_sigma / SENSITIVITY, 1)
+        except UsageError as error:
+            raise UsageError(
+                f"--histogram_sigma {args.histogram_sigma:g} gives no guarantee that can be stated "
+                f"({error}); use 10"
+            ) from None
+    return insecure
+
+
+def check_texts(path: str, texts: list[str], synthetic: Embeddings) -> None:
+    """Refuse texts that are not those of the embeddings."""
+    if len(texts) != len(synthetic.vectors):
+        raise UsageError(
+            f"{path} holds {len(texts):,} instructions and {synthetic.folder} "
+            f"{len(synthetic.vectors):,} embeddings; name the file that was embedded"
+        )
+    if texts_digest(texts) != synthetic.manifest["texts_sha256"]:
+        raise UsageError(
+            f"{synthetic.folder} holds embeddings of other texts than {path}; name the file that "
+            "was embedded, or embed this one"
+        )
+
+
+def check_size(num_samples: int, pool_size: int, copies: int) -> None:
+    """Refuse to select more than the pool can give."""
+    if num_samples > copies * pool_size:
+        times = f", each at most {copies} times" if copies > 1 else ""
+        raise UsageError(
+            f"{num_samples:,} rows cannot be selected out of {pool_size:,}{times}; sample more, "
+            f"lower --num_samples, or use --select {CONDITIONAL} and a higher --max_copies"
+        )
+
+
+def build_report(
+    args: argparse.Namespace,
+    num_examples: int,
+    clusters: Clusters,
+    ledger: Path,
+    histograms: dict[str, np.ndarray],
+    allocation: Allocation,
+    rows: np.ndarray,
+) -> dict:
+    """What was done, and what is guaranteed: a JSON-able dict."""
+    insecure = args.insecure_fixed_noise_seed is not None
+    return {
+        "guarantee": not insecure,
+        "why": "the noise came from a known seed (a test)" if insecure else "",
+        "unit": UNIT,
+        "neighbouring_relation": ADD_REMOVE,
+        "mechanism": "Gaussian histogram",
+        "noise_multiplier": args.histogram_sigma / SENSITIVITY,
+        "sensitivity": SENSITIVITY,
+        "num_examples": num_examples,
+        "num_bins": args.num_bins,
+        "grid_spacing": None if args.histogram_sigma == 0 else grid_spacing(args.histogram_sigma),
+        "noise_source": (
+            "INSECURE: a fixed seed"
+            if insecure
+            else "ChaCha20 keyed from the operating system's entropy at every process start"
+        ),
+        "ledger": {"path": str(ledger), "chain": read_ledger(ledger)[-1]["chain"]},
+        "clusters": {
+            "fitted_on": "synthetic embeddings only",
+            "pca_variance": PCA_VARIANCE,
+            "principal_components": clusters.num_components,
+        },
+        "selection": {
+            "select": args.select,
+            "seed": args.seed,
+            "num_samples": len(rows),
+            "distinct_rows": len(np.unique(rows)),
+            "pool": int(histograms["synthetic"].sum()),
+            "overflow": allocation.overflow,
+            "from_empty_bins": allocation.from_empty_bins,
+        },
+        "total_variation_to_private": {
+            name: total_variation(histograms[name], histograms["private"])
+            for name in ("synthetic", "selected")
+        },
+        "covered": [] if insecure else COVERED,
+        "not_covered": ["everything: treat the output as private data"]
+        if insecure
+        else NOT_COVERED,
+    }
+
+
+def write_selection(path: Path, texts: list[str], bins: np.ndarray, rows: np.ndarray) -> None:
+    """One object a line: the row's number in the pool, its text and its bin."""
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows.tolist():
+            record = {"id": row, "instruction": texts[row], "bin": int(bins[row])}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def plot(histograms: dict[str, np.ndarray], sigma: float) -> bytes:
+    """A PNG of the three histograms over bins, sorted by the private one."""
+    from matplotlib.figure import Figure
+
+    labels = {
+        "synthetic": "synthetic pool",
+        "selected": "selected",
+        "private": f"private, with noise of deviation {sigma:g}",
+    }
+    order = np.argsort(-histograms["private"], kind="stable")
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name, label in labels.items():
+        shares = histograms[name] / histograms[name].sum()
+        axes.step(np.arange(1, len(order) + 1), shares[order], where="mid", lw=0.9, label=label)
+    axes.set_xlabel("bins, the most private rows first")
+    axes.set_ylabel("share of rows")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def say_end(output: Path, ledger: Path, report: dict) -> None:
+    """Tell what was selected and what it costs."""
+    selection, distance = report["selection"], report["total_variation_to_private"]
+    say(
+        f"{selection['num_samples']:,} rows ({selection['distinct_rows']:,} distinct) of "
+        f"{selection['pool']:,} are in {output / 'selected.jsonl'}"
+    )
+    if selection["overflow"]:
+        say(
+            f"{selection['overflow']:,} of them stand in for rows that their bin did not have "
+            f"({selection['from_empty_bins']:,} come from bins without private rows)"
+        )
+    say(
+        f"total variation to the noisy private histogram: pool {distance['synthetic']:.3f}, "
+        f"selected {distance['selected']:.3f}"
+    )
+    if report["guarantee"]:
+        say(
+            f"spent: one Gaussian histogram of sigma {report['noise_multiplier']:g}, N "
+            f"{report['num_examples']:,}; with training it costs what\n"
+            f"  python -m privacy_checks.report RUN --histogram {ledger}\nsays"
+        )
+    else:
+        say(f"NO GUARANTEE: {report['why']}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,183 @@
+"""Embedding texts: right, private, resumable, on several devices, and clear about bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from resample_with_dp_histogram import embed
+from resample_with_dp_histogram.embeddings import open_embeddings
+from tests.resampling import save_tiny_encoder
+from tests.training import ROOT, run_process
+from utils.cli import UsageError, run_cli
+
+TEXTS = [("word " * (7 * i % 40 + 1)).strip() + str(i) for i in range(150)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Path of a small encoder with the layers of sentence-t5."""
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture
+def arguments(encoder, tmp_path):
+    """Flags that embed TEXTS into tmp_path/out, eight at once."""
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps(TEXTS))
+    return [
+        f"--model={encoder}", f"--instructions={file}", f"--output={tmp_path / 'out'}",
+        "--batch_size=1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(encoder):
+    """float64 [texts, dimensions]: each text embedded alone, at length 1."""
+    model = embed.load_model(encoder)
+    with torch.no_grad():
+        vectors = np.stack([model.encode(text) for text in TEXTS]).astype(np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_vectors_are_in_the_order_of_the_texts_at_length_1(arguments, expected, tmp_path):
+    embed.main(["--synthetic", *arguments])
+    opened = open_embeddings(tmp_path / "out", private=False)
+    assert opened.vectors.dtype == np.float16
+    assert isinstance(opened.vectors, np.memmap)
+    np.testing.assert_allclose(opened.vectors, expected, atol=1e-3)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "embeddings.npy", "manifest.json",
+    }  # fmt: skip
+
+
+def test_private_texts_leave_nothing_outside_private(arguments, tmp_path):
+    embed.main(["--private", *arguments])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["private"]
+    assert {path.name for path in (tmp_path / "out" / "private").iterdir()} == {
+        "embeddings.npy", "manifest.json", "README.md",
+    }  # fmt: skip
+    assert "Do not share it" in (tmp_path / "out" / "private" / "README.md").read_text()
+    with pytest.raises(UsageError, match="made as private ones"):
+        open_embeddings(tmp_path / "out", private=False)
+    with pytest.raises(UsageError, match="made as private ones"):
+        embed.main(["--synthetic", *arguments])
+
+
+def test_texts_of_similar_length_share_a_batch(arguments, monkeypatch):
+    seen = []
+    model = embed.load_model(arguments[0].removeprefix("--model="))
+    encode = model.encode
+
+    def watched(texts, **options):
+        seen.append([len(text) for text in texts])
+        return encode(texts, **options)
+
+    monkeypatch.setattr(model, "encode", watched)
+    monkeypatch.setattr(embed, "load_model", lambda name: model)
+    embed.main(["--synthetic", *arguments])
+    lengths = [length for batch in seen for length in batch]
+    assert len(seen) == 19
+    assert lengths == sorted(map(len, TEXTS), reverse=True)
+
+
+def test_a_killed_run_goes_on_where_it_was(arguments, expected, tmp_path):
+    script = """
+import os, signal, sys
+from resample_with_dp_histogram import embed
+unit_vectors, calls = embed.unit_vectors, []
+def dying(*given):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unit_vectors(*given)
+embed.unit_vectors, embed.SAVE_SECONDS = dying, 0
+embed.main(["--private", *sys.argv[1:]])
+"""
+    command = [sys.executable, "-c", script, *arguments]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    manifest = tmp_path / "out" / "private" / "manifest.json"
+    assert json.loads(manifest.read_text())["num_embedded"] == 24
+    with pytest.raises(UsageError, match="24 of 150 embeddings; the same embed command goes on"):
+        open_embeddings(tmp_path / "out", private=True)
+    # Another batch size, since what is done is counted in texts.
+    embedded = []
+    unit_vectors = embed.unit_vectors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            embed, "unit_vectors", lambda *given: embedded.append(given[1]) or unit_vectors(*given)
+        )
+        embed.main(["--private", *arguments, "--batch_size=3"])
+    assert sum(map(len, embedded)) == 126
+    vectors = open_embeddings(tmp_path / "out", private=True).vectors
+    np.testing.assert_allclose(vectors, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_devices_give_what_one_gives(arguments, expected, tmp_path):
+    command = ["-m", "resample_with_dp_histogram.embed", "--synthetic", *arguments]
+    done = run_process(*command, "--batch_size=4", "--devices", "cpu", "cpu")
+    assert done.returncode == 0, done.stderr
+    vectors = open_embeddings(tmp_path / "out", private=False).vectors
+    np.testing.assert_allclose(vectors, expected, atol=1e-3)
+
+
+def test_other_texts_or_another_model_do_not_mix(arguments, tmp_path):
+    embed.main(["--synthetic", *arguments])
+    before = (tmp_path / "out" / "embeddings.npy").read_bytes()
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS[::-1]))
+    with pytest.raises(UsageError, match="with other texts .*; use another --output"):
+        embed.main(["--synthetic", *arguments])
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    other = save_tiny_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(UsageError, match="with other model .*; use another --output"):
+        embed.main(["--synthetic", *arguments, f"--model={other}"])
+    assert (tmp_path / "out" / "embeddings.npy").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_a_text_without_a_direction_is_named(value):
+    vectors = np.ones((3, 4), dtype=np.float32)
+    vectors[1] = value
+    with pytest.raises(UsageError, match=r"out, row 12 \(from 0\) is no unit vector: NaN"):
+        embed.unit_vectors(vectors, np.array([11, 12, 13]), "out")
+
+
+def test_values_beyond_float16_are_no_matter():
+    unit = embed.unit_vectors(np.array([[3e30, 4e30], [3e-30, 4e-30]]), np.arange(2), "out")
+    np.testing.assert_allclose(unit, [[0.6, 0.8]] * 2, atol=1e-3)
+
+
+def test_a_model_that_gives_nan_is_refused_and_what_is_done_stays(arguments, tmp_path, capsys):
+    model = embed.load_model(arguments[0].removeprefix("--model="))
+    encode, calls = model.encode, []
+
+    def failing(texts, **options):
+        calls.append(1)
+        vectors = encode(texts, **options)
+        return vectors * np.nan if len(calls) == 3 else vectors
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "encode", failing)
+        patch.setattr(embed, "load_model", lambda name: model)
+        patch.setattr(embed, "SAVE_SECONDS", 0)
+        with pytest.raises(SystemExit) as ended:
+            run_cli(lambda: embed.main(["--private", *arguments]))
+    assert ended.value.code == 2
+    assert "is no unit vector: NaN" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(UsageError, match="16 of 150 embeddings"):
+        open_embeddings(tmp_path / "out", private=True)
+
+
+def test_foreign_folders_and_missing_models_are_explained(arguments, tmp_path):
+    with pytest.raises(UsageError, match="is no sentence-transformers folder"):
+        embed.main(["--synthetic", *arguments, f"--model={tmp_path / 'nowhere'}"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").write_text("x")
+    with pytest.raises(UsageError, match="holds something else than embeddings"):
+        embed.main(["--synthetic", *arguments])
