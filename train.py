@@ -460,9 +460,9 @@ def require_coverage(gradients: PerExampleGradients, language_model: LanguageMod
     """
     try:
         with gradients.capture(2):
-            losses, _ = language_model.example_losses(language_model.public_batch(2))
-            if losses.requires_grad:  # else no adapter took part, which is told by name
-                losses.sum().backward()
+            sums, _ = language_model.example_losses(language_model.public_batch(2))
+            if sums.requires_grad:  # else no adapter took part, which is told by name
+                sums.sum().backward()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
