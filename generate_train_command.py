@@ -15,12 +15,13 @@ from utils.arguments import (
     add_training_arguments,
     check_training_arguments,
     make_parser,
+    natural_int,
     positive_int,
     run_folder,
     to_argv,
 )
 from utils.cli import UsageError, run_cli, say
-from utils.commands import launch_command, print_or_run
+from utils.commands import DEFAULT_PORT, launch_command, print_or_run
 from utils.data_utils import count_train_examples, tried_places
 from utils.privacy_plan import PrivacyPlan, num_steps, plan_from_arguments
 from utils.run_folder import require_usable
@@ -31,7 +32,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add_training_arguments(parser)
     group = parser.add_argument_group("launch")
-    group.add_argument("--gpus", type=positive_int, default=1, help="processes, one per GPU")
+    group.add_argument(
+        "--gpus", type=positive_int, default=1, help="GPUs of each machine, one process per GPU"
+    )
+    group.add_argument(
+        "--num_machines",
+        type=positive_int,
+        default=1,
+        help="machines of the job; each needs its own line, which differs in --machine_rank alone",
+    )
+    group.add_argument(
+        "--machine_rank", type=natural_int, default=0, help="the machine this line is for, from 0"
+    )
+    group.add_argument(
+        "--main_process_ip", default=None, help="address of machine 0, as the others see it"
+    )
+    group.add_argument(
+        "--main_process_port",
+        type=positive_int,
+        default=None,
+        help=f"its port; {DEFAULT_PORT} with several machines, any free one otherwise",
+    )
     group.add_argument("--run", action="store_true", help="run the command; pass on its exit code")
     return parser
 
@@ -63,7 +84,15 @@ def main(argv: list[str] | None = None) -> int:
     say_summary(args, plan)
     train_parser = make_parser("")
     add_training_arguments(train_parser)
-    command = launch_command("train.py", to_argv(train_parser, args), args.gpus)
+    command = launch_command(
+        "train.py",
+        to_argv(train_parser, args),
+        args.gpus,
+        args.num_machines,
+        args.machine_rank,
+        args.main_process_ip,
+        args.main_process_port,
+    )
     return print_or_run(command, args.run)
 
 
@@ -86,9 +115,11 @@ def say_summary(args: argparse.Namespace, plan: PrivacyPlan | None) -> None:
         ]  # fmt: skip
     else:
         rows.append(("guarantee", "NONE: --eps -1 trains without differential privacy"))
+    processes = args.gpus * args.num_machines
     fitting = args.perdevice_bs == "auto"
     budget = "as many as fit" if fitting else f"{args.perdevice_bs * args.max_seq_len:,}"
     rows += [
+        ("processes", f"{processes:,} on {args.num_machines:,} machine(s)"),
         ("tokens", f"at most {args.max_seq_len:,} a sequence, {budget} on a device at once"),
         ("outputs", str(run_folder(args))),
     ]  # fmt: skip

@@ -35,13 +35,22 @@ from utils.arguments import (
     add_training_arguments,
     check_training_arguments,
     make_parser,
+    module_settings,
+    quantised_bits,
     run_folder,
 )
 from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
-from utils.checkpointing import load_last_good, restore_adapter, save_checkpoint
-from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
+from utils.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
+from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
 from utils.commands import StopRequest, launched_by_accelerate
 from utils.data_utils import TokenisedExamples, load_splits, open_tokens, tokenise
+from utils.distributed import (
+    is_loss_of_a_rank,
+    on_main_process,
+    require_same_on_every_rank,
+    require_same_tensors,
+    shard_base,
+)
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient, flatten_gradients
 from utils.files import JsonlAppender, write_atomic
 from utils.folders import whole_folder
@@ -50,7 +59,9 @@ from utils.memory import fitting_sequences
 from utils.modeling import (
     LanguageModel,
     attach_lora,
+    default_target_modules,
     load_base_model,
+    load_quantised_model,
     load_tokenizer,
     model_fingerprint,
     resolve_dtype,
@@ -69,6 +80,9 @@ from utils.privacy_plan import (
 from utils.run_folder import begin, holds_run, model_card, require_usable
 from utils.secure_random import SecureRandom
 
+# Flags that may differ between the machines of a job; what they lead to is compared by itself.
+DIFFERS_BY_MACHINE = {"dataset_name", "model_name", "output_dir", "report_to"}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the training run."""
@@ -78,8 +92,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # ------------------------------------------------------------------ what is asked for
     args = build_parser().parse_args(argv)
+    # What saves the work, once there is some, if another process of the job is lost.
+    rescue: list[Callable[[], None]] = []
+    try:
+        return fine_tune(args, rescue)
+    except RuntimeError as error:
+        if not is_loss_of_a_rank(error):
+            raise
+        for save in rescue:
+            save()
+        reason = " ".join(str(error).split())[:160]
+        say(
+            "error: another process of this job has ended, so this one ends too; the same command "
+            f"with --resume auto continues {run_folder(args)} ({reason})"
+        )
+        return EXIT_FAILED
+
+
+def fine_tune(args: argparse.Namespace, rescue: list[Callable[[], None]]) -> int:
+    """The run: setup, the loop, the end. Returns the exit code."""
+    # ------------------------------------------------------------------ what is asked for
     notices = check_training_arguments(args)
     folder = run_folder(args)
     require_usable(folder, args)
@@ -94,13 +127,18 @@ def main(argv: list[str] | None = None) -> int:
     steps = plan.steps if plan else num_steps(args.num_epochs, num_examples, args.total_bs)
     if (folder / LEDGER_FILE).exists():
         plan.require_same(read_plan(folder / LEDGER_FILE), str(folder))
-    if (folder / "adapter").exists():
-        say(f"{folder} is finished already: its adapter is in {folder / 'adapter'}")
-        return EXIT_OK
 
     accelerator = make_accelerator(args, folder)
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    if on_main_process((folder / "adapter").exists):
+        if is_main:
+            say(f"{folder} is finished already: its adapter is in {folder / 'adapter'}")
+        return EXIT_OK
+    start_tracker(accelerator, args, folder)
+    sharded = args.fsdp and num_ranks > 1
+    if args.fsdp and not sharded:
+        notices.append("--fsdp: a single process shards nothing")
     if is_main:
         for notice in notices + plan_notices:
             say(f"warning: {notice}")
@@ -111,21 +149,46 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_name)
-    base = load_base_model(args.model_name, resolve_dtype(args.dtype, device))
-    fingerprint = model_fingerprint(base)
-    targets = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
-    model = attach_lora(
-        base, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.gradient_checkpointing
-    ).to(device)
-    language_model = LanguageModel(base)
-    gradients = PerExampleGradients(model)
-    trainable = gradients.parameters
     if "val" in splits:
         shown = min(len(splits["val"]), args.max_eval_examples)
         splits["val"] = splits["val"].select(range(shown))
     data = tokenise_once(splits, tokenizer, args, accelerator, folder)
     train_data, lengths = data["train"], data["train"].lengths
 
+    dtype, bits = resolve_dtype(args.dtype, device), quantised_bits(args)
+    base = load_base_model(args.model_name, dtype)
+    fingerprint = model_fingerprint(base)  # of the base as it is, quantised or not
+    facts = {
+        "base model": fingerprint,
+        "training data": train_data.fingerprint(),
+        "validation data": data["val"].fingerprint() if "val" in data else None,
+        "privacy plan": plan and plan.digest(),
+    }
+    facts |= {f"--{name}": vars(args)[name] for name in vars(args).keys() - DIFFERS_BY_MACHINE}
+    require_same_on_every_rank(facts)
+    if bits:
+        base = load_quantised_model(args.model_name, dtype, bits, device)
+    targets = args.target_modules or default_target_modules(base)
+    model = attach_lora(
+        base,
+        args.lora_r,
+        args.lora_alpha,
+        args.lora_dropout,
+        "all-linear" if targets == ["all-linear"] else targets,
+        args.gradient_checkpointing,
+        use_rslora=args.use_rslora,
+        rank_pattern=module_settings(args.rank_pattern, int),
+        alpha_pattern=module_settings(args.alpha_pattern, float),
+    )
+    targets = sorted(model.peft_config["default"].target_modules)  # all-linear spelt out
+    if sharded:
+        shard_base(model, device)
+    model.to(device)
+    language_model = LanguageModel(base)
+    gradients = PerExampleGradients(model)
+    if plan:
+        require_coverage(gradients, language_model)
+    trainable = gradients.parameters
     optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=args.wd)
     scheduler = transformers.get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, steps)
 
@@ -151,24 +214,29 @@ def main(argv: list[str] | None = None) -> int:
     token_budget = sequences * args.max_seq_len
 
     # ------------------------------------------------------------------ begin, or continue
-    checkpoint = load_last_good(folder / "checkpoints") if holds_run(folder) else None
-    accelerator.wait_for_everyone()
     ledger = private_log = None
-    if is_main:
-        identity = {"base_model_fingerprint": fingerprint}
-        begin(folder, args, identity, private_identity={"training_data": train_data.fingerprint()})
+
+    def begin_or_continue() -> Checkpoint | None:
+        nonlocal ledger, private_log
+        checkpoint = load_last_good(folder / "checkpoints") if holds_run(folder) else None
+        identity = {"base_model_fingerprint": fingerprint, "lora_target_modules": targets}
+        begin(folder, args, identity, private_identity={"training_data": facts["training data"]})
         ledger = Ledger(folder / LEDGER_FILE, plan) if plan else None
         private_log = JsonlAppender(folder / "private" / "metrics.jsonl")
+        if checkpoint and ledger:
+            ledger.require_head(checkpoint.state["ledger"])
+        elif ledger and ledger.steps_recorded:
+            say(f"warning: {folder} has no whole checkpoint; starting again from step 0")
+        return checkpoint
+
+    # The other machines of a job may not see the folder.
+    checkpoint = on_main_process(begin_or_continue)
     step = 0
     if checkpoint:
         step = checkpoint.state["step"]
         restore_adapter(trainable, checkpoint.adapter)
         optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
-        if ledger:
-            ledger.require_head(checkpoint.state["ledger"])
-    elif ledger and ledger.steps_recorded and is_main:
-        say(f"warning: {folder} has no whole checkpoint; starting again from step 0")
     # Fresh keys at every process start: a resumed run never repeats noise or draws.
     secure = {stream: SecureRandom() for stream in ("sampling", "dropout", "noise")}
 
@@ -177,12 +245,30 @@ def main(argv: list[str] | None = None) -> int:
             return SecureRandom.insecure_fixed(args.insecure_fixed_noise_seed, stream, step)
         return secure[stream]
 
-    def save() -> None:
+    def write_checkpoint() -> None:
         if is_main:
             state = {"ledger": ledger.head if ledger else None}
             states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
             checkpoints = folder / "checkpoints"
             save_checkpoint(checkpoints, step, trainable, states, state, args.keep_checkpoints)
+
+    def save() -> None:
+        require_same_tensors(trainable)
+        write_checkpoint()
+
+    # Tensors and `step` change together, between two messages to other processes.
+    rescue.append(write_checkpoint)
+
+    def stop_asked() -> bool:
+        """Whether this process, or with a sharded base any, was asked to stop."""
+        if not sharded:
+            return stop.requested
+        return bool(reduce(torch.tensor(float(stop.requested), device=device), "max"))
+
+    def own_share(ranks: list[list[np.ndarray]]) -> list[np.ndarray | None]:
+        """This rank's microbatches; with a sharded base all ranks have equally many, some None."""
+        idle = max(map(len, ranks)) - len(ranks[rank]) if sharded else 0
+        return ranks[rank] + [None] * idle
 
     def log(values: dict) -> None:
         """Record values computed from private data, under private/."""
@@ -193,7 +279,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def evaluate() -> None:
         if "val" in data:
-            loss = validation_loss(language_model, data["val"], token_budget, accelerator, stop)
+            microbatches = cut_microbatches(
+                np.arange(len(data["val"])), data["val"].lengths, token_budget, num_ranks
+            )
+            loss = validation_loss(
+                language_model, data["val"], own_share(microbatches), device, stop_asked
+            )
             if loss is not None and is_main:
                 log({"validation_loss": loss})
                 tqdm.write(f"step {step}: validation loss {loss:.4f} (private)", file=sys.stderr)
@@ -296,7 +387,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # ------------------------------------------------------------------ the end
     finished = step == steps
-    if saved_at != step:
+    # A checkpoint that the main process could not write may differ from what others believe.
+    if on_main_process(lambda: saved_at != step):
         save()
     if is_main:
         report = build_report(
@@ -319,23 +411,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
-    """Accelerate's state of this process; a tracker, if asked for, writes under private/."""
-    private = folder / "private"
+    """Accelerate's state of this process."""
     # Without a GPU, processes find each other only where accelerate is told to use the CPU.
     cpu = not torch.accelerator.is_available()
-    if args.report_to == "none":
-        accelerator = Accelerator(cpu=cpu)
-    else:
-        if importlib.util.find_spec(args.report_to) is None:
-            raise UsageError(f"--report_to {args.report_to}: pip install {args.report_to}")
-        os.environ.setdefault("TRACKIO_DIR", str(private / "trackio"))
-        private.mkdir(parents=True, exist_ok=True)
-        accelerator = Accelerator(cpu=cpu, log_with=args.report_to, project_dir=private)
-        options = {"wandb": {"dir": str(private), "name": args.job_sess}}
-        accelerator.init_trackers(args.job_sess, init_kwargs=options)
+    tracker = None if args.report_to == "none" else args.report_to
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise UsageError(f"--report_to {tracker}: pip install {tracker}")
+    accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=folder / "private")
     if cpu and launched_by_accelerate():
-        share_cores(accelerator.num_processes)
+        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return accelerator
+
+
+def start_tracker(accelerator: Accelerator, args: argparse.Namespace, folder: Path) -> None:
+    """Start the tracker that was asked for; it writes under private/."""
+    if args.report_to == "none" or not accelerator.is_main_process:
+        return
+    private = folder / "private"
+    os.environ.setdefault("TRACKIO_DIR", str(private / "trackio"))
+    private.mkdir(parents=True, exist_ok=True)
+    options = {"wandb": {"dir": str(private), "name": args.job_sess}}
+    accelerator.init_trackers(args.job_sess, init_kwargs=options)
 
 
 def tokenise_once(
@@ -396,25 +492,50 @@ def public_dropout_seed(seed: int, step: int, rank: int) -> int:
 def validation_loss(
     language_model: LanguageModel,
     data: TokenisedExamples,
-    token_budget: int,
-    accelerator: Accelerator,
-    stop: StopRequest,
+    microbatches: list[np.ndarray | None],
+    device: torch.device,
+    stop_asked: Callable[[], bool],
 ) -> float | None:
-    """Mean loss in nats per token with loss, over all ranks; None if a stop was asked for."""
+    """Mean loss in nats per token with loss, over all ranks; None if a stop was asked for.
+
+    Args:
+        microbatches: of this rank; None is a pass that only keeps pace with other ranks.
+    """
     language_model.model.eval()
-    order = np.arange(len(data))
-    ranks = cut_microbatches(order, data.lengths, token_budget, accelerator.num_processes)
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    for microbatch in ranks[accelerator.process_index]:
-        if stop.requested:
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for microbatch in microbatches:
+        if stop_asked():
             sums[2] = 1
             break
-        batch = data.collate(microbatch, pad_id=0, device=accelerator.device)
-        losses, counts = language_model.example_losses(batch)
+        if microbatch is None:
+            language_model.example_losses(language_model.public_batch(1))
+            continue
+        losses, counts = language_model.example_losses(data.collate(microbatch, 0, device))
         sums[0] += losses.sum()
         sums[1] += counts.sum()
     loss, tokens, stopped = reduce(sums, "sum").tolist()
     return None if stopped else loss / max(1.0, tokens)
+
+
+def require_coverage(gradients: PerExampleGradients, language_model: LanguageModel) -> None:
+    """Refuse a model whose adapters do not see examples apart, by a pass over two public ones.
+
+    Raises:
+        UsageError: an adapter sees the tokens of all examples in one row, as experts do, or is
+            used never or twice; the message names it.
+    """
+    try:
+        with gradients.capture(2):
+            sums, _ = language_model.example_losses(language_model.public_batch(2))
+            if sums.requires_grad:  # else no adapter took part, which is told by name
+                sums.sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UsageError(
+            f"per-example clipping cannot cover this model: {error}; train adapters on other "
+            "layers with --target_modules"
+        ) from error
 
 
 def require_movement(before: list[torch.Tensor], trainable: dict[str, torch.Tensor]) -> None:
@@ -452,6 +573,7 @@ def save_adapter(
         "max_seq_len": args.max_seq_len,
         "base_model": args.model_name,
         "base_model_fingerprint": fingerprint,
+        "base_model_bits": quantised_bits(args),
     }
     card = model_card(args.model_name, args.prompt_style, report, str(final))
     with whole_folder(final) as temporary:

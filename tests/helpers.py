@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.batching import cut_microbatches
@@ -20,10 +21,26 @@ def save_tiny_model(folder: Path, **overrides) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def adapted_model(targets, *, checkpointing=False, rank=4, seed=0):
-    """`tiny_llama` with LoRA whose A and B are both random, so that no gradient is zero."""
-    model = attach_lora(tiny_llama(seed), rank, 2 * rank, 0.0, targets, checkpointing)
+def tiny_model(model_type, *, seed=0, **settings) -> PreTrainedModel:
+    """A random model of any architecture: 2 layers, hidden 32, 4 heads, 259 tokens, no dropout."""
+    sizes = {
+        "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
     torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **(sizes | settings))
+    for name in vars(config):
+        if name.endswith(("pdrop", "dropout")):
+            setattr(config, name, 0.0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def adapted_model(targets, *, checkpointing=False, rank=4, seed=0, base=None, **lora):
+    """`base` (`tiny_llama`) with LoRA whose A and B are both random: no gradient is zero."""
+    base = base or tiny_llama(seed)
+    torch.manual_seed(seed)
+    model = attach_lora(base, rank, 2 * rank, 0.0, targets, checkpointing, **lora)
     for name, tensor in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(tensor, std=0.1)
@@ -84,3 +101,16 @@ def reference_gradients(model, data, *, normalization="max_seq_len", max_seq_len
         gradients = torch.autograd.grad(loss, trainable)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(rows)
+
+
+def reference_sum(model, data, clip_norm, clip_function="flat", **options):
+    """The clipped sum in float64, from one backward pass per example."""
+    gradients = reference_gradients(model, data, **options)
+    norms = gradients.norm(dim=1, keepdim=True)
+    if clip_function == "automatic":
+        return (gradients * clip_norm / (norms + 0.01)).sum(0), norms
+    return (gradients * (clip_norm / norms).clamp(max=1)).sum(0), norms
+
+
+def relative_error(value, reference):
+    return ((value.double() - reference).norm() / reference.norm()).item()

@@ -11,8 +11,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from utils.cli import UsageError
 from utils.commands import launch_command, launched_by_accelerate, print_or_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,14 +83,53 @@ def test_the_documented_substitution_runs_the_line(tmp_path):
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
-def test_accelerate_itself_reads_the_line_as_meant(gpus):
-    command = launch_command("train.py", ["--eps", "8"], gpus)
+@pytest.mark.parametrize("machine", [(), (1, 0, None, 31000), (3, 2, "10.0.0.7"), (2, 0, "::1", 7)])
+def test_accelerate_itself_reads_the_line_as_meant(gpus, machine):
+    command = launch_command("train.py", ["--eps", "8"], gpus, *machine)
     assert command[:2] == ["accelerate", "launch"]
     read = launch_command_parser().parse_args(command[2:])
-    assert (read.num_processes, read.multi_gpu) == (gpus, gpus > 1)
-    assert (read.num_machines, read.mixed_precision, read.dynamo_backend) == (1, "no", "no")
+    machines, rank, address, port = (*machine, *(1, 0, None, None)[len(machine) :])
+    processes = gpus * machines
+    assert (read.num_processes, read.multi_gpu) == (processes, processes > 1)
+    assert (read.num_machines, read.mixed_precision, read.dynamo_backend) == (machines, "no", "no")
+    if machines > 1:
+        assert (read.machine_rank, read.main_process_ip) == (rank, address)
+        assert read.main_process_port == (port or 29500)
+    elif processes > 1:
+        assert read.main_process_port == (port or 0)
     assert Path(read.training_script).name == "train.py"
     assert read.training_script_args == ["--eps", "8"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        ((2,), "--num_machines 2 needs --main_process_ip"),
+        (
+            (2, 2, "10.0.0.7"),
+            "--machine_rank 2: ranks run from 0 to --num_machines - 1, which is 1",
+        ),
+        ((1, 1), "--machine_rank 1"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_refused(machine, message):
+    with pytest.raises(UsageError, match=message):
+        launch_command("train.py", [], 8, *machine)
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [("multi_gpu", ()), ("fsdp", ()), ("multi_node", (2, 0, "10.0.0.1"))],
+)
+def test_the_configuration_files_say_what_the_lines_say(name, machine):
+    command = launch_command("train.py", [], 8, *machine)
+    line = launch_command_parser().parse_args(command[2:])
+    file = load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml"))
+    assert file.distributed_type == "MULTI_GPU"
+    for setting in ("num_processes", "num_machines", "main_process_ip", "main_process_port"):
+        assert getattr(file, setting) == getattr(line, setting), setting
+    assert file.machine_rank == 0
+    assert file.mixed_precision == line.mixed_precision
 
 
 def test_the_script_is_found_from_any_folder(tmp_path, monkeypatch):

@@ -6,7 +6,13 @@ import torch
 from scipy import stats
 
 import utils.dp_utils
-from tests.helpers import adapted_model, clipped_sum, random_examples, reference_gradients
+from tests.helpers import (
+    adapted_model,
+    clipped_sum,
+    random_examples,
+    reference_sum,
+    relative_error,
+)
 from utils.batching import cut_microbatches
 from utils.cli import UsageError
 from utils.dp_utils import (
@@ -21,19 +27,6 @@ from utils.dp_utils import (
 from utils.secure_random import SecureRandom, grid_spacing
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def reference_sum(model, data, clip_norm, clip_function="flat", **options):
-    """The clipped sum in float64, from one backward pass per example."""
-    gradients = reference_gradients(model, data, **options)
-    norms = gradients.norm(dim=1, keepdim=True)
-    if clip_function == "automatic":
-        return (gradients * clip_norm / (norms + 0.01)).sum(0), norms
-    return (gradients * (clip_norm / norms).clamp(max=1)).sum(0), norms
-
-
-def relative_error(value, reference):
-    return ((value.double() - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

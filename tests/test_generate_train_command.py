@@ -9,6 +9,7 @@ import pytest
 import generate_train_command
 import train
 from tests.training import ROOT, flags, run_process, save_dataset
+from utils.arguments import module_settings
 from utils.data_utils import count_train_examples
 
 ARENA = (
@@ -114,6 +115,37 @@ def test_reserving_a_histogram_asks_for_more_noise(generate, tmp_path):
         return train.build_parser().parse_args(script_flags(line)).noise_multiplier
 
     assert noise_multiplier("--reserve_histogram_sigma=3") > noise_multiplier()
+
+
+def test_many_machines_get_one_line_each_which_differ_in_the_rank(generate, tmp_path):
+    command = flags("model", save_dataset(tmp_path), tmp_path, "--fsdp", "--gpus=8")
+    command += ["--num_machines=4", "--main_process_ip=10.0.0.1"]
+    lines = [shlex.split(generate(*command, f"--machine_rank={rank}")[0]) for rank in range(4)]
+    for rank, words in enumerate(lines):
+        launcher = " ".join(words[: words.index(str(ROOT / "train.py"))])
+        assert launcher == (
+            "accelerate launch --quiet --num_machines 4 --num_processes 32 --mixed_precision no "
+            f"--dynamo_backend no --machine_rank {rank} --main_process_ip 10.0.0.1 "
+            "--main_process_port 29500 --multi_gpu"
+        )
+        args = train.build_parser().parse_args(script_flags(shlex.join(words)))
+        assert args.fsdp
+        assert [a for a, b in zip(words, lines[0]) if a != b] == ([str(rank)] if rank else [])
+
+
+def test_flags_of_base_and_adapters_reach_the_line(generate, tmp_path):
+    more = ["--load_in_4bit", "--use_rslora", "--rank_pattern", "q_proj=16", "self_attn.v_proj=4"]
+    more += ["--alpha_pattern", "q_proj=1e1", "--target_modules", "all-linear"]
+    line, _ = generate(*flags("model", save_dataset(tmp_path), tmp_path), *more)
+    args = train.build_parser().parse_args(script_flags(line))
+    assert args.load_in_4bit
+    assert not args.load_in_8bit
+    assert args.use_rslora
+    assert args.target_modules == ["all-linear"]
+    assert module_settings(args.rank_pattern, int) == {"q_proj": 16, "self_attn.v_proj": 4}
+    assert module_settings(args.alpha_pattern, float) == {"q_proj": 10.0}
+    line, _ = generate(*flags("model", str(tmp_path / "letters"), tmp_path))
+    assert train.build_parser().parse_args(script_flags(line)).target_modules is None
 
 
 def test_a_run_in_the_way_is_refused_before_anything_starts(generate, tmp_path):

@@ -26,7 +26,6 @@ from tests.training import (
     NUM_EXAMPLES,
     ROOT,
     flags,
-    run_process,
     run_until_killed,
     save_dataset,
 )
@@ -217,17 +216,6 @@ def test_dropout_is_secret_in_a_private_run_and_repeats_without_privacy(run, mon
 )
 def test_performance_settings_leave_the_released_adapter_alone(run, more):
     assert largest_difference(run(FIXED, output="left"), run(FIXED, *more, output="right")) < 1e-4
-
-
-def test_two_processes_release_what_one_does(run, tiny_model_dir, letters, tmp_path):
-    alone = run(FIXED)
-    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--num_machines=1"]
-    launcher += ["--num_processes=2", "--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no"]
-    more = flags(tiny_model_dir, letters, tmp_path / "two", FIXED)
-    done = run_process(*launcher, "train.py", *more)
-    assert done.returncode == 0, done.stderr
-    assert largest_difference(alone, tmp_path / "two" / "job") < 1e-4
-    assert ledger_steps(tmp_path / "two" / "job") == list(range(1, 9))
 
 
 # ---------------------------------------------------------------- hostile batches and examples
@@ -518,6 +506,12 @@ def test_pairs_are_trained_on_their_answers(run, tmp_path):
         (["--perdevice_bs=0"], "not a whole number of 1 or more"),
         (["--job_sess=../up"], "must be a folder name"),
         (["--lora_dropout=1"], "must be in [0, 1)"),
+        (["--load_in_4bit", "--load_in_8bit"], "choose one"),
+        (["--load_in_4bit", "--fsdp"], "--fsdp cannot shard a base in 4 bits"),
+        (["--rank_pattern", "q_proj"], "'' is not a whole number of 1 or more"),
+        (["--rank_pattern", "q_proj=0"], "'0' is not a whole number of 1 or more"),
+        (["--rank_pattern", "q proj=4"], "'q proj=4' is not NAME=NUMBER"),
+        (["--alpha_pattern", "up_proj=4"], "--alpha_pattern up_proj: no adapted layer"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(run, capsys, tmp_path, more, message):

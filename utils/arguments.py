@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -155,8 +156,46 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target_modules",
         nargs="+",
-        default=["q_proj", "k_proj", "v_proj", "o_proj"],
-        help="names of Linear layers, or all-linear",
+        default=None,
+        help="names of Linear layers, or all-linear; the attention projections if left out",
+    )
+    group.add_argument(
+        "--use_rslora",
+        action="store_true",
+        help="rank-stabilised LoRA: scale is alpha / sqrt(r)",
+    )
+    group.add_argument(
+        "--rank_pattern",
+        nargs="+",
+        type=_rank_of_module,
+        metavar="NAME=RANK",
+        default=None,
+        help="ranks of layers that differ from --lora_r, such as q_proj=16",
+    )
+    group.add_argument(
+        "--alpha_pattern",
+        nargs="+",
+        type=_alpha_of_module,
+        metavar="NAME=ALPHA",
+        default=None,
+        help="alphas of layers that differ from --lora_alpha",
+    )
+    group = parser.add_argument_group("the frozen base")
+    group.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="quantise its Linear layers to 4 bits (NF4); needs bitsandbytes",
+    )
+    group.add_argument(
+        "--load_in_8bit",
+        action="store_true",
+        help="quantise its Linear layers to 8 bits; needs bitsandbytes",
+    )
+    group.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="shard its layers over all processes (FSDP2), for bases that fit on no single device; "
+        "changes nothing of what is learnt",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -223,6 +262,12 @@ def check_training_arguments(args: argparse.Namespace) -> list[str]:
         raise UsageError(f"--lora_dropout {args.lora_dropout}: must be in [0, 1)")
     if not 0 <= args.wd < math.inf:
         raise UsageError(f"--wd {args.wd}: must be 0 or more")
+    if args.load_in_4bit and args.load_in_8bit:
+        raise UsageError("--load_in_4bit and --load_in_8bit: choose one")
+    if args.fsdp and quantised_bits(args):
+        raise UsageError(
+            f"--fsdp cannot shard a base in {quantised_bits(args)} bits; leave one of the two out"
+        )
     if args.eps == -1:
         return _check_without_privacy(args)
     if not (math.isfinite(args.eps) and args.eps > 0):
@@ -245,6 +290,11 @@ def _check_without_privacy(args: argparse.Namespace) -> list[str]:
     if args.clip > 0:
         return [f"--clip {args.clip} without --eps: nothing is clipped and nothing is private"]
     return []
+
+
+def quantised_bits(args: argparse.Namespace) -> int | None:
+    """Bits to which the base is quantised; None for a base as it is."""
+    return 4 if args.load_in_4bit else 8 if args.load_in_8bit else None
 
 
 def to_argv(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
@@ -314,3 +364,25 @@ def positive_float(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _rank_of_module(text: str) -> str:
+    return _module_setting(text, positive_int)
+
+
+def _alpha_of_module(text: str) -> str:
+    return _module_setting(text, positive_float)
+
+
+def _module_setting(text: str, number: Callable[[str], float]) -> str:
+    """NAME=NUMBER as it is, once it is known to be that."""
+    name, _, value = text.partition("=")
+    if not re.fullmatch(r"[\w.]+", name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, such as q_proj=16")
+    number(value)
+    return text
+
+
+def module_settings(given: list[str] | None, number: Callable[[str], float]) -> dict[str, float]:
+    """{NAME: NUMBER} of a flag that takes NAME=NUMBER words."""
+    return {name: number(value) for name, value in (text.split("=") for text in given or [])}

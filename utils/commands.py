@@ -8,22 +8,53 @@ import sys
 import tempfile
 from pathlib import Path
 
-from utils.cli import EXIT_CODE_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, say
+from utils.cli import EXIT_CODE_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, UsageError, say
 
 ROOT = Path(__file__).resolve().parent.parent
+# What accelerate means by port 0, and the port at which it has machines meet.
+ANY_FREE_PORT, DEFAULT_PORT = 0, 29500
 
 
-def launch_command(script: str, arguments: list[str], gpus: int) -> list[str]:
-    """The argument vector that starts `script` through `accelerate launch` on `gpus` processes.
+def launch_command(
+    script: str,
+    arguments: list[str],
+    gpus: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    main_process_ip: str | None = None,
+    main_process_port: int | None = None,
+) -> list[str]:
+    """The argument vector that starts `script` through `accelerate launch`.
 
     Every choice that accelerate would otherwise read from a user's configuration file or ask for
     is stated, so that the line does the same on every machine. `--quiet` spares the user the
     launcher's stack trace below the script's own error line.
+
+    Args:
+        gpus: processes on each machine.
+        machine_rank: the machine that the line is for, from 0.
+        main_process_ip, main_process_port: where machine 0 is reached; on a single machine the
+            port is any free one.
+
+    Raises:
+        UsageError: more than one machine, and no address or no such rank.
     """
-    launcher = ["accelerate", "launch", "--quiet", "--num_machines", "1"]
-    launcher += ["--num_processes", str(gpus), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if gpus > 1:
-        launcher.append("--multi_gpu")
+    if num_machines > 1 and main_process_ip is None:
+        raise UsageError(f"--num_machines {num_machines} needs --main_process_ip, machine 0's")
+    if machine_rank >= num_machines:
+        raise UsageError(
+            f"--machine_rank {machine_rank}: ranks run from 0 to --num_machines - 1, which is "
+            f"{num_machines - 1}"
+        )
+    processes = gpus * num_machines
+    launcher = ["accelerate", "launch", "--quiet", "--num_machines", str(num_machines)]
+    launcher += ["--num_processes", str(processes)]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if num_machines > 1:
+        launcher += ["--machine_rank", str(machine_rank), "--main_process_ip", main_process_ip]
+    if processes > 1:
+        port = main_process_port or (DEFAULT_PORT if num_machines > 1 else ANY_FREE_PORT)
+        launcher += ["--main_process_port", str(port), "--multi_gpu"]
     path = script if Path.cwd() == ROOT else str(ROOT / script)
     return [*launcher, path, *arguments]
 

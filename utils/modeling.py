@@ -1,17 +1,24 @@
 """Models and tokenizers: load a base, attach LoRA, read an adapter back, merge it."""
 
 import hashlib
+import importlib.util
+import logging
 import os
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from utils.adapter_info import read_adapter_info
 from utils.cli import UsageError, say
@@ -26,6 +33,19 @@ MASK_FREE_MODEL_TYPES = {
     "olmo2",
 }  # fmt: skip
 
+# The attention projections under the names that architectures give them. A model's default targets
+# are the first group of which it has every name.
+ATTENTION_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # LLaMA, Mistral, Qwen, Gemma, OLMo, Cohere, ...
+    ("qkv_proj", "o_proj"),  # Phi-3
+    ("query_key_value", "attention.dense"),  # GPT-NeoX
+    ("query_key_value", "self_attention.dense"),  # Falcon, BLOOM
+    ("c_attn", "attn.c_proj"),  # GPT-2, GPT-BigCode
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, GPT-J
+    ("q_proj", "k_proj", "v_proj", "self_attn.dense"),  # Phi
+    ("Wqkv", "out_proj"),  # MPT
+)
+
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The base model's dtype; `auto` is bfloat16 on GPUs that have it and float32 elsewhere."""
@@ -37,7 +57,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def share_cores(num_processes: int) -> None:
-    """Give this process its share of the CPU cores.
+    """Give this process its share of this machine's CPU cores.
 
     `accelerate launch` allows each process one thread where it is told of no number.
     """
@@ -66,6 +86,51 @@ def load_base_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
         UsageError: not found, no access, or not a causal language model.
     """
     return _from_pretrained(AutoModelForCausalLM, "model", model_name, dtype=dtype)
+
+
+def load_quantised_model(
+    model_name: str, dtype: torch.dtype, bits: int, device: torch.device
+) -> PreTrainedModel:
+    """Load a base whose Linear layers bitsandbytes quantises on `device`: frozen, computing in
+    `dtype`; embeddings and head stay as they are.
+
+    Args:
+        bits: 4 (NF4 with double quantisation, as in QLoRA; Dettmers et al., 2023) or 8 (LLM.int8;
+            Dettmers et al., 2022).
+
+    Raises:
+        UsageError: bitsandbytes is not installed, or cannot do it here.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"--load_in_{bits}bit: pip install bitsandbytes")
+    # It says on every call that it casts inputs to float16, as it always does.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # With a threshold, a feature that is large in one example is computed otherwise in all
+        # examples of the microbatch: one example's presence would change the others' gradients,
+        # and the sum could move by more than the clip norm.
+        llm_int8_threshold=0.0,
+    )
+    options = {"dtype": dtype, "quantization_config": config, "device_map": {"": device}}
+    try:
+        model = _from_pretrained(AutoModelForCausalLM, "model", model_name, **options)
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--load_in_{bits}bit: bitsandbytes cannot quantise {model_name!r} on {device}: "
+            f"{reason}"
+        ) from None
+    for module in model.modules():
+        # On some CPUs the first pass in eval mode repacks the weights, for good, for a kernel that
+        # has no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _from_pretrained(loader, what: str, model_name: str, **options):
@@ -107,6 +172,33 @@ def model_fingerprint(model: PreTrainedModel, values_per_tensor: int = 64) -> st
     return digest.hexdigest()[:16]
 
 
+def default_target_modules(model: PreTrainedModel) -> list[str]:
+    """The attention projections of an architecture, all of them, under the names it gives them.
+
+    Raises:
+        UsageError: none of the known names; the message lists the candidates.
+    """
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    for group in ATTENTION_PROJECTIONS:
+        if all(any(_names(target, name) for name in linear) for target in group):
+            return list(group)
+    head = model.get_output_embeddings()
+    candidates = {name.rpartition(".")[2] for name in linear if modules[name] is not head}
+    model_type = model.config.model_type
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    raise UsageError(
+        f"no default --target_modules for {model_type}; its Linear layers are "
+        f"{', '.join(sorted(candidates))}{f', of which PEFT adapts {known}' if known else ''}; "
+        "name some, or use all-linear"
+    )
+
+
+def _names(target: str, module_name: str) -> bool:
+    """Whether PEFT takes `module_name` for the target module `target`."""
+    return module_name == target or module_name.endswith(f".{target}")
+
+
 def attach_lora(
     model: PreTrainedModel,
     rank: int,
@@ -114,14 +206,20 @@ def attach_lora(
     dropout: float,
     target_modules: list[str] | str,
     gradient_checkpointing: bool,
+    *,
+    use_rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
 ) -> PeftModel:
-    """Freeze `model` and add LoRA adapters in float32, the only trainable tensors.
+    """Freeze `model` and add LoRA adapters in float32 without biases, the only trainable tensors.
 
     Args:
         target_modules: names of Linear layers, or "all-linear".
+        use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski, 2023).
+        rank_pattern: ranks of layers that differ, by name; alpha_pattern: likewise.
 
     Raises:
-        UsageError: the model has none of the target modules.
+        UsageError: the model has none of the target modules, or a pattern names no adapted layer.
     """
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -129,6 +227,9 @@ def attach_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
+        use_rslora=use_rslora,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
     )
     model.config.use_cache = False
     try:
@@ -136,6 +237,14 @@ def attach_lora(
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--target_modules {target_modules}: {reason}") from None
+    adapted = [n for n, module in peft_model.named_modules() if isinstance(module, LoraLayer)]
+    for flag, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
+        for target in pattern or {}:
+            if not any(_names(target, name) for name in adapted):
+                raise UsageError(
+                    f"--{flag}_pattern {target}: no adapted layer has that name; they are "
+                    f"{', '.join(sorted({name.rpartition('.')[2] for name in adapted}))}"
+                )
     if gradient_checkpointing:
         # Non-reentrant (the default): it recomputes under autograd, so hooks run again.
         model.activation_checkpointing_enable()
@@ -176,6 +285,25 @@ class LanguageModel:
             self._head, self.vocabulary,
         )  # fmt: skip
 
+    def public_batch(self, examples: int, tokens: int = 4) -> dict[str, torch.Tensor]:
+        """A batch of arbitrary tokens that no data went into, for passes that only check."""
+        ids = torch.arange(examples * tokens, device=self.model.device) * 7919 % self.vocabulary
+        lengths = torch.full((examples,), tokens, device=ids.device)
+        return {
+            "input_ids": ids.view(examples, tokens),
+            "lengths": lengths,
+            "loss_starts": torch.zeros_like(lengths),
+        }
+
+    def idle_pass(self) -> None:
+        """A forward and a backward pass that add nothing.
+
+        With a sharded base, a rank that has no microbatch left keeps pace with the others, whose
+        layers it holds a part of.
+        """
+        losses, _ = self.example_losses(self.public_batch(1))
+        (0 * losses.sum()).backward()
+
     def _decode(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         part = self.model if self._own_head else self.model.base_model
         return part(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
@@ -195,7 +323,7 @@ class LanguageModel:
     @torch.no_grad()
     def _parts_are_exact(self, tokens: int = 16) -> bool:
         """Compare with the model's own logits on arbitrary (public) tokens."""
-        ids = torch.arange(tokens, device=self.model.device).unsqueeze(0) * 7919 % self.vocabulary
+        ids = self.public_batch(1, tokens)["input_ids"]
         training = self.model.training
         self.model.eval()
         own = self.model(input_ids=ids, use_cache=False).logits.float()

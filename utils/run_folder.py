@@ -34,7 +34,7 @@ VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "d
 # private it is. The privacy plan and the contents of data and base model are compared by
 # themselves, so their names and sources may change too.
 FREE_ON_RESUME = {
-    "dataset_name", "model_name", "output_dir", "perdevice_bs", "gradient_checkpointing",
+    "dataset_name", "model_name", "output_dir", "perdevice_bs", "gradient_checkpointing", "fsdp",
     "no_eval_at_start", "max_eval_examples", "save_steps", "keep_checkpoints", "resume",
     "report_to", "report_private_metrics", "num_train_examples", "noise_multiplier",
 }  # fmt: skip

@@ -1,0 +1,69 @@
+"""One process of a job that `accelerate launch` starts: training runs, watched, one after another.
+
+    accelerate launch ... tests/distributed_worker.py JOBS.json
+
+JOBS.json holds a list of objects: `name`; `argv`, flags of train.py; `by_rank`, flags that only
+some ranks get (by rank, as text); `public_steps`, whether the optimizer is given one public vector
+in place of every gradient, so that each step starts from the same parameters whatever was summed.
+A process leaves NAME-RANK.npz (`clipped_sums`, on rank 0; `batches`, numbers of examples of its own
+in every step; `layers`, numbers of frozen parameters in the layers of a sharded base, here and in
+all) or, if the run was refused, NAME-RANK.json with the exit code and message.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+import train
+from privacy_checks.observed_run import observe
+from utils.cli import UsageError
+from utils.dp_utils import assign_gradient
+
+
+def assign_public_vector(parameters, gradient):
+    generator = torch.Generator().manual_seed(gradient.numel())
+    assign_gradient(parameters, torch.randn(gradient.numel(), generator=generator))
+
+
+def run(job: dict, folder: Path, rank: str) -> None:
+    own = []
+    cut = train.cut_microbatches
+
+    def cut_and_count(indices, lengths, token_budget, num_ranks):
+        ranks = cut(indices, lengths, token_budget, num_ranks)
+        own.append(sum(map(len, ranks[int(rank)])))
+        return ranks
+
+    layers = []
+    shard = train.shard_base
+
+    def shard_and_count(model, device):
+        shard(model, device)
+        sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+        assert not any(p.requires_grad for p in sharded)
+        layers[:] = [sum(p.to_local().numel() for p in sharded), sum(p.numel() for p in sharded)]
+
+    replacements = {"cut_microbatches": cut_and_count, "shard_base": shard_and_count}
+    if job.get("public_steps"):
+        replacements["assign_gradient"] = assign_public_vector
+    file = folder / f"{job['name']}-{rank}"
+    try:
+        seen = observe(job["argv"] + job.get("by_rank", {}).get(rank, []), **replacements)
+    except UsageError as error:
+        file.with_suffix(".json").write_text(json.dumps([2, str(error)]))
+    except SystemExit as ended:
+        file.with_suffix(".json").write_text(json.dumps([ended.code, ""]))
+    else:
+        np.savez(file, clipped_sums=seen.clipped_sums, batches=own, layers=layers)
+
+
+if __name__ == "__main__":
+    jobs = Path(sys.argv[1])
+    for each in json.loads(jobs.read_text()):
+        run(each, jobs.parent, os.environ["RANK"])
+    torch.distributed.destroy_process_group()
