@@ -316,15 +316,18 @@ def fine_tune(args: argparse.Namespace, rescue: list[Callable[[], None]]) -> int
         else:
             drawn = [shuffled_batch(num_examples, args.total_bs, args.seed, step)]
         (indices,) = broadcast_object_list(drawn)
-        microbatches = cut_microbatches(indices, lengths, token_budget, num_ranks)[rank]
+        microbatches = own_share(cut_microbatches(indices, lengths, token_budget, num_ranks))
 
         # Sum of clipped per-example gradients (of plain ones in a run without privacy).
         total.zero_()
         optimizer.zero_grad()
         all_norms, loss_sum, loss_tokens = [], 0.0, 0
         for microbatch in microbatches:
-            if stop.requested:
+            if stop_asked():
                 break
+            if microbatch is None:
+                language_model.idle_pass()
+                continue
             batch = train_data.collate(microbatch, tokenizer.pad_token_id, device)
             sums, counts, norms = add_microbatch(batch)
             if plan:
