@@ -12,4 +12,4 @@ ruff check .
 ruff format --check .
 # Tiny models on many threads spend their time waiting for one another.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses auto --dist loadfile "$@"

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -462,6 +462,9 @@ def tokenise_once(
     finally:
         if accelerator.is_local_main_process:
             shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):  # Folders that hold something else stay.
+                for made in (folder / "private", folder, folder.parent):
+                    made.rmdir()
     return data
 
 

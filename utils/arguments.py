@@ -264,6 +264,11 @@ def check_training_arguments(args: argparse.Namespace) -> list[str]:
         raise UsageError(f"--wd {args.wd}: must be 0 or more")
     if args.load_in_4bit and args.load_in_8bit:
         raise UsageError("--load_in_4bit and --load_in_8bit: choose one")
+    if args.fsdp and args.perdevice_bs == "auto":
+        raise UsageError(
+            "--perdevice_bs auto does not go with --fsdp, whose processes must all make the same "
+            "number of passes; give a number"
+        )
     if args.fsdp and quantised_bits(args):
         raise UsageError(
             f"--fsdp cannot shard a base in {quantised_bits(args)} bits; leave one of the two out"
