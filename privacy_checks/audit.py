@@ -223,8 +223,9 @@ def _canaries(coordinates: np.ndarray | None, broken: str | None) -> dict:
             for name, tensor in self.parameters.items():
                 ours = (coordinates >= offset) & (coordinates < offset + tensor.numel())
                 examples = ours.nonzero().squeeze(1)
-                flat = self._gradients[name].view(len(coordinates), -1)
-                flat[examples, coordinates[examples] - offset] += PUSH * CLIP_NORM
+                layer = self._captured[name]  # instantiated, as eight tokens at a rank of 8 are
+                layer.gradients[examples, coordinates[examples] - offset] += PUSH * CLIP_NORM
+                layer.norms = torch.linalg.vector_norm(layer.gradients, dim=1)
                 offset += tensor.numel()
 
     return {"PerExampleGradients": PushedGradients, "cut_microbatches": cut_and_remember}

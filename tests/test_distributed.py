@@ -33,8 +33,6 @@ SUMMATION = 1e-6
 # With 2 examples expected in a batch, most ranks of four have none, and so has a whole step.
 BATCHES = {"many": ["--total_bs=32", "--num_epochs=3"], "few": ["--total_bs=2", "--num_epochs=0.3"]}
 TRAIN_ONLY = "train_only.jsonl"
-# Whether the loop of train.py keeps ranks of a sharded base in step.
-SHARDED_LOOP = "own_share(cut_microbatches" in (ROOT / "train.py").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -124,31 +122,25 @@ def interrupted(parts):
 def two(parts, interrupted):
     """The reports of two processes that ran several jobs."""
     folder, model, data = parts
-    other_model, other_data = folder / "other-model", folder / "other-data"
+    other_model = folder / "other-model"
     save_tiny_model(other_model, seed=5)
-    rows = datasets.load_from_disk(data)
-    rows["train"] = rows["train"].map(lambda row: {"instruction": row["instruction"][::-1]})
-    rows.save_to_disk(other_data)
     output = folder / "two-runs"
     refused = {
-        "data": f"--dataset_name={other_data}",
         "model": f"--model_name={other_model}",
         "plan": "--noise_multiplier=3",
         "rate": "--lr=0.02",
     }
     jobs = observed_jobs(parts, output)
-    if SHARDED_LOOP:
-        # With a validation split, whose losses are computed in step too.
-        sharded = ["--fsdp", f"--dataset_name={data}"]
-        for job in observed_jobs(parts, folder / "sharded-runs", *sharded):
-            jobs.append(job | {"name": f"sharded-{job['name']}"})
+    # With a validation split, whose losses are computed in step too.
+    sharded = ["--fsdp", f"--dataset_name={data}"]
+    for job in observed_jobs(parts, folder / "sharded-runs", *sharded):
+        jobs.append(job | {"name": f"sharded-{job['name']}"})
     for name, flag in refused.items():
         argv = flags(model, data, output, f"--job_sess=refused-{name}")
         jobs.append({"name": name, "argv": argv, "by_rank": {"1": [flag]}})
-    sharded = ["--fsdp"] if SHARDED_LOOP else []
-    argv = flags(model, data, interrupted, FIXED, "--job_sess=broken", "--resume=auto", *sharded)
+    argv = flags(model, data, interrupted, FIXED, "--job_sess=broken", "--resume=auto", "--fsdp")
     jobs.append({"name": "resumed", "argv": argv})
-    argv = flags(model, data, folder / "two-runs", "--job_sess=plain", *sharded, dp=False)
+    argv = flags(model, data, folder / "two-runs", "--job_sess=plain", "--fsdp", dp=False)
     jobs.append({"name": "plain", "argv": argv})
     finish(launch(folder / "two", jobs, gpus=2))
     return folder / "two"
@@ -166,13 +158,20 @@ def four(parts):
         job | {"by_rank": {"2": elsewhere, "3": elsewhere}}
         for job in observed_jobs(parts, folder / "machine-0")
     ]
+    folder, model, data = parts
+    rows = datasets.load_from_disk(data)
+    rows["train"] = rows["train"].map(lambda row: {"instruction": row["instruction"][::-1]})
+    rows.save_to_disk(folder / "other-data")
+    argv = flags(model, data, folder / "machine-0", "--job_sess=refused")
+    other = [*elsewhere, f"--dataset_name={folder / 'other-data'}"]
+    jobs.append({"name": "data", "argv": argv, "by_rank": {"2": other, "3": other}})
     reports = [folder / f"four-{machine}" for machine in (0, 1)]
     running = [
         launch(reports[machine], jobs, 2, machine, "127.0.0.1", port, gpus=2) for machine in (0, 1)
     ]
     for process in running:
         finish(process)
-    for file in reports[1].glob("*.npz"):
+    for file in [*reports[1].glob("*.npz"), *reports[1].glob("data-*.json")]:
         file.rename(reports[0] / file.name)
     return reports[0]
 
@@ -206,7 +205,6 @@ def test_only_the_first_of_two_machines_writes(four, parts):
     assert not (parts[0] / "machine-1").exists()
 
 
-@pytest.mark.skipif(not SHARDED_LOOP, reason="the loop does not yet keep sharded ranks in step")
 @pytest.mark.parametrize("job", BATCHES)
 def test_a_sharded_base_gives_the_same_clipped_sums(two, alone, job):
     assert_same_sums(two / f"sharded-{job}-0.npz", alone[job])
@@ -218,13 +216,18 @@ def test_a_sharded_base_gives_the_same_clipped_sums(two, alone, job):
         assert here == all_layers / 2
 
 
+def test_a_machine_with_other_data_is_refused(four, parts):
+    code, message = json.loads((four / "data-0.json").read_text())
+    assert code == 2
+    assert message.startswith("rank 2, 3 of this job has another training data than rank 0")
+    assert [json.loads((four / f"data-{r}.json").read_text()) for r in (1, 2, 3)] == [[2, ""]] * 3
+    assert not (parts[0] / "machine-0" / "refused").exists()
+
+
 @pytest.mark.parametrize(
     ("job", "named"),
-    [
-        ("data", "training data"), ("model", "base model"), ("plan", "privacy plan"),
-        ("rate", "--lr"),
-    ],
-)  # fmt: skip
+    [("model", "base model"), ("plan", "privacy plan"), ("rate", "--lr")],
+)
 def test_a_rank_that_would_train_something_else_is_refused_by_name(two, parts, job, named):
     code, message = json.loads((two / f"{job}-0.json").read_text())
     assert code == 2

@@ -160,7 +160,8 @@ class PerExampleGradients:
             raise RuntimeError(f"{name} was used twice in one forward pass")
         _, tokens, d_in = inputs.shape
         form = _Instantiated if instantiates(tokens, d_in, output_gradient.shape[2]) else _Pair
-        self._captured[name] = form(inputs.float(), output_gradient.float())
+        # What the model saved for its backward pass still hangs on the graph.
+        self._captured[name] = form(inputs.detach().float(), output_gradient.float())
 
     @contextmanager
     def capture(self, num_examples: int) -> Iterator[None]:
@@ -186,6 +187,7 @@ class PerExampleGradients:
         if missing:
             raise RuntimeError(f"no per-example gradient for {missing[0]} ({len(missing)} in all)")
 
+    @torch.no_grad()
     def add_clipped_sum(
         self, total: torch.Tensor, clip_norm: float, clip_function: str
     ) -> torch.Tensor:
