@@ -60,10 +60,11 @@ def example_losses(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torc
 
 
 def measured(job: Job, batches: list[dict], step: Callable[[list[dict]], None]) -> dict:
-    """Time `step` on the logical batch, after one step that warms up, and its peak of memory."""
+    """Time `step` on the logical batch, after a small one that warms up, and its peak of memory."""
     seconds = []
     with PeakMemory(device()) as memory:
-        for _ in range(1 + job.steps):
+        step(batches[:2])
+        for _ in range(job.steps):
             began = time.perf_counter()
             step(batches)
             if device().type == "cuda":
@@ -71,7 +72,7 @@ def measured(job: Job, batches: list[dict], step: Callable[[list[dict]], None]) 
             seconds.append(time.perf_counter() - began)
     processed = sum(batch["input_ids"].numel() for batch in batches)
     return {
-        "seconds": seconds[1:],
+        "seconds": seconds,
         "processed_tokens": processed,
         "peak_memory": memory.peak,
     }
