@@ -66,6 +66,8 @@ NOT_COVERED = [
     "the choice of sigma, bins or size after a look at several histograms that are not all in the "
     "ledger",
     "text that the embedding model had already seen",
+    "rounding in the embedding model: which texts share a batch decides the last bits of an "
+    "embedding, and a text that lies between two bins may change its bin with them",
     "several rows about one person: the unit is a row",
     "timing and other side channels of the machine",
 ]
