@@ -39,15 +39,20 @@ def folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def adapter_dir(tiny_model_dir, tmp_path_factory):
-    """A random adapter of the tiny model, trained (it says) with uncond_generation."""
-    target = tmp_path_factory.mktemp("adapters") / "adapter"
-    adapted_model(["q_proj", "v_proj"]).save_pretrained(target)
-    fingerprint = model_fingerprint(load_base_model(tiny_model_dir, torch.float32))
+def save_adapter(target: Path, model: str) -> str:
+    """Save a random adapter of a model, trained (it says) with uncond_generation."""
+    base = load_base_model(model, torch.float32)
+    fingerprint = model_fingerprint(base)
+    adapted_model(["q_proj", "v_proj"], base=base).save_pretrained(target)
     info = {"prompt_style": "uncond_generation", "base_model": "tiny"}
     write_adapter_info(target, info | {"base_model_fingerprint": fingerprint})
     return str(target)
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tiny_model_dir, tmp_path_factory):
+    """A random adapter of the tiny model."""
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "adapter", tiny_model_dir)
 
 
 def flags(model, **changes):
@@ -472,11 +477,16 @@ def test_without_vllm_the_error_says_how_to_install_it(folder, tiny_model_dir, m
 
 @pytest.mark.vllm
 @pytest.mark.timeout(1800)
-def test_vllm_draws_and_goes_on_like_the_others(folder, tiny_model_dir, adapter_dir):
+def test_vllm_draws_and_goes_on_like_the_others(folder, tmp_path):
     python = vllm_python()
+    # Its attention on a CPU knows no heads as narrow as the tiny model's.
+    wide = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    save_tiny_model(tmp_path / "wide", **wide)
+    model = str(tmp_path / "wide")
+    adapter_dir = save_adapter(tmp_path / "adapter", model)
 
     def run(job, **changes):
-        argv = flags(tiny_model_dir, engine="vllm", job_sess=job, perdevice_bs=4, **changes)
+        argv = flags(model, engine="vllm", job_sess=job, perdevice_bs=4, **changes)
         done = subprocess.run(
             [python, ROOT / "inference.py", *argv], capture_output=True, text=True, check=False
         )
@@ -494,7 +504,7 @@ def test_vllm_draws_and_goes_on_like_the_others(folder, tiny_model_dir, adapter_
     first = run("grown", adapter_path=adapter_dir, num_samples=5)
     assert first.items() <= run("grown", adapter_path=adapter_dir).items()
     assert sorted(run("apart", adapter_path=adapter_dir, no_merge=True)) == list(range(12))
-    assert run("greedy", no_sample=True, num_samples=1) == run_greedy(tiny_model_dir)
+    assert run("greedy", no_sample=True, num_samples=1) == run_greedy(model)
     manifest = json.loads(Path("inference_outputs/apart/manifest.json").read_text())
     assert manifest["versions"]["vllm"]
 

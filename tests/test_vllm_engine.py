@@ -145,7 +145,7 @@ def test_an_error_counts_unless_a_stop_was_asked_for(fake, monkeypatch):
         raise RuntimeError("engine is dead")
 
     monkeypatch.setattr(fake.engine, "step", dead)
-    with pytest.raises(RuntimeError, match="engine is dead"):
+    with pytest.raises(UsageError, match="engine is dead"):
         list(complete("vllm", FOLDER, [Request(0, [1])], SAMPLING, 4))
     answers = iter([False, True, True])
     stopped = complete("vllm", FOLDER, [Request(0, [1])], SAMPLING, 4, lambda: next(answers))

@@ -141,9 +141,13 @@ def vllm_engine(
                     under_way -= 1
                     tokens = list(output.outputs[0].token_ids)
                     yield completion_of(int(output.request_id), tokens, decoding.stop_ids)
-    except Exception:
+    except Exception as error:
         # Ctrl-C reaches vLLM's own processes too, which may end before this one asks.
         if not should_stop():
-            raise
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(
+                f"--engine vllm ended: {reason}; with VLLM_LOGGING_LEVEL=INFO in the environment "
+                "the same command shows why"
+            ) from None
     finally:
         engine.engine_core.shutdown()
