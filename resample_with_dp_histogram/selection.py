@@ -46,20 +46,20 @@ def allocate(weights: np.ndarray, capacities: np.ndarray, size: int, share: Shar
         share: turns probabilities and a size into whole numbers of that sum, such as
             `largest_remainders`, or a multinomial draw.
     """
-    counts = np.zeros(len(weights), dtype=np.int64)
-    missing, overflow, from_empty_bins = size, None, 0
+    counts = np.minimum(share(weights / weights.sum(), size), capacities)
+    missing = overflow = size - int(counts.sum())
+    from_empty_bins = 0
     while missing:
         free = capacities - counts
         wanting = np.where(free > 0, weights, 0.0)
         if not wanting.any():
             # Only bins without weight have rows left: as they have them.
             wanting = free.astype(np.float64)
-            from_empty_bins = missing
+            from_empty_bins = from_empty_bins or missing
         given = np.minimum(share(wanting / wanting.sum(), missing), free)
         counts += given
         missing -= int(given.sum())
-        overflow = missing if overflow is None else overflow
-    return Allocation(counts, overflow or 0, from_empty_bins)
+    return Allocation(counts, overflow, from_empty_bins)
 
 
 def choose_rows(bins: np.ndarray, counts: np.ndarray, random: np.random.Generator) -> np.ndarray:

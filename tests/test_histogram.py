@@ -27,7 +27,8 @@ def test_noise_is_fresh_every_time_and_lies_on_the_public_grid():
     assert abs(np.corrcoef(one[1:], other[1:])[0, 1]) < 0.2
     spacing = grid_spacing(3.0)
     np.testing.assert_array_equal(one / spacing, np.rint(one / spacing))
-    assert len(np.unique(one)) > 900
+    # About 912 on this grid, give or take 9; twice as coarse a grid leaves about 830.
+    assert len(np.unique(one)) > 865
 
 
 def test_without_noise_it_is_the_count():

@@ -23,6 +23,14 @@ def test_whole_shares_add_up_and_are_nearest(weights, size):
     assert (np.abs(counts - shares * size) < 1).all()
 
 
+def test_what_a_bin_without_any_row_asks_for_is_overflow_too():
+    found = allocate(np.array([0.5, 0.5]), np.array([10, 0]), 10, largest_remainders)
+    assert found.counts.tolist() == [10, 0]
+    assert (found.overflow, found.from_empty_bins) == (5, 0)
+    found = allocate(np.array([0.0, 0.1]), np.array([1, 0]), 1, largest_remainders)
+    assert (found.overflow, found.from_empty_bins) == (1, 1)
+
+
 def test_overflow_goes_to_other_bins_by_their_weight_and_is_counted():
     found = allocate(np.array([6.0, 3.0, 1.0]), np.array([2, 100, 100]), 20, largest_remainders)
     # 12 asked of the first bin, which has 2; the other ten are shared out 3 to 1.
