@@ -41,7 +41,7 @@ from utils.arguments import (
 )
 from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
 from utils.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
-from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
+from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
 from utils.commands import StopRequest, launched_by_accelerate
 from utils.data_utils import TokenisedExamples, load_splits, open_tokens, tokenise
 from utils.distributed import (
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         for save in rescue:
             save()
-        reason = " ".join(str(error).split())[:160]
+        reason = in_one_line(error, 160)
         say(
             "error: another process of this job has ended, so this one ends too; the same command "
             f"with --resume auto continues {run_folder(args)} ({reason})"
@@ -210,7 +210,7 @@ def fine_tune(args: argparse.Namespace, rescue: list[Callable[[], None]]) -> int
     sequences = args.perdevice_bs
     if sequences == "auto":
         model.train()
-        sequences = fitting_batch(add_microbatch, args.max_seq_len, accelerator)
+        sequences = fitting_batch(add_microbatch, language_model, args.max_seq_len, accelerator)
     token_budget = sequences * args.max_seq_len
 
     # ------------------------------------------------------------------ begin, or continue
@@ -468,18 +468,16 @@ def tokenise_once(
     return data
 
 
-def fitting_batch(add_microbatch: Callable, max_seq_len: int, accelerator: Accelerator) -> int:
+def fitting_batch(
+    add_microbatch: Callable,
+    language_model: LanguageModel,
+    max_seq_len: int,
+    accelerator: Accelerator,
+) -> int:
     """--perdevice_bs auto: as many sequences of `max_seq_len` as fit on every device."""
 
     def step(sequences: int) -> None:
-        shape = {"dtype": torch.int64, "device": accelerator.device}
-        add_microbatch(
-            {
-                "input_ids": torch.zeros(sequences, max_seq_len, **shape),
-                "lengths": torch.full((sequences,), max_seq_len, **shape),
-                "loss_starts": torch.zeros(sequences, **shape),
-            }
-        )
+        add_microbatch(language_model.public_batch(sequences, max_seq_len))
 
     count = torch.tensor([fitting_sequences(step, accelerator.device)], device=accelerator.device)
     count = int(gather(count).min())

@@ -16,10 +16,8 @@ from benchmarks.jobs import OURS, make_job, measure, summary
 from benchmarks.workload import (
     ATTENTION,
     add_workload_arguments,
-    instructions,
-    interpreters,
     prepare,
-    shrink,
+    set_up,
 )
 from utils.arguments import make_parser
 from utils.cli import EXIT_OK, run_cli, say
@@ -38,10 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.quick:
-        shrink(args)
-    python = interpreters(args.engines)
-    texts = instructions(args.dataset_name)
+    python, texts = set_up(args)
     batches = {
         "all lengths": texts[: args.num_examples],
         f"{SHORT_EXAMPLES} short": [text[:SHORT_CHARACTERS] for text in texts[:SHORT_EXAMPLES]],

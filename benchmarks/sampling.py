@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from benchmarks.environments import ROOT, vllm_python
-from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
+from privacy_checks.tiny_model import save_tiny_model
 from utils.arguments import make_parser, positive_int
 from utils.cli import UsageError, run_cli, say
 from utils.decoding import Completion, Decoding, Request, completion_of
@@ -77,8 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if args.quick:
-            tiny_llama().save_pretrained(folder)
-            byte_tokenizer().save_pretrained(folder)
+            save_tiny_model(folder)
             argv = [*argv, "--model_name", folder, "--num_samples", "4", "--max_seq_len", "12",
                     "--repeats", "1"]  # fmt: skip
             args = build_parser().parse_args(argv)

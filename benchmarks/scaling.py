@@ -13,14 +13,13 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
+from privacy_checks.tiny_model import save_tiny_model
 from utils.arguments import make_parser, positive_int
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.commands import launch_command
+from utils.commands import launch_command, with_this_python
 from utils.data_utils import count_train_examples, tried_places
 from utils.files import write_json
 
@@ -50,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         if args.quick:
             args.model_name, args.rounds = str(folder / "model"), 1
-            byte_tokenizer().save_pretrained(folder / "model")
-            tiny_llama().save_pretrained(folder / "model")
+            save_tiny_model(folder / "model")
         speeds: dict[int, list[float]] = {1: [], args.processes: []}
         for round_number in range(args.rounds):
             for processes, measured in speeds.items():
@@ -84,7 +82,7 @@ def tokens_per_second(
         f"--num_epochs={(args.steps + 0.5) * args.total_bs / count}",
     ]  # fmt: skip
     command = launch_command("train.py", flags, processes)
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+    launcher = with_this_python(command)
     # Threads are train.py's to share out.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     done = subprocess.run(launcher, env=environment, capture_output=True, text=True, check=False)

@@ -21,16 +21,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.jobs import OURS, PEERS, Job, make_job, measure, summary
+from benchmarks.jobs import OURS, PEERS, Job, make_job, measure, padded_tokens, summary
 from benchmarks.workload import (
     add_workload_arguments,
-    instructions,
-    interpreters,
     prepare,
-    shrink,
+    set_up,
 )
 from utils.arguments import make_parser
-from utils.batching import cut_microbatches
 from utils.cli import EXIT_OK, run_cli
 from utils.files import write_json
 from utils.prompts import UNCONDITIONAL, training_ids
@@ -47,10 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.quick:
-        shrink(args)
-    python = interpreters(args.engines)
-    texts = instructions(args.dataset_name)
+    python, texts = set_up(args)
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, Path(folder), texts)
         jobs = [make_job(engine, folder, args) for engine in args.engines]
@@ -161,11 +155,9 @@ def token_counts(job: Job, texts: list[str]) -> np.ndarray:
 
 def print_planning(lengths: np.ndarray, args: argparse.Namespace) -> None:
     """What padding is left in a logical batch of these lengths, and how long cutting it takes."""
-    budget = args.perdevice_bs * args.max_seq_len
     began = time.perf_counter()
-    (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, budget)
+    padded = padded_tokens(lengths, args.perdevice_bs * args.max_seq_len)
     seconds = time.perf_counter() - began
-    padded = sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
     print(f"a logical batch of {len(lengths):,}: processed/real {padded / lengths.sum():.3f}, "
           f"cut in {1000 * seconds:.0f} ms")  # fmt: skip
 

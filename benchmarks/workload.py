@@ -59,18 +59,19 @@ def add_workload_arguments(parser: argparse.ArgumentParser, engines: tuple[str, 
     group.add_argument("--target_modules", nargs="+", default=ATTENTION, help="or all-linear")
 
 
-def shrink(args: argparse.Namespace) -> None:
-    """What --quick means."""
-    args.hidden_size, args.num_layers, args.vocab_size = 256, 4, 4096
-    args.num_examples, args.max_seq_len, args.rounds = 32, 512, 2
+def set_up(args: argparse.Namespace) -> tuple[dict[str, Path], list[str]]:
+    """Apply --quick; the Python of each engine, and the instructions.
 
-
-def interpreters(engines: list[str]) -> dict[str, Path]:
-    """The Python of each engine; the peers' environment is made where one of them is asked for."""
-    return {
+    The peers' environment is made where one of them is asked for.
+    """
+    if args.quick:
+        args.hidden_size, args.num_layers, args.vocab_size = 256, 4, 4096
+        args.num_examples, args.max_seq_len, args.rounds = 32, 512, 2
+    python = {
         engine: Path(sys.executable) if engine in OURS else python_with(REQUIREMENTS)
-        for engine in engines
+        for engine in args.engines
     }
+    return python, instructions(args.dataset_name)
 
 
 def instructions(dataset_name: str | None) -> list[str]:

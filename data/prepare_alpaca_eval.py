@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import UsageError, run_cli, say  # noqa: E402
+from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
 from utils.prompts import write_instruction_file  # noqa: E402
 
 HUB_ID, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
@@ -75,7 +75,7 @@ def download() -> Path:
     try:
         return Path(hf_hub_download(HUB_ID, HUB_FILE, repo_type="dataset"))
     except OSError as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = in_one_line(error, 120)
         raise UsageError(
             f"cannot download {HUB_FILE} of {HUB_ID} ({reason}); download it elsewhere from "
             f"https://huggingface.co/datasets/{HUB_ID} and name it with --input"

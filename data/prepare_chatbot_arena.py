@@ -34,7 +34,7 @@ from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import UsageError, run_cli, say  # noqa: E402
+from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
 from utils.data_utils import FILE_SUFFIXES, is_labelled  # noqa: E402
 from utils.folders import save_dataset  # noqa: E402
 from utils.text_filters import comparison_form, split_rows  # noqa: E402
@@ -174,7 +174,7 @@ def read_conversations(inputs: list[str]) -> Iterator[tuple[str, dict]]:
             for number, row in enumerate(_read_rows(file), start=1):
                 yield f"{file}, row {number}", row
         except (ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = in_one_line(error, 120)
             raise UsageError(
                 f"{file}, row {number + 1} is not readable ({reason}); a download cut short? Get "
                 "the file again, or remove what does not belong"
@@ -210,7 +210,7 @@ def _download(hub_id: str) -> Path:
         # The token comes from HF_TOKEN, which the library reads by itself.
         return Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns))
     except OSError as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = in_one_line(error, 120)
         raise UsageError(
             f"no --input {hub_id!r} here, and the hub does not give it ({reason}); for a gated "
             f"data set accept the licence at https://huggingface.co/datasets/{hub_id} and set "

@@ -14,7 +14,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 import train
-from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
+from privacy_checks import tiny_model
 from utils.cli import EXIT_OK
 
 # Of the tiny model with the default LoRA: 2 layers, 4 projections, r = 8, 64 + 64 features.
@@ -24,8 +24,7 @@ NUM_PARAMETERS = 2 * 4 * 8 * (64 + 64)
 def save_tiny_model(folder: Path) -> None:
     """Save a random LLaMA (2 layers, hidden 64) and a tokenizer of one token a byte."""
     disable_progress_bar()
-    byte_tokenizer().save_pretrained(folder)
-    tiny_llama(hidden_size=64, num_key_value_heads=4).save_pretrained(folder)
+    tiny_model.save_tiny_model(folder, hidden_size=64, num_key_value_heads=4)
 
 
 @dataclass

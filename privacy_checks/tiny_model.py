@@ -1,5 +1,7 @@
 """A random LLaMA and a byte-level tokenizer, made on the fly, for checks without a download."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,3 +30,9 @@ def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
     }  # fmt: skip
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+
+
+def save_tiny_model(folder: Path, **overrides) -> None:
+    """Save `tiny_llama` and `byte_tokenizer` as a model folder."""
+    tiny_llama(**overrides).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)

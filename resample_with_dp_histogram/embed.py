@@ -30,7 +30,7 @@ from resample_with_dp_histogram.embeddings import (
     texts_digest,
 )
 from utils.arguments import make_parser, positive_int
-from utils.cli import UsageError, run_cli, say
+from utils.cli import UsageError, in_one_line, run_cli, say
 from utils.files import fsync_folder, write_atomic, write_json
 from utils.modeling import model_fingerprint
 from utils.run_folder import PRIVATE_README
@@ -120,7 +120,7 @@ def load_model(name: str) -> "SentenceTransformer":
     try:
         return sentence_transformers.SentenceTransformer(name, device="cpu").eval()
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UsageError(
             f"--model {name!r} is no sentence-transformers folder, and could not be fetched from "
             f"the hub ({reason})"

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 
-from tests import helpers
+from privacy_checks.tiny_model import save_tiny_model
 from utils import privacy_plan
 
 datasets.disable_progress_bars()
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
 def tiny_model_dir(tmp_path_factory):
     """Path (str) of a saved two-layer random LLaMA with a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    helpers.save_tiny_model(folder)
+    save_tiny_model(folder)
     return str(folder)
 
 

@@ -1,24 +1,17 @@
 """Small real parts, made on the fly."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
+from privacy_checks.tiny_model import tiny_llama
 from utils.batching import cut_microbatches
 from utils.data_utils import TokenisedExamples
 from utils.dp_utils import PerExampleGradients
 from utils.losses import normalise
 from utils.modeling import LanguageModel, attach_lora
-
-
-def save_tiny_model(folder: Path, **overrides) -> None:
-    """Save `tiny_llama` and `byte_tokenizer` as a model folder."""
-    tiny_llama(**overrides).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
 
 
 def tiny_model(model_type, *, seed=0, **settings) -> PreTrainedModel:

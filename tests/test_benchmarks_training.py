@@ -9,7 +9,8 @@ import torch
 from benchmarks import memory, training
 from benchmarks.engines.published_loop import _keep_input
 from benchmarks.jobs import OURS, PEERS, Job
-from tests.helpers import adapted_model, random_examples, reference_gradients, save_tiny_model
+from privacy_checks.tiny_model import save_tiny_model
+from tests.helpers import adapted_model, random_examples, reference_gradients
 from utils.losses import normalise
 from utils.modeling import LanguageModel
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import utils.data_utils
-from tests.helpers import byte_tokenizer
+from privacy_checks.tiny_model import byte_tokenizer
 from utils.cli import UsageError
 from utils.data_utils import (
     count_train_examples,

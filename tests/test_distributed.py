@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from unittest import mock
 
@@ -19,11 +18,11 @@ from safetensors.torch import load_file
 
 import train
 from privacy_checks.observed_run import observe, signal_handlers_restored
+from privacy_checks.tiny_model import save_tiny_model
 from tests.distributed_worker import assign_public_vector
-from tests.helpers import save_tiny_model
 from tests.training import ROOT, flags, save_dataset
 from utils import distributed
-from utils.commands import launch_command
+from utils.commands import launch_command, with_this_python
 from utils.privacy_plan import LEDGER_FILE
 
 FIXED = "--insecure_fixed_noise_seed=1"
@@ -53,7 +52,7 @@ def free_port() -> int:
 def start(command: list[str]) -> subprocess.Popen:
     """Start `accelerate launch ...` with one thread a process."""
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]],
+        with_this_python(command),
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 import generate_inference_command
 import inference
-from tests.helpers import save_tiny_model
+from privacy_checks.tiny_model import save_tiny_model
 from utils.cli import UsageError
 from utils.prompts import write_instruction_file
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from scipy import stats
 
-from tests.helpers import tiny_llama
+from privacy_checks.tiny_model import tiny_llama
 from utils import generation
 from utils.cli import UsageError
 from utils.decoding import Completion, Decoding, Request

@@ -18,7 +18,8 @@ import torch
 import inference
 from benchmarks.environments import vllm_python
 from privacy_checks.observed_run import signal_handlers_restored
-from tests.helpers import adapted_model, byte_tokenizer, save_tiny_model
+from privacy_checks.tiny_model import byte_tokenizer, save_tiny_model
+from tests.helpers import adapted_model
 from tests.test_generation import constant_model
 from utils.adapter_info import write_adapter_info
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli

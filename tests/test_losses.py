@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 import utils.losses
-from tests.helpers import random_examples, tiny_llama
+from privacy_checks.tiny_model import tiny_llama
+from tests.helpers import random_examples
 from utils.losses import normalise, token_losses
 from utils.modeling import LanguageModel
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers import byte_tokenizer
+from privacy_checks.tiny_model import byte_tokenizer
 from utils.cli import UsageError
 from utils.prompts import (
     PROMPT_STYLES,

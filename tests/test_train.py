@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import train
 from privacy_checks.observed_run import signal_handlers_restored
-from tests.helpers import save_tiny_model
+from privacy_checks.tiny_model import save_tiny_model
 from tests.training import (
     NUM_EXAMPLES,
     ROOT,

@@ -21,6 +21,11 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def in_one_line(error: Exception, most: int) -> str:
+    """What a library's error says, for a message of our own: at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with the project's codes.
 

@@ -59,14 +59,18 @@ def launch_command(
     return [*launcher, path, *arguments]
 
 
+def with_this_python(command: list[str]) -> list[str]:
+    """A launch line with the accelerate of this interpreter, its environment activated or not."""
+    return [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+
+
 def print_or_run(command: list[str], run: bool) -> int:
     """Print `command` as one shell line on stdout, or run it and return its exit code."""
     if not run:
         print(shlex.join(command))
         return 0
     say(f"+ {shlex.join(command)}")
-    # The accelerate of this interpreter, whether or not its environment is activated.
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+    launcher = with_this_python(command)
     with tempfile.TemporaryDirectory() as folder:
         exit_code = Path(folder, "exit_code")
         # The launcher must outlive a Ctrl-C, which the script itself handles by saving its work.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.cli import UsageError
+from utils.cli import UsageError, in_one_line
 from utils.prompts import UNCONDITIONAL, training_ids
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def load_splits(dataset_name: str) -> dict[str, "Dataset"]:
         except UsageError:
             raise
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error, 200)
             raise UsageError(f"cannot read data set {str(path)!r}: {reason}") from None
     if len(splits["train"]) == 0:
         raise UsageError(f"data set {dataset_name!r} has no example in its train split")
@@ -169,7 +169,7 @@ def _load_from_hub(dataset_name: str) -> dict[str, "Dataset"]:
     try:
         loaded = datasets.load_dataset(dataset_name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = in_one_line(error, 160)
         raise UsageError(f"{tried_places(dataset_name)} ({reason})") from None
     validation = next((name for name in VALIDATION_NAMES if name in loaded), None)
     if "train" not in loaded:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from utils.adapter_info import read_adapter_info
-from utils.cli import UsageError, say
+from utils.cli import UsageError, in_one_line, say
 from utils.losses import example_losses
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -120,7 +120,7 @@ def load_quantised_model(
     try:
         model = _from_pretrained(AutoModelForCausalLM, "model", model_name, **options)
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UsageError(
             f"--load_in_{bits}bit: bitsandbytes cannot quantise {model_name!r} on {device}: "
             f"{reason}"
@@ -145,7 +145,7 @@ def _from_pretrained(loader, what: str, model_name: str, **options):
             str(folder) if is_folder else model_name, token=os.environ.get("HF_TOKEN"), **options
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error, 300)
         tried = f"the folder {model_name!r}" if is_folder else f"folder and hub id {model_name!r}"
         hint = (
             ""
@@ -235,7 +235,7 @@ def attach_lora(
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UsageError(f"--target_modules {target_modules}: {reason}") from None
     adapted = [n for n, module in peft_model.named_modules() if isinstance(module, LoraLayer)]
     for flag, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
@@ -355,7 +355,7 @@ def load_adapted(
     try:
         model = PeftModel.from_pretrained(model, str(adapter_path))
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UsageError(
             f"the adapter {str(adapter_path)!r} does not fit --model_name {model_name!r}: {reason}"
         ) from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from utils.cli import UsageError
+from utils.cli import UsageError, in_one_line
 from utils.decoding import Completion, Decoding, Request, completion_of
 
 HOW_TO_INSTALL = (
@@ -109,7 +109,7 @@ def vllm_engine(
             **options,
         ).llm_engine
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error, 300)
         raise UsageError(f"--engine vllm could not start: {reason}") from None
 
     def parameters(request: Request) -> SamplingParams:
@@ -144,7 +144,7 @@ def vllm_engine(
     except Exception as error:
         # Ctrl-C reaches vLLM's own processes too, which may end before this one asks.
         if not should_stop():
-            reason = " ".join(str(error).split())[:300]
+            reason = in_one_line(error, 300)
             raise UsageError(
                 f"--engine vllm ended: {reason}; with VLLM_LOGGING_LEVEL=INFO in the environment "
                 "the same command shows why"

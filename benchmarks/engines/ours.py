@@ -4,12 +4,10 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import train
-from benchmarks.jobs import Job
-from utils.batching import cut_microbatches
+from benchmarks.jobs import Job, padded_tokens
 from utils.memory import PeakMemory
 
 
@@ -44,12 +42,8 @@ def run(job: Job) -> dict:
         raise RuntimeError("the run did not finish")
     lines = (output / "job" / "private" / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
-    lengths = job.lengths()
-    budget = job.perdevice_bs * job.max_seq_len
-    (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, budget)
-    processed = sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
     return {
         "seconds": seconds[1:],
-        "processed_tokens": processed,
+        "processed_tokens": padded_tokens(job.lengths(), job.perdevice_bs * job.max_seq_len),
         "peak_memory": memory.peak,
     }
