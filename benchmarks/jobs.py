@@ -1,4 +1,7 @@
-"""What every engine is given: a model, instructions, LoRA; run in a process of its own."""
+"""What every engine is given: a model, instructions, LoRA; run in a process of its own.
+
+Peers import this in their environment, which lacks most of what the toolkit's own modules need.
+"""
 
 import argparse
 import json
@@ -10,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.environments import ROOT
-from utils.batching import cut_microbatches
 from utils.cli import say
 
 PEERS = ("published-loop", "opacus-hooks", "opacus-ghost", "opake")
@@ -64,12 +66,6 @@ def make_job(engine: str, folder: str, args: argparse.Namespace) -> Job:
     names = ("num_examples", "max_seq_len", "perdevice_bs", "lora_r", "dtype", "steps")
     settings = {name: getattr(args, name) for name in names}
     return Job(engine=engine, folder=folder, targets=tuple(args.target_modules), **settings)
-
-
-def padded_tokens(lengths: np.ndarray, token_budget: int) -> int:
-    """Tokens that a logical batch of these lengths is processed as, the padding included."""
-    (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, token_budget)
-    return sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
 
 
 def measure(python: dict[str, Path], jobs: list[Job], rounds: int) -> dict[str, list[dict]]:

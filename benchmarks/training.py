@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.jobs import OURS, PEERS, Job, make_job, measure, padded_tokens, summary
+from benchmarks.jobs import OURS, PEERS, Job, make_job, measure, summary
 from benchmarks.workload import (
     add_workload_arguments,
+    padded_tokens,
     prepare,
     set_up,
 )

@@ -16,6 +16,7 @@ from benchmarks.environments import python_with
 from benchmarks.jobs import OURS, PEERS
 from data import prepare_quickstart
 from utils.arguments import positive_int
+from utils.batching import cut_microbatches
 from utils.cli import UsageError
 from utils.data_utils import load_splits
 from utils.prompts import UNCONDITIONAL, training_ids
@@ -105,6 +106,12 @@ def prepare(args: argparse.Namespace, folder: Path, texts: list[str]) -> None:
     ids = [np.asarray(ids, dtype=np.int64) for ids, _ in examples]
     lengths = np.array([len(example) for example in ids])
     np.savez(folder / "tokens.npz", ids=np.concatenate(ids), lengths=lengths)
+
+
+def padded_tokens(lengths: np.ndarray, token_budget: int) -> int:
+    """Tokens that a logical batch of these lengths is processed as, the padding included."""
+    (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, token_budget)
+    return sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
 
 
 def _trained_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -11,6 +11,7 @@ from benchmarks.engines.published_loop import _keep_input
 from benchmarks.jobs import OURS, PEERS, Job
 from privacy_checks.tiny_model import save_tiny_model
 from tests.helpers import adapted_model, random_examples, reference_gradients
+from tests.training import run_process
 from utils.losses import normalise
 from utils.modeling import LanguageModel
 
@@ -54,6 +55,14 @@ def test_every_engine_runs(texts, tmp_path):
     assert training.main(arguments) == 0
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["engine"] for row in rows] == list(PEERS + OURS)
+
+
+def test_peers_do_without_what_only_the_toolkit_needs():
+    missing = ("cryptography", "datasets", "prv_accountant", "dp_accounting", "faiss", "openai")
+    check = f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+    check += "import benchmarks.engine, benchmarks.engines.published_loop"
+    done = run_process("-c", check)
+    assert done.returncode == 0, done.stderr
 
 
 def test_memory_of_both_is_compared_in_every_case(texts, monkeypatch, capsys):

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 import train
-from benchmarks.jobs import Job, padded_tokens
+from benchmarks.jobs import Job
+from benchmarks.workload import padded_tokens
 from utils.memory import PeakMemory
 
 
