@@ -221,15 +221,16 @@ def test_the_size_defaults_to_the_number_of_private_rows(folders):
 
 
 def test_conditional_selection_exceeds_the_shape_of_the_pool(folders):
+    # The largest bin wants half of these, 450 give or take 16 by the noise and the draw, of 600.
     size = ["--num_samples=900", "--histogram_sigma=0.5"]
     histograms, report = ran(
-        folders, "out", "--select=histogram_conditional", "--max_copies=8", *size
+        folders, "out", "--select=histogram_conditional", "--max_copies=10", *size
     )
     assert histograms["selected"].sum() == 900
     assert report["selection"]["overflow"] == 0
     assert report["total_variation_to_private"]["selected"] < 0.1
     ids = [row["id"] for row in read_jsonl(folders / "out" / "selected.jsonl")]
-    assert 2 < np.bincount(ids).max() <= 8
+    assert 2 < np.bincount(ids).max() <= 10
     assert report["selection"]["distinct_rows"] == len(set(ids)) < POOL
 
 
