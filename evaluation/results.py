@@ -1,0 +1,150 @@
+"""What every evaluation writes: scores with intervals and controls, one JSON file for each tool.
+
+DIR/TOOL.json            from public texts and what a guarantee covers alone: may be released
+DIR/private/TOOL.json    computed from private data without noise: never leaves
+
+`evaluation.report` reads both, and shows the second kind with --internal only.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from utils.cli import UsageError, say
+from utils.files import write_atomic, write_json
+from utils.run_folder import PRIVATE_README
+
+PRIVATE_FOLDER = "private"
+VERSIONED = ("torch", "transformers", "numpy", "faiss-cpu", "sentence-transformers")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure.
+
+    Attributes:
+        name: what was measured, with its unit where it has one.
+        subject: of which set or model.
+        value, low, high: the figure and its interval; low and high are None where it has none.
+        control: the same figure where nothing can have leaked or been learnt, if there is one.
+        better: "higher", "lower" or "" where neither is.
+    """
+
+    name: str
+    subject: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    control: float | None = None
+    better: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over a common axis.
+
+    Attributes:
+        lines: [x, y] points of each line, by its label.
+        kind: "line", or "step" for histograms.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: dict[str, list[list[float]]]
+    kind: str = "line"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one tool found.
+
+    Attributes:
+        tool: the module's name, which is the file's.
+        title: a heading, in words for readers.
+        private: computed from private data without noise.
+        interval: what low and high of the scores are, in words.
+        control: what the scores' controls are, in words; "" if they have none.
+        notes: sentences that a reader needs in order to read the figures right.
+    """
+
+    tool: str
+    title: str
+    private: bool
+    interval: str
+    scores: list[Score]
+    control: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def require_new_result(folder: Path, tool: str) -> None:
+    """Refuse, before any work, to replace what the tool wrote to `folder`.
+
+    Raises:
+        UsageError: there is a result already.
+    """
+    for path in (folder / f"{tool}.json", folder / PRIVATE_FOLDER / f"{tool}.json"):
+        if path.exists():
+            raise UsageError(f"{path} exists; use another --output, or remove it")
+
+
+def write_result(folder: Path, result: Result, settings: argparse.Namespace | dict) -> Path:
+    """Write a result where its kind belongs, and say so; returns the file.
+
+    Args:
+        settings: what was asked for: flags and their values, none of them a secret.
+    """
+    place = folder / PRIVATE_FOLDER if result.private else folder
+    if result.private:
+        write_atomic(place / "README.md", PRIVATE_README)
+    versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONED}
+    given = settings if isinstance(settings, dict) else vars(settings)
+    origin = {"settings": given, "argv": sys.argv, "versions": versions}
+    path = place / f"{result.tool}.json"
+    # Paths among the settings become text.
+    write_json(path, json.loads(json.dumps(asdict(result) | origin, default=str)))
+    say(f"written to {path}" + (" (private: no guarantee covers it)" if result.private else ""))
+    return path
+
+
+def read_results(folder: Path, private: bool) -> list[dict]:
+    """The results in `folder`, in order of their names; those of its `private/` if asked.
+
+    Raises:
+        UsageError: a file is no result.
+    """
+    results = []
+    for path in sorted((folder / PRIVATE_FOLDER if private else folder).glob("*.json")):
+        try:
+            result = json.loads(path.read_text())
+            known = result["tool"] == path.stem and result["private"] == private
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise UsageError(f"{path} is no result of an evaluation; move it elsewhere")
+        results.append(result)
+    return results
+
+
+def table(result: Result) -> str:
+    """The scores as lines for a terminal."""
+    rows = [("", "", "value", "interval", *(["control"] if result.control else []))]
+    for score in result.scores:
+        interval = "" if score.low is None else f"{score.low:.4g} to {score.high:.4g}"
+        control = "" if score.control is None else f"{score.control:.4g}"
+        rows.append(
+            (score.name, score.subject, f"{score.value:.4g}", interval)
+            + ((control,) if result.control else ())
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(
+        [result.title, *lines, f"interval: {result.interval}"]
+        + ([f"control: {result.control}"] if result.control else [])
+        + result.notes
+    )
