@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.elsewhere and args.adapter_path and not Path(args.adapter_path).exists():
         warnings.append(f"{args.adapter_path} is not here; it must be where the command runs")
     else:
-        warnings += check_adapter(args)
+        warnings += check_adapter(args.adapter_path, args.prompt_style)
 
     for warning in warnings:
         say(f"warning: {warning}")

@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     # ------------------------------------------------------------------ what is asked for
     args = build_parser().parse_args(argv)
-    notices = check_sampling_arguments(args) + check_adapter(args)
+    notices = check_sampling_arguments(args) + check_adapter(args.adapter_path, args.prompt_style)
     if args.engine == "vllm":
         check_vllm()
     instructions = read_instructions(args)

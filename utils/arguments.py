@@ -32,9 +32,8 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that training and sampling share."""
+    """Flags of everything that runs a model."""
     parser.add_argument("--model_name", required=True, help="base model: a hub id or a folder")
-    parser.add_argument("--job_sess", required=True, type=job_name, help="name of this run")
     parser.add_argument(
         "--prompt_style",
         choices=PROMPT_STYLES,
@@ -55,6 +54,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_job_argument(parser: argparse.ArgumentParser) -> None:
+    """The name under which training and sampling write."""
+    parser.add_argument("--job_sess", required=True, type=job_name, help="name of this run")
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Every flag of `train.py`."""
     parser.add_argument(
@@ -64,6 +68,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "trains (instruction, answer) pairs, any other the instruction itself",
     )
     add_model_arguments(parser)
+    add_job_argument(parser)
     parser.add_argument(
         "--perdevice_bs",
         type=batch_size,
@@ -250,14 +255,7 @@ def check_training_arguments(args: argparse.Namespace) -> list[str]:
     Raises:
         UsageError: see its message.
     """
-    pairs = is_labelled(args.dataset_name)
-    if pairs == (args.prompt_style == UNCONDITIONAL):
-        kind = "(instruction, answer) pairs" if pairs else "instructions"
-        fix = "choose another style" if pairs else f"use {UNCONDITIONAL}"
-        raise UsageError(
-            f"--dataset_name {args.dataset_name} trains {kind}, which --prompt_style "
-            f"{args.prompt_style} does not fit; {fix}"
-        )
+    require_fitting_style(args.dataset_name, args.prompt_style)
     if not 0 <= args.lora_dropout < 1:
         raise UsageError(f"--lora_dropout {args.lora_dropout}: must be in [0, 1)")
     if not 0 <= args.wd < math.inf:
@@ -286,6 +284,22 @@ def check_training_arguments(args: argparse.Namespace) -> list[str]:
     if args.insecure_fixed_noise_seed is not None:
         return ["--insecure_fixed_noise_seed: the noise is known, so this run has NO guarantee"]
     return []
+
+
+def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
+    """Refuse a prompt style that needs answers where there are none, or has no room for them.
+
+    Raises:
+        UsageError: names both flags.
+    """
+    pairs = is_labelled(dataset_name)
+    if pairs == (prompt_style == UNCONDITIONAL):
+        kind = "(instruction, answer) pairs" if pairs else "instructions"
+        fix = "choose another style" if pairs else f"use {UNCONDITIONAL}"
+        raise UsageError(
+            f"--dataset_name {dataset_name} trains {kind}, which --prompt_style {prompt_style} "
+            f"does not fit; {fix}"
+        )
 
 
 def _check_without_privacy(args: argparse.Namespace) -> list[str]:

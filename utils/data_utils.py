@@ -117,40 +117,69 @@ def load_splits(dataset_name: str) -> dict[str, "Dataset"]:
 
     datasets.disable_progress_bars()
     path = find_dataset(dataset_name)
-    splits = {}
-    for split, names in {"train": ("train",), "val": VALIDATION_NAMES}.items():
-        try:
-            if path is None:
-                splits |= _load_from_hub(dataset_name)
-                break
-            files = [str(file) for file in _split_files(path, names)]
-            if not files:
-                continue
-            if files[0].endswith(".arrow"):
-                parts = [datasets.Dataset.from_file(file) for file in files]
-                splits[split] = datasets.concatenate_datasets(parts)
-            elif files[0].endswith(".parquet"):
-                splits[split] = datasets.Dataset.from_parquet(files)
-            else:
-                splits[split] = datasets.Dataset.from_list(_read_json_rows(Path(files[0])))
-        except UsageError:
-            raise
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = in_one_line(error, 200)
-            raise UsageError(f"cannot read data set {str(path)!r}: {reason}") from None
+    if path is None:
+        splits = _load_from_hub(dataset_name)
+    else:
+        found = {"train": _read_split(path, ("train",)), "val": _read_split(path, VALIDATION_NAMES)}
+        splits = {split: rows for split, rows in found.items() if rows is not None}
     if len(splits["train"]) == 0:
         raise UsageError(f"data set {dataset_name!r} has no example in its train split")
-    wanted = ["instruction", "answer"] if is_labelled(dataset_name) else ["instruction"]
     for split, rows in splits.items():
-        missing = [column for column in wanted if column not in rows.column_names]
-        if missing:
-            raise UsageError(
-                f"data set {dataset_name!r} ({split}) lacks column {missing[0]!r}: it has "
-                f"{rows.column_names}, and one whose name "
-                f"{'starts' if is_labelled(dataset_name) else 'does not start'} with 'labelled' "
-                f"needs {wanted}"
-            )
+        _require_columns(dataset_name, split, rows)
     return splits
+
+
+def load_split(dataset_name: str, split: str) -> "Dataset":
+    """Load one split of a data set that is here, or all rows of a lone file.
+
+    Raises:
+        UsageError: not here, no such split, empty, or without the columns that its name asks for.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = find_dataset(dataset_name)
+    if path is None:
+        raise UsageError(f"no data set {dataset_name!r} here; make it, or give its path")
+    names = VALIDATION_NAMES if split in VALIDATION_NAMES else (split,)
+    rows = _read_split(path, ("train",) if path.is_file() else names)
+    if not rows:
+        raise UsageError(f"data set {str(path)!r} has no example in a split {split!r}")
+    _require_columns(dataset_name, split, rows)
+    return rows
+
+
+def _read_split(path: Path, names: tuple[str, ...]) -> "Dataset | None":
+    """A split under one of its names; None if it is not there."""
+    import datasets
+
+    try:
+        files = [str(file) for file in _split_files(path, names)]
+        if not files:
+            return None
+        if files[0].endswith(".arrow"):
+            parts = [datasets.Dataset.from_file(file) for file in files]
+            return datasets.concatenate_datasets(parts)
+        if files[0].endswith(".parquet"):
+            return datasets.Dataset.from_parquet(files)
+        return datasets.Dataset.from_list(_read_json_rows(Path(files[0])))
+    except UsageError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = in_one_line(error, 200)
+        raise UsageError(f"cannot read data set {str(path)!r}: {reason}") from None
+
+
+def _require_columns(dataset_name: str, split: str, rows: "Dataset") -> None:
+    wanted = ["instruction", "answer"] if is_labelled(dataset_name) else ["instruction"]
+    missing = [column for column in wanted if column not in rows.column_names]
+    if missing:
+        raise UsageError(
+            f"data set {dataset_name!r} ({split}) lacks column {missing[0]!r}: it has "
+            f"{rows.column_names}, and one whose name "
+            f"{'starts' if is_labelled(dataset_name) else 'does not start'} with 'labelled' "
+            f"needs {wanted}"
+        )
 
 
 def _read_json_rows(file: Path) -> list[dict]:

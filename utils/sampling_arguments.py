@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from utils.adapter_info import read_adapter_info
-from utils.arguments import add_model_arguments, natural_int, positive_int
+from utils.arguments import add_job_argument, add_model_arguments, natural_int, positive_int
 from utils.cli import UsageError
 from utils.prompts import UNCONDITIONAL, Instruction, read_instruction_file
 
@@ -23,6 +23,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         f"{UNCONDITIONAL} the text is the number of samples",
     )
     add_model_arguments(parser)
+    add_job_argument(parser)
     parser.add_argument(
         "--perdevice_bs",
         type=positive_int,
@@ -113,7 +114,7 @@ def check_sampling_arguments(args: argparse.Namespace) -> list[str]:
     return warnings
 
 
-def check_adapter(args: argparse.Namespace) -> list[str]:
+def check_adapter(adapter_path: str | None, prompt_style: str) -> list[str]:
     """Refuse an adapter that is not there, or was trained with another prompt style.
 
     Returns:
@@ -122,16 +123,16 @@ def check_adapter(args: argparse.Namespace) -> list[str]:
     Raises:
         UsageError: see its message.
     """
-    if args.adapter_path is None:
+    if adapter_path is None:
         return []
-    info = read_adapter_info(args.adapter_path)
-    adapter_weights(args.adapter_path)
+    info = read_adapter_info(adapter_path)
+    adapter_weights(adapter_path)
     style = info.get("prompt_style")
     if style is None:
-        return [f"{args.adapter_path} does not say which prompt style it was trained with"]
-    if style != args.prompt_style:
+        return [f"{adapter_path} does not say which prompt style it was trained with"]
+    if style != prompt_style:
         raise UsageError(
-            f"--prompt_style {args.prompt_style}, but the adapter {args.adapter_path!r} was "
+            f"--prompt_style {prompt_style}, but the adapter {adapter_path!r} was "
             f"trained with {style}; use --prompt_style {style}"
         )
     return []

@@ -1,0 +1,173 @@
+"""How well models predict held-out texts: loss in nats, with intervals, against the base model.
+
+    python -m evaluation.perplexity --dataset_name quickstart_instructions --split test \\
+        --model_name data/quickstart_model --adapter_path outputs/mine/adapter \\
+        --prompt_style uncond_generation --max_seq_len 128 --output evaluation_outputs/mine
+
+Loss falls on the same tokens as in training: on every token of an instruction, or, for pairs, on
+the answer. `exp` of the loss per token is the perplexity. Merged models are models: name one as
+--model_name. Held-out texts are private data unless --public says otherwise, so the figures go
+under OUTPUT/private.
+"""
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from evaluation.intervals import BOOTSTRAP, bootstrap, over_examples, ratio_of_sums
+from evaluation.results import Result, Score, require_new_result, table, write_result
+from utils.arguments import (
+    add_model_arguments,
+    make_parser,
+    positive_int,
+    require_fitting_style,
+)
+from utils.batching import cut_microbatches
+from utils.cli import UsageError, run_cli, say
+from utils.data_utils import TokenisedExamples, load_split, open_tokens, tokenise
+from utils.modeling import (
+    LanguageModel,
+    load_adapted,
+    load_base_model,
+    load_tokenizer,
+    resolve_dtype,
+)
+from utils.sampling_arguments import check_adapter
+
+TOOL = "perplexity"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this evaluation."""
+    parser = make_parser(__doc__)
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="held-out texts: data/NAME, a folder or a file, as "
+        "in training; pairs where the name starts with `labelled`")  # fmt: skip
+    add("--split", default="test", help="the split to read; a lone file is read whole")
+    add("--num_rows", type=positive_int, default=1000, help="rows used, the first ones")
+    add("--adapter_path", nargs="+", default=[], metavar="DIR", help="adapters to compare with "
+        "the base model")  # fmt: skip
+    add("--perdevice_bs", type=positive_int, default=16, help="sequences of max_seq_len tokens on "
+        "the device at once")  # fmt: skip
+    add("--public", action="store_true", help="the texts are public, so the figures are too")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for the figures")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    require_fitting_style(args.dataset_name, args.prompt_style)
+    require_new_result(args.output, TOOL)
+    for adapter in args.adapter_path:
+        for notice in check_adapter(adapter, args.prompt_style):
+            say(f"warning: {notice}")
+    rows = load_split(args.dataset_name, args.split)
+    rows = rows.select(range(min(len(rows), args.num_rows)))
+    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other, not about us
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(args.model_name)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenise(rows, tokenizer, args.prompt_style, args.max_seq_len, Path(folder))
+        data = open_tokens(Path(folder))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(args.dtype, device)
+    base = load_base_model(args.model_name, dtype).to(device)
+    budget = args.perdevice_bs * args.max_seq_len
+    losses = {args.model_name: example_losses(base, data, budget, "base model")}
+    del base
+    for number, adapter in enumerate(args.adapter_path, start=1):
+        model = load_adapted(args.model_name, adapter, dtype, merge=True).to(device)
+        name = f"adapter {number} of {len(args.adapter_path)}"
+        losses[adapter] = example_losses(model, data, budget, name)
+    result = compare(losses, args.model_name, args.public)
+    write_result(args.output, result, args)
+    print(table(result))
+
+
+@torch.no_grad()
+def example_losses(
+    model: PreTrainedModel, data: TokenisedExamples, token_budget: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed token losses in nats, and numbers of tokens with loss, each float64 [examples].
+
+    Args:
+        token_budget: padded tokens on the device at once.
+        name: for the progress bar.
+    """
+    language_model = LanguageModel(model.eval())
+    sums, counts = np.zeros(len(data)), np.zeros(len(data))
+    (microbatches,) = cut_microbatches(np.arange(len(data)), data.lengths, token_budget)
+    for microbatch in tqdm(microbatches, name, unit="batch"):
+        # Padding is never attended to and carries no loss, so any token serves.
+        batch = data.collate(microbatch, 0, model.device)
+        losses, tokens = language_model.example_losses(batch)
+        sums[microbatch], counts[microbatch] = losses.cpu().numpy(), tokens.cpu().numpy()
+    return sums, counts
+
+
+def compare(losses: dict[str, tuple[np.ndarray, np.ndarray]], base: str, public: bool) -> Result:
+    """Losses of every model, per token and per example, and what each gains on the base model.
+
+    Examples without a token that carries loss are left out. A gain's interval comes from
+    resampling examples with both models' losses, which differ far less from one another than
+    examples do, so it is much narrower than the losses' own intervals tell.
+
+    Args:
+        losses: `example_losses` of every model, by its name.
+        base: the name of the base model.
+
+    Raises:
+        UsageError: a model's losses are not finite.
+    """
+    counts = losses[base][1]
+    used = counts > 0
+    counts = counts[used]
+    scores = []
+    for name, (sums, _) in losses.items():
+        sums, base_sums = sums[used], losses[base][0][used]
+        if not np.isfinite(sums).all():
+            raise UsageError(f"{name} gives losses that are not finite; try --dtype float32")
+        control = {} if name == base else {
+            "per_token": base_sums.sum() / counts.sum(),
+            "per_example": (base_sums / counts).mean(),
+        }  # fmt: skip
+        scores.append(Score(
+            "loss per token (nats)", name, sums.sum() / counts.sum(),
+            *bootstrap(sums, counts, statistic=ratio_of_sums), control.get("per_token"), "lower",
+        ))  # fmt: skip
+        scores.append(Score(
+            "loss per token, mean over examples (nats)", name, (sums / counts).mean(),
+            *bootstrap(sums / counts, statistic=over_examples), control.get("per_example"),
+            "lower",
+        ))  # fmt: skip
+        if name != base:
+            gains = base_sums - sums
+            scores.append(Score(
+                "gain on the base model per token (nats)", name, gains.sum() / counts.sum(),
+                *bootstrap(gains, counts, statistic=ratio_of_sums), 0.0, "higher",
+            ))  # fmt: skip
+    return Result(
+        tool=TOOL,
+        title="How well the models predict held-out texts",
+        private=not public,
+        interval=BOOTSTRAP,
+        control="the base model" if len(losses) > 1 else "",
+        scores=scores,
+        notes=[
+            f"{len(counts):,} held-out examples, {int(counts.sum()):,} tokens with loss; the "
+            "perplexity is exp(loss per token)"
+        ],
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)
