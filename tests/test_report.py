@@ -37,10 +37,13 @@ TRAINING = SampledGaussian(10 / 500, 1.0, 20)
 ARGUMENTS = {"eps": 2.0, "insecure_fixed_noise_seed": None}
 
 
-def make_run(folder: Path, recorded=range(1, 21), *, checkpoints=(20,), own_report=True) -> Path:
-    """The public part of a run's folder, as `train.py` leaves it."""
+def make_run(
+    folder: Path, recorded=range(1, 21), *, checkpoints=(20,), own_report=True, plan=None
+) -> Path:
+    """The public part of a run's folder, as `train.py` leaves it; of `PLAN` if none is given."""
+    plan = plan or PLAN
     write_json(folder / "run_config.json", {"arguments": ARGUMENTS})
-    ledger = Ledger(folder / LEDGER_FILE, PLAN)
+    ledger = Ledger(folder / LEDGER_FILE, plan)
     for step in recorded:
         ledger.record_step(step)
         if step in checkpoints:
@@ -49,7 +52,7 @@ def make_run(folder: Path, recorded=range(1, 21), *, checkpoints=(20,), own_repo
     if own_report:
         (folder / "adapter").mkdir()
         own = build_report(
-            PLAN, steps_taken=step, steps_recorded=ledger.steps_recorded, ledger_head=ledger.head
+            plan, steps_taken=step, steps_recorded=ledger.steps_recorded, ledger_head=ledger.head
         )
         write_report(folder, own)
     ledger.close()
@@ -149,6 +152,118 @@ def test_what_is_reserved_and_not_named_is_named_as_not_covered(tmp_path, histog
     run = make_run(tmp_path / "job")
     assert "sigma 10" in report.composed_report(run)["not_covered"][-1]
     assert "sigma 10" not in report.composed_report(run, [histogram])["not_covered"][-1]
+
+
+# ---------------------------------------------------------------- several runs
+
+PAIRS_PLAN = PrivacyPlan(
+    **(vars(PLAN) | {"num_examples": 400, "noise_multiplier": 0.9, "clip_norm": 0.5, "steps": 25})
+)
+PAIRS = SampledGaussian(10 / 400, 0.9, 25)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Another run, on other rows of other number."""
+    return make_run(tmp_path / "pairs", range(1, 26), checkpoints=(25,), plan=PAIRS_PLAN)
+
+
+def test_runs_and_histograms_compose_in_one_accountant(run, pairs, histogram, tmp_path):
+    other = tmp_path / "pairs_histogram.jsonl"
+    record_histogram(other, num_examples=400, noise_multiplier=12.0, num_bins=10)
+    events = [TRAINING, PAIRS, SampledGaussian(1.0, 10.0, 1), SampledGaussian(1.0, 12.0, 1)]
+    composed = report.composed_report([run, pairs], [histogram, other])
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    assert composed["delta_at_epsilon"][ADD_REMOVE] == {
+        "epsilon": 2.0, "delta": compute_delta(events, 2.0),
+    }  # fmt: skip
+    alone = [report.composed_report(each)["epsilon"][ADD_REMOVE]["upper"] for each in (run, pairs)]
+    # Above what each costs, and below their sum, which one accountant need not pay.
+    assert max(alone) * 1.05 < composed["epsilon"][ADD_REMOVE]["upper"] < sum(alone) * 0.95
+    assert composed["steps_taken"] == 45
+    assert [entry["num_examples"] for entry in composed["runs"]] == [500, 400]
+
+
+def test_a_page_of_several_runs_names_each_of_them(run, pairs, capsys, tmp_path):
+    out = tmp_path / "out"
+    assert report.main([str(run), str(pairs), "--output", str(out)]) == 0
+    told = capsys.readouterr().out
+    epsilon = compute_epsilon([TRAINING, PAIRS], 1e-5).upper
+    assert f"{run} and {pairs} are together ({epsilon:.3f}, 1e-05)-differentially private" in told
+    assert "N = 500 and 400" in told
+    assert "clip norm 1 and 0.5" in told
+    assert "upper bound" in told
+    for each in (run, pairs):
+        assert f"training of {each}, steps in the released model" in told
+        assert f"{each}: privacy_ledger.jsonl: the hash chain" in told
+    curve = json.loads((out / "composed_report.json").read_text())["epsilon_over_steps"]
+    assert (curve[0], curve[-1]["step"]) == ({"step": 0, "epsilon": 0.0}, 45)
+    assert curve[-1]["epsilon"] == pytest.approx(epsilon, abs=0.02)
+    assert (out / "epsilon_over_steps.png").exists()
+
+
+def test_the_curve_takes_the_runs_one_after_the_other(run, pairs):
+    composed = report.composed_report([pairs, run])
+    points = {point["step"]: point["epsilon"] for point in report.epsilon_over_steps(composed, 10)}
+    first = report.epsilon_over_steps(report.composed_report(pairs), 2)[1]
+    assert points[25] == pytest.approx(first["epsilon"], rel=1e-6)
+    assert points[30] > points[25]
+
+
+def test_lost_steps_of_every_run_are_composed_apart(run, tmp_path):
+    lost = [*range(1, 6), *range(4, 26)]
+    other = make_run(tmp_path / "lost", lost, checkpoints=(25,), plan=PAIRS_PLAN)
+    composed = report.composed_report([run, other])
+    assert composed["steps_lost"] == 2
+    seen = composed["epsilon_if_lost_steps_were_seen"][ADD_REMOVE]["upper"]
+    events = [TRAINING, SampledGaussian(10 / 400, 0.9, 27)]
+    assert seen == compute_epsilon(events, 1e-5).upper
+
+
+def test_deltas_that_differ_need_one_that_is_given(run, tmp_path, capsys):
+    plan = PrivacyPlan(**(vars(PAIRS_PLAN) | {"delta": 1e-6}))
+    other = make_run(tmp_path / "other", range(1, 26), checkpoints=(25,), plan=plan)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: report.main([str(run), str(other)]))
+    assert ended.value.code == 2
+    assert (
+        "deltas 1e-06 and 1e-05, and a guarantee has one; give --delta" in capsys.readouterr().err
+    )
+    composed = report.composed_report([run, other], delta=1e-5)
+    assert (
+        composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon([TRAINING, PAIRS], 1e-5).upper
+    )
+
+
+def test_a_histogram_of_none_of_the_datasets_is_refused(run, pairs, tmp_path):
+    path = tmp_path / "other.jsonl"
+    record_histogram(path, num_examples=501, noise_multiplier=10.0, num_bins=10)
+    with pytest.raises(UsageError, match="501 examples, the runs' have 500 and 400"):
+        report.composed_report([run, pairs], [path])
+
+
+def test_a_run_counts_once(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    for again in (run, tmp_path / "copy"):
+        with pytest.raises(UsageError, match="hold the same run; name it once"):
+            report.composed_report([run, again])
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_one_run_without_a_guarantee_forfeits_it_for_all(run, pairs, position):
+    runs = [run, pairs]
+    write_json(runs[position] / "run_config.json", {"arguments": ARGUMENTS | {"eps": -1}})
+    composed = report.composed_report(runs)
+    assert composed["guarantee"] is False
+    assert composed["run"] == str(runs[position])
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_the_claim_of_every_run_is_examined(run, pairs, position):
+    file = [run, pairs][position] / "privacy_report.json"
+    write_json(file, json.loads(file.read_text()) | {"epsilon": {"upper": 0.1}})
+    with pytest.raises(UsageError, match="claims epsilon 0.1"):
+        report.composed_report([run, pairs])
 
 
 # ---------------------------------------------------------------- what is refused
