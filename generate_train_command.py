@@ -20,6 +20,7 @@ from utils.arguments import (
     run_folder,
     to_argv,
 )
+from utils.canaries import num_canary_rows
 from utils.cli import UsageError, run_cli, say
 from utils.commands import DEFAULT_PORT, launch_command, print_or_run
 from utils.data_utils import count_train_examples, tried_places
@@ -75,13 +76,14 @@ def main(argv: list[str] | None = None) -> int:
         )
     args.num_train_examples = found or args.num_train_examples
     require_usable(run_folder(args), args)
-    plan, plan_warnings = plan_from_arguments(args, args.num_train_examples)
+    num_examples = args.num_train_examples + num_canary_rows(args)
+    plan, plan_warnings = plan_from_arguments(args, num_examples)
     if plan:
         args.noise_multiplier = plan.noise_multiplier
 
     for warning in warnings + plan_warnings:
         say(f"warning: {warning}")
-    say_summary(args, plan)
+    say_summary(args, plan, num_examples)
     train_parser = make_parser("")
     add_training_arguments(train_parser)
     command = launch_command(
@@ -96,13 +98,14 @@ def main(argv: list[str] | None = None) -> int:
     return print_or_run(command, args.run)
 
 
-def say_summary(args: argparse.Namespace, plan: PrivacyPlan | None) -> None:
+def say_summary(args: argparse.Namespace, plan: PrivacyPlan | None, num_examples: int) -> None:
     """Tell on stderr what the command will do."""
-    count = args.num_train_examples
-    steps = plan.steps if plan else num_steps(args.num_epochs, count, args.total_bs)
+    steps = plan.steps if plan else num_steps(args.num_epochs, num_examples, args.total_bs)
+    canaries = num_canary_rows(args)
+    counted = f", of which {canaries:,} rows of canaries" if canaries else ""
     rows = [
-        ("training examples N", f"{count:,}"),
-        ("batch size", f"{args.total_bs:,}, sampling rate {args.total_bs / count:.4g}"),
+        ("training examples N", f"{num_examples:,}{counted}"),
+        ("batch size", f"{args.total_bs:,}, sampling rate {args.total_bs / num_examples:.4g}"),
         ("logical steps", f"{steps:,}"),
     ]
     if plan:

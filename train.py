@@ -40,6 +40,7 @@ from utils.arguments import (
     run_folder,
 )
 from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
+from utils.canaries import require_whole_canaries, with_canaries
 from utils.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
 from utils.commands import StopRequest, launched_by_accelerate
@@ -117,12 +118,14 @@ def fine_tune(args: argparse.Namespace, rescue: list[Callable[[], None]]) -> int
     folder = run_folder(args)
     require_usable(folder, args)
     splits = load_splits(args.dataset_name)
-    num_examples = len(splits["train"])
-    if args.num_train_examples not in (None, num_examples):
+    num_rows = len(splits["train"])
+    if args.num_train_examples not in (None, num_rows):
         raise UsageError(
             f"--num_train_examples {args.num_train_examples}, but the train split of "
-            f"{args.dataset_name} has {num_examples}: the guarantee was computed for another N"
+            f"{args.dataset_name} has {num_rows}: the guarantee was computed for another N"
         )
+    splits["train"] = with_canaries(splits["train"], args)
+    num_examples = len(splits["train"])
     plan, plan_notices = plan_from_arguments(args, num_examples)
     steps = plan.steps if plan else num_steps(args.num_epochs, num_examples, args.total_bs)
     if (folder / LEDGER_FILE).exists():
@@ -154,6 +157,7 @@ def fine_tune(args: argparse.Namespace, rescue: list[Callable[[], None]]) -> int
         splits["val"] = splits["val"].select(range(shown))
     data = tokenise_once(splits, tokenizer, args, accelerator, folder)
     train_data, lengths = data["train"], data["train"].lengths
+    require_whole_canaries(lengths, args)
 
     dtype, bits = resolve_dtype(args.dtype, device), quantised_bits(args)
     base = load_base_model(args.model_name, dtype)

@@ -1,5 +1,6 @@
 """The generator of training commands, through its own command line."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import generate_train_command
 import train
 from tests.training import ROOT, flags, run_process, save_dataset
 from utils.arguments import module_settings
-from utils.data_utils import count_train_examples
+from utils.canaries import with_canaries
+from utils.data_utils import count_train_examples, load_splits
+from utils.privacy_plan import plan_from_arguments
 
 ARENA = (
     "--dataset_name chatbot_arena_instructions_train180k --model_name yahma/llama-13b-hf "
@@ -90,6 +93,26 @@ def test_the_size_comes_from_the_data(generate, tmp_path, tiny_model_dir):
     assert args.num_train_examples == count_train_examples(data) == 100
     with pytest.raises(ValueError, match="--num_train_examples 99, but .* has 100"):
         generate(*flags(tiny_model_dir, data, tmp_path, "--num_train_examples=99"))
+
+
+def test_canaries_count_in_n_beside_the_rows_of_the_data_set(generate, tmp_path, tiny_model_dir):
+    """The line means the plan that `train.py` makes of it; a stated size is the data set's own."""
+    data = save_dataset(tmp_path, rows=100)
+    command = flags(tiny_model_dir, data, tmp_path, "--num_canaries=10", "--canary_repeats=3")
+    line, summary = generate(*command)
+    assert "N  130, of which 30 rows of canaries" in re.sub(" {2,}", "  ", summary)
+    assert "sampling rate 0.06154" in summary  # 8 / 130
+    assert generate(*command, "--num_train_examples=100") == (line, summary)
+    args = train.build_parser().parse_args(script_flags(line))
+    assert (args.num_train_examples, args.num_canaries, args.canary_repeats) == (100, 10, 3)
+    trained_on = with_canaries(load_splits(data)["train"], args)
+    # The noise multiplier that the line gives is held against --eps here.
+    plan, _ = plan_from_arguments(args, len(trained_on))
+    asked = generate_train_command.build_parser().parse_args(command)
+    assert plan == plan_from_arguments(asked, 130)[0]
+    assert (plan.num_examples, plan.steps) == (130, 16)
+    with pytest.raises(ValueError, match="--num_train_examples 130, but .* has 100"):
+        generate(*command, "--num_train_examples=130")
 
 
 def test_awkward_values_survive_the_shell(generate, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -29,8 +30,9 @@ from tests.training import (
     run_until_killed,
     save_dataset,
 )
+from utils.canaries import canary, secrets
 from utils.cli import UsageError, run_cli
-from utils.privacy_plan import LEDGER_FILE
+from utils.privacy_plan import LEDGER_FILE, read_plan
 from utils.run_folder import RELEASABLE
 
 FIXED = "--insecure_fixed_noise_seed=1"
@@ -249,6 +251,70 @@ def test_a_tensor_that_does_not_move_stops_the_run(run, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     with pytest.raises(RuntimeError, match="lora_A.* did not move"):
         run()
+
+
+# ---------------------------------------------------------------- canaries
+
+CANARIES = ("--num_canaries=5", "--canary_repeats=2", "--max_seq_len=64")
+WITH_CANARIES = NUM_EXAMPLES + 10
+
+
+def test_canaries_count_in_n_like_any_other_row(run, monkeypatch):
+    """In the plan, the ledger and the report; and as many rows are there to be sampled."""
+    drawn, tokenised = [], []
+    sample, open_tokens = train.poisson_batch, train.open_tokens
+    monkeypatch.setattr(
+        train, "poisson_batch", lambda count, *rest: drawn.append(count) or sample(count, *rest)
+    )
+    monkeypatch.setattr(
+        train, "open_tokens", lambda folder: tokenised.append(open_tokens(folder)) or tokenised[-1]
+    )
+    folder = run(*CANARIES, f"--num_train_examples={NUM_EXAMPLES}")
+    assert set(drawn) == {len(tokenised[0])} == {WITH_CANARIES}
+    plan = read_plan(folder / LEDGER_FILE)
+    assert (plan.num_examples, plan.steps) == (WITH_CANARIES, 9)  # floor(74 / 8)
+    values = report(folder)
+    assert values["num_examples"] == WITH_CANARIES
+    assert values["sampling_rate"] == 8 / WITH_CANARIES
+    named = json.loads((folder / "run_config.json").read_text())["arguments"]
+    assert (named["num_canaries"], named["canary_repeats"]) == (5, 2)
+    # Those at the end are the canaries, whole.
+    ids = tokenised[0].ids[tokenised[0].offsets[-2] : tokenised[0].offsets[-1]]
+    text = train.load_tokenizer(named["model_name"]).decode(ids)
+    assert canary(list(islice(secrets(named["seed"]), 5))[-1], False)["instruction"] in text
+
+
+def test_a_delta_is_held_against_n_with_the_canaries(run):
+    with pytest.raises(UsageError, match=r"below 1/N = 1\.35e-02"):
+        run(*CANARIES, "--delta=0.0145")  # between 1/74 and 1/64
+
+
+def test_pairs_take_canaries_too_and_without_privacy_they_are_learnt(run, tmp_path):
+    more = ["--prompt_style=vicuna", "--max_seq_len=300", "--num_canaries=2"]
+    folder = run(*more, dp=False, dataset=save_dataset(tmp_path, labelled=True))
+    seen = sum(m["batch_size"] for m in metrics(folder) if "batch_size" in m)
+    assert seen == 64  # floor(66 / 8) steps of 8 rows
+
+
+def test_a_run_with_canaries_goes_on_and_refuses_other_ones_by_name(run):
+    run(*CANARIES, crash_in_step=5)
+    for flag, named in [("--num_canaries=4", "num_canaries 5"), ("--seed=1", "seed 0"),
+                        ("--canary_repeats=1", "canary_repeats 2")]:  # fmt: skip
+        with pytest.raises(UsageError, match=named):
+            run(*CANARIES, "--resume=auto", flag)
+    assert report(run(*CANARIES, "--resume=auto"))["steps_taken"] == 9
+
+
+@pytest.mark.parametrize("dp", [True, False])
+def test_a_run_of_before_there_were_canaries_goes_on_without_them_alone(run, dp):
+    config = run("--max_seq_len=64", dp=dp, crash_in_step=5) / "run_config.json"
+    begun_with = json.loads(config.read_text())
+    for name in ("num_canaries", "canary_repeats"):
+        del begun_with["arguments"][name]
+    config.write_text(json.dumps(begun_with))
+    with pytest.raises(UsageError, match="num_examples 64, not 69" if dp else "training data"):
+        run("--max_seq_len=64", "--num_canaries=5", "--resume=auto", dp=dp)
+    assert report(run("--max_seq_len=64", "--resume=auto", dp=dp))["guarantee"] is dp
 
 
 # ---------------------------------------------------------------- crash, stop, resume
@@ -509,6 +575,9 @@ def test_pairs_are_trained_on_their_answers(run, tmp_path):
         (["--load_in_4bit", "--load_in_8bit"], "choose one"),
         (["--load_in_4bit", "--fsdp"], "--fsdp cannot shard a base in 4 bits"),
         (["--perdevice_bs=auto", "--fsdp"], "--perdevice_bs auto does not go with --fsdp"),
+        (["--canary_repeats=2"], "--canary_repeats needs --num_canaries"),
+        (["--num_canaries=1"], "--max_seq_len 32 cuts the canaries' secrets off"),
+        (["--num_canaries=-1"], "not a whole number of 0 or more"),
         (["--rank_pattern", "q_proj"], "'' is not a whole number of 1 or more"),
         (["--rank_pattern", "q_proj=0"], "'0' is not a whole number of 1 or more"),
         (["--rank_pattern", "q proj=4"], "'q proj=4' is not NAME=NUMBER"),

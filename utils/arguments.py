@@ -118,7 +118,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_train_examples",
         type=positive_int,
         default=None,
-        help="N, public; counted from the data set if left out",
+        help="rows of the data set's train split, public (N is this and the rows of canaries); "
+        "counted if left out",
     )
     group.add_argument(
         "--reserve_histogram_sigma",
@@ -132,6 +133,18 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         help="TESTS ONLY: noise and sampling from a known seed; no guarantee",
+    )
+
+    group = parser.add_argument_group("memorisation")
+    group.add_argument(
+        "--num_canaries",
+        type=natural_int,
+        default=0,
+        help="made-up rows with a random secret that are added to the train split, and count in N, "
+        "for evaluation.memorisation to look for",
+    )
+    group.add_argument(
+        "--canary_repeats", type=positive_int, default=1, help="times that each canary is added"
     )
 
     group = parser.add_argument_group("optimisation")
@@ -260,6 +273,8 @@ def check_training_arguments(args: argparse.Namespace) -> list[str]:
         raise UsageError(f"--lora_dropout {args.lora_dropout}: must be in [0, 1)")
     if not 0 <= args.wd < math.inf:
         raise UsageError(f"--wd {args.wd}: must be 0 or more")
+    if args.canary_repeats > 1 and not args.num_canaries:
+        raise UsageError("--canary_repeats needs --num_canaries: there is nothing to repeat")
     if args.load_in_4bit and args.load_in_8bit:
         raise UsageError("--load_in_4bit and --load_in_8bit: choose one")
     if args.fsdp and args.perdevice_bs == "auto":
