@@ -56,8 +56,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Two cores end the first within two hours; the second is that of the paper's section 5.
 SIZES = {
     "small": {
-        "max_seq_len": 64, "num_test": 1000, "total_bs": 256, "num_epochs": 1.0, "delta": 1e-5,
-        "clip": 1.0, "lr": 2e-3, "num_samples": 2000, "num_selected": 500, "num_bins": 50,
+        "max_seq_len": 64, "num_test": 600, "total_bs": 256, "num_epochs": 1.0, "delta": 1e-5,
+        "clip": 1.0, "lr": 2e-3, "num_samples": 1500, "num_selected": 400, "num_bins": 50,
         "tuning_bs": 16,
     },
     "paper": {
