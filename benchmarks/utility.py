@@ -43,7 +43,7 @@ from evaluation.results import read_results
 from privacy_checks.report import composed_report
 from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, distinct_instructions
-from utils.accounting import ADD_REMOVE
+from utils.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
 from utils.arguments import make_parser, natural_int, positive_float, positive_int
 from utils.cli import UsageError, run_cli, say
 from utils.files import read_jsonl, write_json
@@ -497,7 +497,9 @@ def loose_noise_multiplier(epsilon: float, delta: float, rate: float, steps: int
         )
         return accountant.compute_epsilon(delta, [steps, 1])[2] - epsilon
 
-    return round(brentq(excess, 0.4, 10, xtol=1e-3), 3)
+    histogram = SampledGaussian(1.0, HISTOGRAM_SIGMA, 1)
+    tight = calibrate_noise_multiplier(epsilon, delta, rate, steps, [histogram])
+    return round(brentq(excess, tight - 0.001, 1.2 * tight, xtol=1e-3), 3)
 
 
 def table(found: dict) -> str:
