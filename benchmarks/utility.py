@@ -212,11 +212,10 @@ class Study:
             self._run(f"train {source}", "train.py", *self._training(
                 "private", source, args.total_bs, args.num_epochs, args.lr, 0
             ), *self._privacy(source))  # fmt: skip
-        count = args.num_samples if source != BASE else 2 * args.num_selected
         self._run(
             f"sample {source}", "inference.py", f"--model_name={args.model_name}",
             *([] if source == BASE else [f"--adapter_path={adapter}"]),
-            "--instruction_file=utils/syn_instruct.txt", f"--num_samples={count}",
+            "--instruction_file=utils/syn_instruct.txt", f"--num_samples={args.num_samples}",
             f"--job_sess={source}", f"--output_dir={self.folder / 'samples'}", "--top_p=0.95",
             f"--prompt_style={UNCONDITIONAL}", f"--max_seq_len={args.max_seq_len}",
             f"--dtype={args.dtype}",
@@ -230,10 +229,9 @@ class Study:
 
     def check_pools(self) -> None:
         """Refuse to go on where a pool is no larger than the set to select from it."""
-        for source in [*self.generators, BASE]:
-            size = len(self._pool(source))
-            wanted = self.args.num_selected
-            if size < wanted if source == BASE else size <= wanted:
+        for source in self.generators:
+            size, wanted = len(self._pool(source)), self.args.num_selected
+            if size <= wanted:
                 raise UsageError(
                     f"{source}: {size:,} of the sampled texts are usable, too few to take "
                     f"--num_selected {wanted:,} from; raise --num_samples"
@@ -307,6 +305,7 @@ class Study:
                 "loss": [losses[str(self._adapter(each.name))] for each in seeds],
             })  # fmt: skip
         base = [SyntheticSet(BASE, BEFORE, seed) for seed in range(self.args.num_seeds)]
+        base_is_enough = len(self._pool(BASE)) >= self.args.num_selected
         return {
             "sizes": {
                 "private": len(self._texts("private")),
@@ -316,7 +315,7 @@ class Study:
                 "pools": {s: len(self._pool(s)) for s in [*self.generators, BASE]},
             },
             "base": {
-                "mauve": [self._mauve(each) for each in base],
+                "mauve": [self._mauve(each) for each in base] if base_is_enough else [],
                 "loss": losses[self.args.model_name],
             },
             "generators": {
@@ -510,7 +509,8 @@ def table(found: dict) -> str:
     ]
     base = found["base"]
     lines.append(
-        f"| nothing (base model) | its samples | 0 | {spread(base['mauve'])} | "
+        f"| nothing (base model) | its samples | 0 | "
+        f"{spread(base['mauve']) if base['mauve'] else 'too few end'} | "
         f"{base['loss']['value']:.3f} ({base['loss']['low']:.3f} to {base['loss']['high']:.3f}) |"
     )
     for each in found["sets"]:
