@@ -430,7 +430,8 @@ class Study:
             try:
                 for future in futures:
                     future.result()
-            except BaseException:
+            except BaseException as error:
+                say(f"{error or type(error).__name__}; stopping once running commands have ended")
                 for future in futures:
                     future.cancel()
                 raise
