@@ -64,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of `annotate`."""
     parser = make_parser(__doc__)
     add_job_arguments(parser)
+    add_run_arguments(parser)
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that `finish_job` reads beside a job's own."""
     add_price_arguments(parser)
     add = parser.add_argument
     add("--dry_run", action="store_true", help="estimate tokens and money and send nothing")
@@ -115,7 +121,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="stop when no answer came for so long, or the server asks to wait for longer",
     )
-    return parser
 
 
 class Recorder:
@@ -260,7 +265,15 @@ async def annotate(run: Run, client: Client, bar: tqdm) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Annotate from the command line."""
     args = build_parser().parse_args(argv)
-    job = job_from_arguments(args)
+    return finish_job(job_from_arguments(args), args)
+
+
+def finish_job(job: Job, args: argparse.Namespace) -> int:
+    """Ask what the job's folder lacks, or with `--dry_run` estimate it; returns the exit code.
+
+    Raises:
+        UsageError: a `--max_cost` that cannot be kept, or a folder of another job.
+    """
     price, about_price = price_from_arguments(args)
     say(about_price)
     if args.max_cost is not None and price is None:

@@ -75,6 +75,12 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the answers; give the same one again to go on after a stop",
     )
+    add_request_arguments(parser)
+
+
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that `job_for` reads, and `--limit`."""
+    add = parser.add_argument
     add("--model", default="gpt-3.5-turbo", help="model name as the server knows it")
     add("--base_url", default=VENDOR_URL, help="OpenAI-compatible server, with its /v1")
     add("--temperature", type=number_within(0, 2), default=0.7, help="of sampling, 0 to 2")
@@ -97,7 +103,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=positive_int,
         metavar="N",
-        help="ask only the first N instructions; raise it later and the rest follows",
+        help="send only the first N requests; raise it later and the rest follows",
     )
 
 
@@ -105,7 +111,25 @@ def job_from_arguments(args: argparse.Namespace) -> Job:
     """Read the instructions and settle what is asked.
 
     Raises:
-        UsageError: unreadable instructions, or a secret in `--base_url`.
+        UsageError: unreadable instructions; or see `job_for`.
+    """
+    texts = read_instructions(args.instructions, args.split)
+    distinct = list(dict.fromkeys(text for text in texts if text.strip()))
+    blank = sum(not text.strip() for text in texts)
+    say(
+        f"{len(texts):,} instructions: {len(distinct):,} distinct, "
+        f"{len(texts) - blank - len(distinct):,} duplicates asked once, {blank:,} blank left out"
+    )
+    if not distinct:
+        raise UsageError(f"--instructions {args.instructions!r} holds blank instructions only")
+    return job_for(distinct, Path(args.output), args)
+
+
+def job_for(instructions: list[str], folder: Path, args: argparse.Namespace) -> Job:
+    """The job of asking `instructions`, distinct and not blank, as the flags say.
+
+    Raises:
+        UsageError: a secret in `--base_url`, or no address there.
     """
     address = urlsplit(args.base_url)
     if address.username or address.password or address.query:
@@ -122,16 +146,7 @@ def job_from_arguments(args: argparse.Namespace) -> Job:
     }
     for name in args.drop_parameters:
         del decoding[args.max_tokens_parameter if name == "max_tokens" else name]
-    texts = read_instructions(args.instructions, args.split)
-    distinct = list(dict.fromkeys(text for text in texts if text.strip()))
-    blank = sum(not text.strip() for text in texts)
-    say(
-        f"{len(texts):,} instructions: {len(distinct):,} distinct, "
-        f"{len(texts) - blank - len(distinct):,} duplicates asked once, {blank:,} blank left out"
-    )
-    if not distinct:
-        raise UsageError(f"--instructions {args.instructions!r} holds blank instructions only")
-    return Job(Path(args.output), args.model, args.base_url.rstrip("/"), decoding, distinct)
+    return Job(folder, args.model, args.base_url.rstrip("/"), decoding, instructions)
 
 
 @contextmanager
@@ -141,9 +156,12 @@ def exclusive(folder: Path) -> Iterator[None]:
     The lock goes with the process, however that ends.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or it cannot be a folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"--output {str(folder)!r} is or lies in a file; name a folder") from None
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -61,6 +62,17 @@ def error(status: int, message: str, headers: dict | None = None, **fields) -> R
 def answer(request: Request) -> Reply:
     """A server that does nothing wrong."""
     return Reply(completion(request.instruction))
+
+
+def judge(prefer: Callable[[str, str], str]) -> Callable[[Request], Reply]:
+    """A server that replies to a judging prompt what `prefer` says of its answers A and B."""
+
+    def behave(request: Request) -> Reply:
+        pattern = r"<answer_([AB])>\n(.*?)\n</answer_\1>"
+        answers = [text for _, text in re.findall(pattern, request.instruction, re.DOTALL)]
+        return Reply(completion(request.instruction, content=prefer(*answers)))
+
+    return behave
 
 
 class MinuteLimit:

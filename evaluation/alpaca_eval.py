@@ -1,0 +1,136 @@
+"""Write sampled answers as AlpacaEval's JSON, for its own judges and leaderboard.
+
+    python -m evaluation.alpaca_eval --answers inference_outputs/mine --output answers.json
+
+The file is a list of objects with `instruction`, `output` and `generator`, which is the job's
+name. Answers that were cut at their length limit are in it as they are.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.arguments import make_parser
+from utils.cli import UsageError, run_cli, say
+from utils.files import read_jsonl, write_json
+
+ANSWER_FORMATS = "a folder of shard-*.jsonl from inference.py, or AlpacaEval's .json"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one system answered.
+
+    Attributes:
+        name: of the system.
+        texts: the answer to each instruction, in the order of their source; an answer may be empty.
+        num_cut: how many of them reached the length limit before their end.
+    """
+
+    name: str
+    texts: dict[str, str]
+    num_cut: int
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the conversion."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--answers", required=True, type=Path, metavar="DIR", help=f"answers: {ANSWER_FORMATS}"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="JSON file, which must not exist"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.output.exists():
+        raise UsageError(f"--output {str(args.output)!r} exists; name another, or remove it first")
+    answers = read_answers(args.answers)
+    rows = [
+        {"instruction": instruction, "output": text, "generator": answers.name}
+        for instruction, text in answers.texts.items()
+    ]
+    write_json(args.output, rows)
+    say(f"wrote {len(rows):,} answers of {answers.name} to {args.output}")
+    if answers.num_cut:
+        say(f"{answers.num_cut:,} of them are cut at their length limit")
+
+
+def read_answers(path: Path) -> Answers:
+    """Read the answers of a sampling run (by sample id), or of a file in AlpacaEval's form.
+
+    A file without `generator` is named after itself.
+
+    Raises:
+        UsageError: nothing there, another form, an instruction that is blank or comes twice, the
+            answers of several generators, or not one answer with a word in it.
+    """
+    if not path.exists():
+        raise UsageError(f"{str(path)!r} does not exist; answers are {ANSWER_FORMATS}")
+    texts, names, num_cut = {}, set(), 0
+    rows = _samples(path) if path.is_dir() else _objects(path)
+    for where, instruction, text, name, is_cut in rows:
+        if not all(isinstance(value, str) for value in (instruction, text, name)):
+            raise UsageError(f"{where} lacks an instruction, an answer or a name that is a text")
+        try:
+            f"{instruction}{text}{name}".encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{where} is not valid Unicode") from None
+        if not instruction.strip():
+            raise UsageError(f"{where} has a blank instruction; win rates need one for each answer")
+        if instruction in texts:
+            raise UsageError(
+                f"{where} answers an instruction that was answered before, {instruction[:60]!r}; "
+                "leave one answer for each"
+            )
+        texts[instruction] = text
+        names.add(name)
+        num_cut += is_cut
+    if not any(text.strip() for text in texts.values()):
+        raise UsageError(
+            f"{str(path)!r} holds no answer with a word in it; answers are {ANSWER_FORMATS}"
+        )
+    if len(names) > 1:
+        raise UsageError(
+            f"{str(path)!r} mixes answers of {len(names)} generators, such as "
+            f"{' and '.join(map(repr, sorted(names)[:2]))}; give each a file of its own"
+        )
+    return Answers(*names, texts, num_cut)
+
+
+def _samples(folder: Path) -> Iterator[tuple]:
+    """Where each sample stands, its prompt, text and job, and whether it was cut; by sample id."""
+    samples = [
+        (f"{shard}, line {number}", record)
+        for shard in sorted(folder.glob("shard-*.jsonl"))
+        for number, record in enumerate(read_jsonl(shard), start=1)
+    ]
+    for where, record in samples:
+        if type(record.get("id")) is not int:
+            raise UsageError(f"{where} is no sample: it lacks an id")
+    name = folder.resolve().name
+    for where, record in sorted(samples, key=lambda sample: sample[1]["id"]):
+        is_cut = record.get("finish_reason") == "length"
+        yield where, record.get("prompt"), record.get("text"), name, is_cut
+
+
+def _objects(path: Path) -> Iterator[tuple]:
+    """The same for the objects of a file in AlpacaEval's form."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read {str(path)!r} as JSON: {error}") from None
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise UsageError(f"{str(path)!r} is no JSON list of objects; answers are {ANSWER_FORMATS}")
+    for number, row in enumerate(rows, start=1):
+        name = row.get("generator", path.stem)
+        yield f"{path}, object {number}", row.get("instruction"), row.get("output"), name, False
+
+
+if __name__ == "__main__":
+    run_cli(main)
