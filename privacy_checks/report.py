@@ -288,18 +288,23 @@ def _common_delta(runs: Sequence[_Run]) -> float:
     return deltas.pop()
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, *needed: str) -> dict:
+    """A JSON object that has the entries `needed`."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError:
         raise UsageError(f"{path} is not JSON; restore it from a backup") from None
+    for name in needed:
+        if not isinstance(value, dict) or name not in value:
+            raise UsageError(f"{path} has no {name!r}; restore it from a backup")
+    return value
 
 
 def _read_run(folder: Path) -> _Run:
     """Read a run, and check its ledger against all that kept the ledger's head."""
     if not holds_run(folder):
         raise UsageError(f"{folder} holds no run: there is no {CONFIG_FILE}")
-    arguments = _read_json(folder / CONFIG_FILE)["arguments"]
+    arguments = _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
     if arguments["eps"] == -1:
         return _Run(folder, "trained without differential privacy")
     if not (folder / LEDGER_FILE).exists():
@@ -329,14 +334,15 @@ def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int,
     """
     ledger, report = run / LEDGER_FILE, run / "privacy_report.json"
     checks = [f"{ledger.name}: the hash chain of {len(records)} lines is whole"]
-    own_report = _read_json(report) if report.exists() else {}
+    needed = ("steps_taken", "ledger", "epsilon")
+    own_report = _read_json(report, *needed) if report.exists() else {}
     if own_report.get("plan_hash", plan.digest()) != plan.digest():
         raise UsageError(f"{report} is of another plan than {ledger}; restore the run's own")
     if (run / "adapter").exists() and not own_report:
         raise UsageError(f"{run} has an adapter but no {report.name}; restore it")
     heads = {report: (own_report["steps_taken"], own_report["ledger"])} if own_report else {}
     for file in sorted(run.glob("checkpoints/step-*/state.json")):
-        state = _read_json(file)
+        state = _read_json(file, "step", "ledger")
         heads[file] = (state["step"], state["ledger"])
     for file, (step, head) in heads.items():
         require_head(ledger, records, head)
@@ -399,7 +405,8 @@ def _histograms(paths: Sequence[Path], sizes: Sequence[int]) -> list[dict]:
 # ------------------------------------------------------------------------ what it costs
 
 
-def _sampled(mechanisms: list[dict]) -> list[SampledGaussian]:
+def events_of(mechanisms: list[dict]) -> list[SampledGaussian]:
+    """What an accountant composes, of a report's "mechanisms"."""
     return [
         SampledGaussian(entry["sampling_rate"], entry["noise_multiplier"], entry["times"])
         for entry in mechanisms
@@ -414,13 +421,13 @@ def _costs(
     relations: Sequence[str],
 ) -> dict:
     """Epsilon at `delta` and at others, and delta at `epsilon`, by relation."""
-    events = _sampled(mechanisms)
+    events = events_of(mechanisms)
     others = [delta * factor for factor in OTHER_DELTAS]
     return {
         "delta": delta,
         "epsilon": {name: _epsilons(events, delta, name) for name in relations},
         "epsilon_if_lost_steps_were_seen": with_lost_steps
-        and {name: _epsilons(_sampled(with_lost_steps), delta, name) for name in relations},
+        and {name: _epsilons(events_of(with_lost_steps), delta, name) for name in relations},
         "epsilon_at_other_deltas": {
             name: [
                 {"delta": other, "epsilon": compute_epsilon(events, other, name).upper}
@@ -466,7 +473,7 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
     count = min(points - 1, taken)
     curve = []
     for step in sorted({round(taken * i / max(1, count)) for i in range(count + 1)}):
-        events = _sampled([*_first_steps(training, step), *histograms])
+        events = events_of([*_first_steps(training, step), *histograms])
         # PLD is an upper bound too, and the quicker one of the two.
         epsilon = pld_epsilon(events, report["delta"], relation)
         if not math.isfinite(epsilon):
