@@ -1,0 +1,472 @@
+"""What synthetic texts and a model give away of the training set, beside what is coincidence.
+
+    python -m evaluation.memorisation --synthetic resampling/synthetic/instructions.jsonl \\
+        --private data/quickstart_instructions --held_out data/quickstart_instructions \\
+        --embedding_model data/quickstart_embedder --output evaluation_outputs/mine
+
+Held-out rows are of the same source as the private ones and were never trained on, so whatever
+synthetic texts share with them is coincidence. Measured are exact copies, runs of words in common,
+nearest neighbours among embeddings, strings that look like personal data, and, with --run, how
+well the model of a run with --num_canaries knows their secrets.
+
+Figures that private or held-out rows went into go under OUTPUT/private. Counts of personal data in
+the synthetic texts, and canaries where the run has a guarantee, go to OUTPUT. What was found is
+counted and never written.
+"""
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from evaluation.exposure import exposure_by_chance, exposures, told_secrets
+from evaluation.intervals import BOOTSTRAP, bootstrap, over_examples
+from evaluation.overlap import (
+    Reference,
+    exact_matches,
+    keys,
+    make_reference,
+    nearest,
+    shared_runs,
+)
+from evaluation.perplexity import example_losses
+from evaluation.personal_data import KINDS, find
+from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
+from resample_with_dp_histogram.embed import (
+    DEFAULT_MODEL,
+    default_devices,
+    load_model,
+    unit_vectors,
+)
+from utils.adapter_info import read_adapter_info
+from utils.arguments import make_parser, natural_int, positive_int
+from utils.canaries import canary, secrets
+from utils.cli import UsageError, run_cli, say
+from utils.data_utils import is_labelled, open_tokens, tokenise
+from utils.modeling import load_adapted, load_tokenizer, resolve_dtype
+from utils.run_folder import CONFIG_FILE, holds_run
+from utils.text_filters import comparison_form
+from utils.text_inputs import FORMATS, read_instructions
+
+TOOL = "memorisation"
+NGRAMS = (5, 8, 13)
+PER_TEXTS = " per 1,000 texts"
+# Padded tokens of canaries on the device at once.
+TOKENS_AT_ONCE = 8192
+CONTROL = "the same of the held-out set, in parts of equal size"
+CANARY_CONTROL = "for canaries: as many others that were not inserted"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this evaluation."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--synthetic", required=True, metavar="PATH", help=f"synthetic texts: {FORMATS}")
+    add("--private", required=True, metavar="PATH", help="the rows that were trained on")
+    add("--held_out", required=True, metavar="PATH", help="rows of the same source that were not")
+    add("--selected", metavar="PATH", help="texts selected from the synthetic ones")
+    add("--split", default="train", help="the split to read of a saved DatasetDict")
+    add("--held_out_split", default="test", help="the split of --held_out")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for the figures")
+    add("--seed", type=natural_int, default=0, help="of what is drawn: parts, and texts to embed")
+    group = parser.add_argument_group("nearest neighbours")
+    add = group.add_argument
+    add(
+        "--embedding_model",
+        default=DEFAULT_MODEL,
+        help="a sentence-transformers hub id or folder",
+    )
+    add("--no_embeddings", action="store_true", help="leave nearest neighbours out")
+    add(
+        "--max_embedded",
+        type=positive_int,
+        default=10_000,
+        help="texts of each set that are embedded, drawn at random",
+    )
+    group = parser.add_argument_group("canaries")
+    add = group.add_argument
+    add("--run", type=Path, metavar="RUN", help="a run that was trained with --num_canaries")
+    add("--model_name", help="its base model; the one that the run names if left out")
+    add(
+        "--num_candidates",
+        type=positive_int,
+        default=1000,
+        help="secrets that were not inserted, among which canaries are ranked",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    require_new_result(args.output, TOOL)
+    if args.model_name and not args.run:
+        raise UsageError("--model_name needs --run, whose canaries it is for")
+    run = read_run(args.run, args.model_name) if args.run else None
+    synthetic = read_instructions(args.synthetic, args.split)
+    training = read_instructions(args.private, args.split)
+    held_out = read_instructions(args.held_out, args.held_out_split)
+    if training == held_out:
+        raise UsageError("--private and --held_out are the same rows: nothing would be a control")
+    sets = {"synthetic texts": synthetic}
+    if args.selected:
+        sets["selected texts"] = read_instructions(args.selected, args.split)
+    encoder = None if args.no_embeddings else load_model(args.embedding_model)
+
+    reference = make_reference(training, held_out, args.seed)
+    texts, forms = distinct(synthetic)
+    notes = [
+        f"{len(texts):,} distinct synthetic texts (of {len(synthetic):,}), {len(training):,} "
+        f"private and {len(held_out):,} held-out rows, compared in parts of {reference.size:,} "
+        "rows: figures are means over the parts of a set",
+        "a leak is a figure that is more than by chance with its whole interval; the more rows are "
+        "held out, the smaller the leak that shows",
+    ]
+    say("looking for copies and common runs of words")
+    scores, chart, run_notes = overlap_scores(texts, forms, reference)
+    notes += run_notes
+    if encoder:
+        scores += neighbour_scores(texts, training, held_out, encoder, args)
+    say("looking for personal data")
+    scores += verbatim_scores(synthetic, reference)
+    released = [score for name, rows in sets.items() for score in personal_data_scores(name, rows)]
+    controls = dict(zip(KINDS, personal_data_counts(held_out).mean(axis=0) * 1000))
+    for score in personal_data_scores("training rows", training) + released:
+        control = controls[score.name.removesuffix(PER_TEXTS)]
+        scores.append(replace(score, control=float(control)))
+    released_notes = ["what has no fixed form, such as names, is not counted as personal data"]
+    if run:
+        found, found_notes = canary_scores(run, synthetic, args.num_candidates)
+        # Without a guarantee the model, and what it says of canaries, is as private as the data.
+        if run.has_guarantee:
+            released, released_notes = released + found, released_notes + found_notes
+        else:
+            scores, notes = scores + found, notes + found_notes
+    results = [
+        Result(
+            tool=TOOL,
+            title="What is shared with the training set",
+            private=True,
+            interval=BOOTSTRAP,
+            control=CONTROL + (f"; {CANARY_CONTROL}" if run and not run.has_guarantee else ""),
+            scores=scores,
+            charts=[chart],
+            notes=notes,
+        ),
+        Result(
+            tool=TOOL,
+            title="Personal data and canaries" if run and run.has_guarantee else "Personal data",
+            private=False,
+            interval=BOOTSTRAP,
+            control=CANARY_CONTROL if run and run.has_guarantee else "",
+            scores=released,
+            notes=released_notes,
+        ),
+    ]
+    for result in results:
+        write_result(args.output, result, args)
+        print(table(result) + "\n")
+
+
+def distinct(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The texts that differ in their words, each once, and their comparison forms.
+
+    A text that was sampled many times would count one coincidence as often. Texts without a word
+    are left out.
+
+    Raises:
+        UsageError: no text has a word.
+    """
+    forms = [comparison_form(text) for text in texts]
+    _, first = np.unique(keys(forms), return_index=True)
+    chosen = [place for place in np.sort(first).tolist() if forms[place]]
+    if not chosen:
+        raise UsageError("--synthetic: no text has a word")
+    return [texts[place] for place in chosen], [forms[place] for place in chosen]
+
+
+def compared(
+    name: str,
+    subject: str,
+    values: tuple[np.ndarray, np.ndarray],
+    statistic: Callable[[np.ndarray], np.ndarray] = over_examples,
+) -> list[Score]:
+    """A figure of examples with its control, and by how much it is above: the leak, if any.
+
+    The difference has an interval of its own, from resampling examples with both their values.
+
+    Args:
+        values: float64 [examples] each, of the training set and of the held-out set.
+    """
+    ours, control = values
+    value, by_chance = (float(statistic(column[None])[0]) for column in values)
+    low, high = bootstrap(ours, statistic=statistic)
+    figure = Score(name, subject, value, low, high, by_chance, "lower")
+    low, high = bootstrap(
+        ours, control, statistic=lambda one, other: statistic(one) - statistic(other)
+    )
+    more = Score(
+        f"{name}: more than by chance", subject, value - by_chance, low, high, 0.0, "lower"
+    )
+    return [figure, more]
+
+
+def medians(values: np.ndarray) -> np.ndarray:
+    """The median of each row: a statistic for `bootstrap`."""
+    return np.median(values, axis=1)
+
+
+# ------------------------------------------------------------------------ shared rows
+
+
+def overlap_scores(
+    texts: list[str], forms: list[str], reference: Reference
+) -> tuple[list[Score], Chart, list[str]]:
+    """Copies and common runs of words, with the distribution of the latter and notes."""
+    row_forms = [comparison_form(text) for text in reference.texts]
+    subject = "synthetic texts"
+    scores, notes = [], []
+    for name, ours, rows in (
+        ("exact copies of a row", texts, reference.texts),
+        ("copies of a row but for case and punctuation", forms, row_forms),
+    ):
+        found_in = exact_matches(keys(ours), keys(rows), reference.parts)
+        scores += compared(f"{name}, share", subject, reference.shares(found_in))
+        copies, by_chance = (
+            np.count_nonzero(found_in & side) for side in (reference.training, reference.held_out)
+        )
+        notes.append(
+            f"{name}: {copies:,} texts of any training row, {by_chance:,} of a held-out one"
+        )
+
+    lengths = np.array([form.count(" ") + 1 for form in forms])
+    nowhere = np.zeros(len(forms), dtype=np.uint64)
+    ngrams = dict.fromkeys(NGRAMS, nowhere)
+    longest, most = (np.zeros((2, len(forms))), np.zeros(2))
+    lines = {"training rows": [], "held-out rows": []}
+    for length, found_in in enumerate(shared_runs(forms, row_forms, reference.parts), start=1):
+        shares = reference.shares(found_in)
+        longest += shares
+        most += reference.shares(np.bitwise_or.reduce(found_in))
+        if length in NGRAMS:
+            ngrams[length] = found_in
+        for line, share in zip(lines.values(), shares):
+            line.append([length, float(share.mean())])
+    for length, found_in in ngrams.items():
+        if (lengths < length).all():
+            notes.append(f"no synthetic text has {length} words")
+            continue
+        shares = reference.shares(found_in[lengths >= length])
+        name = f"texts that share {length} words in a row, of those as long, share"
+        scores += compared(name, subject, shares)
+    name = "longest run of words shared with a row"
+    scores += compared(f"{name}, median over texts", subject, tuple(longest), medians)
+    scores.append(
+        Score(f"{name}, longest of all", subject, most[0], control=most[1], better="lower")
+    )
+    chart = Chart(
+        title="Runs of words that synthetic texts share",
+        x_label="words in a row",
+        y_label="share of synthetic texts",
+        lines=lines,
+        kind="step",
+    )
+    return scores, chart, notes
+
+
+def neighbour_scores(
+    texts: list[str], training: list[str], held_out: list[str], encoder, args: argparse.Namespace
+) -> list[Score]:
+    """Nearest training and held-out rows, among embeddings that are never written."""
+    random = np.random.default_rng(args.seed)
+
+    def draw(rows: list[str]) -> list[str]:
+        chosen = random.permutation(len(rows))[: args.max_embedded]
+        return [rows[row] for row in chosen]
+
+    def embed(rows: list[str], name: str) -> np.ndarray:
+        say(f"embedding {len(rows):,} {name}")
+        embeddings = encoder.encode(rows, show_progress_bar=True, device=default_devices()[0])
+        return unit_vectors(embeddings, np.arange(len(rows)), f"--embedding_model, {name}")
+
+    texts = draw(texts)
+    reference = make_reference(draw(training), draw(held_out), args.seed)
+    similarities = nearest(
+        embed(texts, "synthetic texts"),
+        embed(reference.texts, "private and held-out rows"),
+        reference.parts,
+    )
+    # The smaller set is one part, and is held against every part of the other.
+    is_training = np.unique(reference.parts) & reference.training > 0
+    to_training, to_held_out = similarities[:, is_training], similarities[:, ~is_training]
+    nearer = ((to_training > to_held_out) + 0.5 * (to_training == to_held_out)).mean(axis=1)
+    return [
+        *compared(
+            "cosine similarity to the nearest row, mean",
+            f"{len(texts):,} synthetic texts",
+            (to_training.mean(axis=1), to_held_out.mean(axis=1)),
+        ),
+        Score(
+            "nearer to a training row than to any held-out row, share",
+            f"{len(texts):,} synthetic texts",
+            float(nearer.mean()),
+            *bootstrap(nearer, statistic=over_examples),
+            control=0.5,
+            better="lower",
+        ),
+    ]
+
+
+# ------------------------------------------------------------------------ personal data
+
+
+def personal_data_counts(texts: list[str]) -> np.ndarray:
+    """Strings of every kind in every text, float64 [texts, kinds]."""
+    counts = np.zeros((len(texts), len(KINDS)))
+    for text, row in zip(texts, counts):
+        for kind, _ in find(text):
+            row[kind] += 1
+    return counts
+
+
+def personal_data_scores(subject: str, texts: list[str]) -> list[Score]:
+    """Strings of each kind per 1,000 texts."""
+    return [
+        Score(
+            kind + PER_TEXTS,
+            subject,
+            float(column.mean() * 1000),
+            *bootstrap(column * 1000, statistic=over_examples),
+            better="lower",
+        )
+        for kind, column in zip(KINDS, personal_data_counts(texts).T)
+    ]
+
+
+def verbatim_scores(synthetic: list[str], reference: Reference) -> list[Score]:
+    """How many of the strings in synthetic texts stand in rows too; none if there are none."""
+    found_in = {string: 0 for text in synthetic for _, string in find(text)}
+    if not found_in:
+        return []
+    for text, part in zip(reference.texts, reference.parts.tolist()):
+        for _, string in find(text):
+            if string in found_in:
+                found_in[string] |= part
+    shares = reference.shares(np.array(list(found_in.values()), dtype=np.uint64))
+    subject = f"{len(found_in):,} strings of synthetic texts"
+    return compared("personal data that stands in a row verbatim, share", subject, shares)
+
+
+# ------------------------------------------------------------------------ canaries
+
+
+@dataclass(frozen=True)
+class CanaryRun:
+    """A finished run with canaries.
+
+    Attributes:
+        arguments: what it was trained with.
+        has_guarantee: whether what its model says may be released.
+    """
+
+    folder: Path
+    model_name: str
+    arguments: dict
+    has_guarantee: bool
+
+
+def read_run(folder: Path, model_name: str | None) -> CanaryRun:
+    """Read what a run says of its canaries.
+
+    Raises:
+        UsageError: no run, none that is finished, or one without canaries.
+    """
+    if not holds_run(folder):
+        raise UsageError(f"--run {str(folder)!r}: there is no {CONFIG_FILE}")
+    arguments = json.loads((folder / CONFIG_FILE).read_text())["arguments"]
+    if not arguments.get("num_canaries"):
+        raise UsageError(
+            f"--run {str(folder)!r} was trained without --num_canaries; leave --run out"
+        )
+    read_adapter_info(folder / "adapter")
+    report = folder / "privacy_report.json"
+    has_guarantee = report.is_file() and json.loads(report.read_text())["guarantee"]
+    return CanaryRun(folder, model_name or arguments["model_name"], arguments, has_guarantee)
+
+
+def canary_scores(
+    run: CanaryRun, synthetic: list[str], num_candidates: int
+) -> tuple[list[Score], list[str]]:
+    """Exposure of the run's canaries and their secrets in synthetic texts; and a note.
+
+    Raises:
+        UsageError: the model's losses are not finite.
+    """
+    count = run.arguments["num_canaries"]
+    drawn = list(islice(secrets(run.arguments["seed"]), 2 * count + num_candidates))
+    losses = secret_losses(run, drawn)
+    if not np.isfinite(losses).all():
+        raise UsageError(f"the model of {run.folder} gives canaries losses that are not finite")
+    inserted, others, candidates = losses[:count], losses[count : 2 * count], losses[2 * count :]
+    told = told_secrets(synthetic, drawn[: 2 * count])
+    repeats = run.arguments["canary_repeats"]
+    subject = f"{count:,} canaries, each {repeats:,} times in training"
+    scores = [
+        Score(
+            name,
+            subject,
+            float(values.mean()),
+            *bootstrap(values, statistic=over_examples),
+            control=float(controls.mean()),
+            better="lower",
+        )
+        for name, values, controls in (
+            (
+                "exposure of a canary, mean (bits)",
+                exposures(inserted, candidates),
+                exposures(others, candidates),
+            ),
+            (
+                "canaries whose secret stands in a synthetic text, share",
+                told[:count],
+                told[count:],
+            ),
+        )
+    ]
+    note = (
+        f"canaries are ranked among {num_candidates:,} other secrets, so exposure is at most "
+        f"{np.log2(num_candidates + 1):.2f} bits; {exposure_by_chance(num_candidates):.2f} is the "
+        "mean by chance (1 / ln 2 = 1.44 for many secrets)"
+    )
+    return scores, [note]
+
+
+def secret_losses(run: CanaryRun, drawn: list[str]) -> np.ndarray:
+    """The summed token loss of every secret's row under the run's model, float64 [secrets]."""
+    arguments = run.arguments
+    labelled = is_labelled(arguments["dataset_name"])
+    rows = [canary(secret, labelled) for secret in drawn]
+    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other, not about us
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(run.model_name)
+    with tempfile.TemporaryDirectory() as folder:
+        style, most = arguments["prompt_style"], arguments["max_seq_len"]
+        tokenise(rows, tokenizer, style, most, Path(folder))
+        data = open_tokens(Path(folder))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(arguments["dtype"], device)
+    model = load_adapted(run.model_name, run.folder / "adapter", dtype, merge=True).to(device)
+    budget = max(TOKENS_AT_ONCE, int(data.lengths.max()))
+    return example_losses(model, data, budget, "canaries")[0]
+
+
+if __name__ == "__main__":
+    run_cli(main)

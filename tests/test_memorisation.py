@@ -1,0 +1,329 @@
+"""Memorisation, through its own command line: what leaks is told from what is chance."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+
+import train
+from evaluation import memorisation
+from evaluation.exposure import exposure_by_chance
+from evaluation.memorisation import canary_scores, distinct, main, read_run
+from privacy_checks.observed_run import signal_handlers_restored
+from privacy_checks.tiny_model import save_tiny_model
+from tests.resampling import save_tiny_encoder
+from tests.training import flags, save_dataset
+from utils.canaries import secrets
+from utils.cli import UsageError
+
+NUM_HELD_OUT, NUM_TRAINING, NUM_SYNTHETIC, NUM_COPIES = 60, 130, 120, 60
+WORDS = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "um")]
+ADDRESS = "jane.doe@example.com"
+
+
+def texts(count: int, seed: int) -> list[str]:
+    """Texts of one kind: 8 to 30 words, of which a few are common."""
+    random = np.random.default_rng(seed)
+    weights = 1 / np.arange(1, len(WORDS) + 1)
+    weights /= weights.sum()
+    return [
+        " ".join(random.choice(WORDS, length, p=weights)).capitalize() + "."
+        for length in random.integers(8, 31, size=count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Files: training and held-out rows of one source; a set that copies rows, one that does not.
+
+    The leaky set has copied an address and a number; the clean one has an address of its own.
+    """
+    folder = tmp_path_factory.mktemp("sets")
+    training, held_out = texts(NUM_TRAINING, seed=1), texts(NUM_HELD_OUT, seed=2)
+    training[3] += f" Write to {ADDRESS}"
+    training[4] += " or call +49 30 1234567"
+    clean = texts(NUM_SYNTHETIC, seed=3)
+    copies = [text.replace(".", "!", n % 2) for n, text in enumerate(training[:NUM_COPIES])]
+    leaky = clean[NUM_COPIES:] + copies
+    clean[0] += " ask.me@elsewhere.org"
+    contents = {"training": training, "held_out": held_out, "clean": clean, "leaky": leaky}
+    paths = {}
+    for name, rows in contents.items():
+        paths[name] = folder / f"{name}.json"
+        paths[name].write_text(json.dumps(rows))
+    return paths
+
+
+def measure(sets, synthetic: str, output: Path, *more: str) -> tuple[dict, dict]:
+    """The private and the releasable result."""
+    given = {"synthetic": synthetic, "private": "training", "held_out": "held_out"}
+    main([*(f"--{flag}={sets[name]}" for flag, name in given.items()), f"--output={output}", *more])
+    paths = (output / "private" / "memorisation.json", output / "memorisation.json")
+    private, released = (json.loads(path.read_text()) for path in paths)
+    return private, released
+
+
+@pytest.fixture(scope="module")
+def measured(sets, encoder, tmp_path_factory):
+    """Both results of either set."""
+    folder = tmp_path_factory.mktemp("measured")
+    return {
+        name: measure(sets, name, folder / name, f"--embedding_model={encoder}")
+        for name in ("clean", "leaky")
+    }
+
+
+def scores(result: dict, subject: str = "synthetic texts") -> dict[str, dict]:
+    return {s["name"]: s for s in result["scores"] if s["subject"].endswith(subject)}
+
+
+# ---------------------------------------------------------------- a leak, and none
+
+MORE = ": more than by chance"
+COPIED = "copies of a row but for case and punctuation, share"
+FIGURES = [
+    "exact copies of a row, share",
+    COPIED,
+    *(f"texts that share {n} words in a row, of those as long, share" for n in (5, 8, 13)),
+    "longest run of words shared with a row, median over texts",
+    "cosine similarity to the nearest row, mean",
+]
+NEARER = "nearer to a training row than to any held-out row, share"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_copies_put_every_figure_above_its_control(measured, name):
+    found = scores(measured["leaky"][0])
+    assert found[name]["value"] > found[name]["control"]
+    assert found[name + MORE]["low"] > 0
+    assert found[name + MORE]["value"] == pytest.approx(
+        found[name]["value"] - found[name]["control"]
+    )
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_without_a_leak_no_figure_is_above_its_control(measured, name):
+    found = scores(measured["clean"][0])[name + MORE]
+    assert found["low"] <= 0 <= found["high"]
+
+
+def test_half_the_neighbours_are_nearer_without_a_leak_and_more_with_one(measured):
+    clean, leaky = (scores(measured[name][0])[NEARER] for name in ("clean", "leaky"))
+    assert clean["low"] < 0.5 < clean["high"]
+    assert leaky["low"] > 0.5
+    assert clean["control"] == leaky["control"] == 0.5
+
+
+def test_figures_are_those_of_the_copies_that_were_made(measured):
+    """130 training rows make two parts of 60: a copy of a row is in one of them, or in neither."""
+    private = measured["leaky"][0]
+    found = scores(private)
+    notes = "\n".join(private["notes"])
+    (copied,) = (n for n in private["notes"] if n.startswith("copies of a row but for case"))
+    in_parts = int(copied.split(": ")[1].split()[0])
+    assert NUM_COPIES - 10 <= in_parts <= NUM_COPIES  # 10 rows are in no part
+    assert copied.endswith("0 of a held-out one")
+    assert found[COPIED]["value"] == pytest.approx(in_parts / 2 / NUM_SYNTHETIC)
+    assert found[COPIED]["control"] == 0
+    # Every other copy has an exclamation mark in place of the full stop.
+    assert 0 < found[FIGURES[0]]["value"] < found[COPIED]["value"]
+    assert f"{NUM_SYNTHETIC} distinct synthetic texts (of {NUM_SYNTHETIC})" in notes
+    assert "in parts of 60 rows" in notes
+    longest = found["longest run of words shared with a row, longest of all"]
+    assert longest["value"] > longest["control"]
+
+
+def test_the_chart_holds_both_distributions(measured):
+    (chart,) = measured["leaky"][0]["charts"]
+    training, held_out = (np.array(line) for line in chart["lines"].values())
+    assert training[0].tolist() == [1, 1]
+    assert (np.diff(training[:, 1]) <= 0).all()
+    assert training[-1, 1] > 0.0
+    assert held_out[-1, 1] == 0.0
+    assert training[4, 1] == pytest.approx(
+        scores(measured["leaky"][0])[FIGURES[2]]["value"]
+    )  # no text is shorter than five words
+
+
+def test_equal_sizes_are_what_makes_a_clean_set_clean(sets, tmp_path, monkeypatch):
+    """Against one part of all training rows, chance alone looks like a leak."""
+
+    def lopsided(training, held_out, seed):
+        parts = np.repeat(np.array([1, 2], np.uint64), [len(training), len(held_out)])
+        sides = (np.uint64(1), np.uint64(2))
+        return memorisation.Reference(training + held_out, parts, *sides, len(held_out))
+
+    monkeypatch.setattr(memorisation, "make_reference", lopsided)
+    private, _ = measure(sets, "clean", tmp_path / "lopsided", "--no_embeddings")
+    assert scores(private)[FIGURES[2] + MORE]["low"] > 0
+
+
+# ---------------------------------------------------------------- personal data
+
+
+def test_personal_data_is_counted_and_its_copies_are_told(measured):
+    for name, copied in (("clean", 0), ("leaky", 1)):
+        private, released = measured[name]
+        strings = 1 if name == "clean" else 2
+        found = scores(private, f"{strings} strings of synthetic texts")
+        verbatim = found["personal data that stands in a row verbatim, share"]
+        # Both strings of the leaky set are copies, of rows that are in one of two parts.
+        assert verbatim["value"] == copied / 2
+        assert verbatim["control"] == 0
+        mails = scores(released)["e-mail addresses per 1,000 texts"]
+        assert mails["value"] == pytest.approx(1000 / NUM_SYNTHETIC)
+        assert mails["control"] is None
+        rows = scores(private, "training rows")["e-mail addresses per 1,000 texts"]
+        assert rows["value"] == pytest.approx(1000 / NUM_TRAINING)
+        assert rows["control"] == 0
+
+
+def test_only_counts_of_public_texts_are_released_and_nothing_found_is_written(
+    sets, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    more = ("--no_embeddings", f"--selected={sets['clean']}")
+    private, released = measure(sets, "leaky", output, *more)
+    assert {s["subject"] for s in released["scores"]} == {"synthetic texts", "selected texts"}
+    assert all("per 1,000 texts" in score["name"] for score in released["scores"])
+    assert (private["private"], released["private"]) == (True, False)
+    assert {str(path.relative_to(output)) for path in output.rglob("*.*")} == {
+        "memorisation.json", "private/memorisation.json", "private/README.md",
+    }  # fmt: skip
+    # Neither a string nor a row, nor four words of one, in any file or on the terminal.
+    told = capsys.readouterr()
+    written = "".join(path.read_text() for path in output.rglob("*.*")) + told.out + told.err
+    assert ADDRESS not in written
+    assert "1234567" not in written
+    for row in json.loads(sets["training"].read_text()):
+        assert " ".join(row.split()[:4]) not in written
+
+
+def test_embeddings_leave_no_file_behind(measured, sets, encoder, tmp_path):
+    measure(sets, "clean", tmp_path / "out", f"--embedding_model={encoder}", "--max_embedded=20")
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == 3
+
+
+# ---------------------------------------------------------------- canaries
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run folders with four canaries: `overfitted` on them without DP, and `fresh`, not trained."""
+    folder = tmp_path_factory.mktemp("canaries")
+    save_tiny_model(folder / "model", initializer_range=0.2)
+    data = save_dataset(folder, rows=16)
+
+    def run(output: str, *more: str, dp: bool = False) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        common = [
+            "--num_canaries=4", "--canary_repeats=40", "--max_seq_len=64", "--lora_r=16",
+            "--total_bs=16", "--perdevice_bs=16", "--no_eval_at_start", "--save_steps=1000",
+            "--target_modules=all-linear",
+        ]  # fmt: skip
+        given = flags(str(folder / "model"), data, folder / output, *common, *more, dp=dp)
+        with signal_handlers_restored():
+            assert train.main(given) == 0
+        return folder / output / "job"
+
+    return {
+        "overfitted": run("overfitted", "--num_epochs=10"),
+        "fresh": run("fresh", "--num_epochs=0.01", "--lr=1e-9"),
+        "private": run("private", "--num_epochs=0.01", "--lr=1e-9", dp=True),
+    }
+
+
+def test_a_model_that_was_overfitted_on_canaries_exposes_them(trained):
+    (exposure, _), notes = canary_scores(read_run(trained["overfitted"], None), ["a"], 500)
+    assert exposure.value == pytest.approx(np.log2(501))
+    assert exposure.control < 3
+    assert "4 canaries, each 40 times" in exposure.subject
+    assert "at most 8.97 bits; 1.43 is the mean by chance" in notes[0]
+
+
+def test_a_model_that_was_not_trained_exposes_nothing(trained):
+    (exposure, _), _ = canary_scores(read_run(trained["fresh"], None), ["a"], 500)
+    assert abs(exposure.value - exposure_by_chance(500)) < 2
+    assert exposure.value < np.log2(501) / 2
+
+
+def test_secrets_in_synthetic_texts_are_counted_beside_those_that_never_were_inserted(trained):
+    drawn = [secret for secret, _ in zip(secrets(0), range(8))]
+    told = [f"the code is {drawn[0]}", f"{drawn[1]}{drawn[2]}", f"{drawn[5]}", "1234"]
+    (_, found), _ = canary_scores(read_run(trained["fresh"], None), told, 10)
+    assert (found.value, found.control) == (0.75, 0.25)
+
+
+def test_canaries_are_released_with_a_guarantee_alone(trained, sets, tmp_path):
+    """Without one, what a model says of its canaries is as private as the data."""
+    for name, place in (("fresh", "private"), ("private", "released")):
+        more = ("--no_embeddings", f"--run={trained[name]}", "--num_candidates=10")
+        found = dict(zip(("private", "released"), measure(sets, "clean", tmp_path / name, *more)))
+        for kind, result in found.items():
+            told = any("exposure" in score["name"] for score in result["scores"])
+            assert told == (kind == place), (name, kind)
+            assert ("not inserted" in result["control"]) == told
+
+
+# ---------------------------------------------------------------- small and bad input
+
+
+def test_repeated_texts_and_those_without_a_word_count_once_and_not_at_all():
+    assert distinct(["A b", "...", "a, B!", "", "c"]) == (["A b", "c"], ["a b", "c"])
+    with pytest.raises(UsageError, match="no text has a word"):
+        distinct(["...", ""])
+
+
+def test_single_texts_of_odd_characters_can_be_measured(sets, tmp_path):
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps(["\u2028 ¿Qué? 你好吗 🦊\x00\t"]))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(["\ud7ff", *json.loads(odd.read_text())] * 3))
+    files = sets | {"training": odd, "held_out": other}
+    private, _ = measure(files | {"odd": odd}, "odd", tmp_path / "out", "--no_embeddings")
+    found = scores(private)
+    assert found[COPIED]["value"] == 1
+    assert "no synthetic text has 5 words" in private["notes"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--synthetic=/nowhere.json"], "does not exist"),
+        (["--model_name=x"], "--model_name needs --run"),
+        (["--held_out={training}"], "are the same rows"),
+        (["--run=/nowhere"], "there is no run_config.json"),
+        (["--embedding_model=/nowhere"], "no sentence-transformers folder"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(sets, tmp_path, more, message):
+    more = [flag.format(**sets) for flag in more]
+    with pytest.raises(UsageError, match=message):
+        measure(sets, "clean", tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_canaries_and_an_unfinished_one_are_refused(trained, tmp_path):
+    config = json.loads((trained["fresh"] / "run_config.json").read_text())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="no adapter at"):
+        read_run(run, None)
+    del config["arguments"]["num_canaries"]
+    (run / "run_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="trained without --num_canaries"):
+        read_run(run, None)
+
+
+def test_what_was_written_is_not_replaced(sets, tmp_path):
+    measure(sets, "clean", tmp_path / "out", "--no_embeddings")
+    with pytest.raises(UsageError, match="exists; use another --output"):
+        measure(sets, "clean", tmp_path / "out", "--no_embeddings")
