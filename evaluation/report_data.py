@@ -361,7 +361,9 @@ def read_folder(folder: Path, args: argparse.Namespace) -> list[dict]:
 _SECRET = re.compile(r"(?i)\b(?:sk|hf|ghp|xox[bp])[-_][\w-]{8,}")
 _SECRET_FLAG = re.compile(r"(?i)(--\w*(?:api_?key|token|secret|password))(=|\s+)\S+")
 # A path that leaves the current folder, where a word begins.
-_ELSEWHERE = re.compile(r"(?<![^\s='\"(,:\[])(?:~|\.\.)?/(?:[^\s'\"(),:;]*/)?([^\s'\"(),:;/]+)/?")
+_ELSEWHERE = re.compile(
+    r"(?<![^\s='\"(,:\[])(?:~[\w.-]*|\.\.)?/(?!/)(?:[^\s'\"(),:;]*/)?([^\s'\"(),:;/]+)/?"
+)
 
 
 def portable(text: object) -> str:
@@ -378,7 +380,7 @@ def portable_word(word: object) -> str:
     """`portable` of one word of a command line, or of a path: either may hold spaces."""
     flag, equals, value = str(word).rpartition("=") if str(word).startswith("-") else ("", "", word)
     value = str(value).replace(f"{Path.cwd()}/", "")
-    if re.match(r"(~|\.\.)?/", value):
+    if re.match(r"(~[\w.-]*|\.\.)?/", value):
         value = f"…/{Path(value).name}"
     return portable(f"{flag}{equals}{value}")
 
