@@ -1,0 +1,286 @@
+"""How close synthetic texts, and those selected of them, are to real ones, and how diverse.
+
+    python -m evaluation.distribution --real data/quickstart_instructions --split test \\
+        --synthetic resampling/synthetic/instructions.jsonl \\
+        --selected resampling/selected/selected.jsonl --model data/quickstart_embedder \\
+        --output evaluation_outputs/mine
+
+MAUVE, precision and recall, density and coverage compare embeddings of equally many texts of each
+set, words are compared in equal numbers, and everything is repeated over seeds. The control is the
+same with other real texts in the place of the synthetic ones: no generator can be asked for more.
+Take real texts that were not trained on.
+
+Whatever has seen the real texts is private and goes under OUTPUT/private; what the synthetic and
+the selected texts show alone goes beside it and may be released. With --public the real texts are
+public, and there is one result. Embeddings stay in memory.
+"""
+
+import argparse
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluation import lexical
+from evaluation.intervals import SEEDS, mean_and_spread
+from evaluation.manifold import mean_similarity, nearest_similarity, overlap
+from evaluation.mauve import mauve
+from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
+from resample_with_dp_histogram import embed
+from utils.arguments import make_parser, positive_int
+from utils.cli import UsageError, run_cli, say
+from utils.text_inputs import FORMATS, read_instructions
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+TOOL = "distribution"
+REAL, SYNTHETIC, SELECTED = SETS = ("real", "synthetic", "selected")
+# Real texts that the others are compared with; those in the part of REAL are the control.
+REFERENCE = "reference"
+NEIGHBOURS = 5
+# Half of the rows may be neighbours of one another before the figures mean nothing at all.
+LEAST_ROWS = 2 * NEIGHBOURS
+MAUVE, SHARED = "MAUVE", "words that the real texts have, share"
+DIVERGENCE = "distance of word frequencies (Jensen-Shannon)"
+BETTER = {
+    MAUVE: "higher", "precision": "higher", "recall": "higher", "coverage": "higher",
+    SHARED: "higher", DIVERGENCE: "lower",
+}  # fmt: skip
+
+COMPARISON_NOTES = [
+    f"Precision: share of the texts near real ones; recall: share of the real texts near them "
+    f"(k = {NEIGHBOURS}). Density above the control means that texts crowd where real ones are; "
+    "coverage is the share of real texts with one nearby.",
+    "Distance of word frequencies: 0 if every word is as frequent, 1 if no word is shared.",
+]
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """The texts of one file, and those of them that seeds draw from.
+
+    Attributes:
+        lengths: words of every text.
+        figures: of all texts, by name.
+        words: of each drawn text, in their order.
+        vectors: float16 [drawn texts, dimensions], unit vectors.
+    """
+
+    lengths: list[int]
+    figures: dict[str, float]
+    words: list[list[str]]
+    vectors: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one seed draws of a set: words of each text, and float16 unit vectors in its order."""
+
+    words: list[list[str]]
+    vectors: np.ndarray
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this evaluation."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--real", required=True, metavar="PATH", help=f"real texts: {FORMATS}")
+    add("--split", help="the split to read where --real is a saved DatasetDict")
+    add("--synthetic", required=True, metavar="PATH", help="synthetic texts, in such a format")
+    add("--selected", metavar="PATH", help="those of them that resampling selected")
+    add("--model", default=embed.DEFAULT_MODEL, help="a sentence-transformers hub id or folder")
+    add("--num_rows", type=positive_int, default=1000, help="texts of each set that a seed "
+        "compares, drawn from twice as many; fewer where a set has fewer, or the real one fewer "
+        "than twice as many")  # fmt: skip
+    add("--num_seeds", type=positive_int, default=5, help="draws of texts and clusters, 2 or more")
+    add("--public", action="store_true", help="the real texts are public, so all figures are too")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for the figures")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.num_seeds < 2:
+        raise UsageError("--num_seeds 1: the spread over seeds needs 2 or more; 5 is the default")
+    if args.num_rows < LEAST_ROWS:
+        raise UsageError(f"--num_rows {args.num_rows}: {LEAST_ROWS} or more are needed")
+    require_new_result(args.output, TOOL)
+    texts = {REAL: texts_with_words(REAL, args.real, args.split)}
+    for name, path in ((SYNTHETIC, args.synthetic), (SELECTED, args.selected)):
+        if path is not None:
+            texts[name] = texts_with_words(name, path, None)
+    size = common_size(texts, args.num_rows)
+    if size < args.num_rows:
+        counts = ", ".join(f"{name} {len(found):,}" for name, found in texts.items())
+        say(f"{size:,} texts of each set are compared, not --num_rows {args.num_rows:,}: {counts}")
+    model = embed.load_model(args.model)
+    sets = {name: text_set(name, found, args.num_rows, model) for name, found in texts.items()}
+    results = [evaluate(sets, size, args.num_seeds, private=not args.public)]
+    if not args.public:
+        # What nothing of the real texts enters: not even their number, which may decide the size.
+        del sets[REAL], texts[REAL]
+        size = common_size(texts, args.num_rows)
+        results.append(evaluate(sets, size, args.num_seeds, private=False))
+    for result in results:
+        write_result(args.output, result, args)
+    print("\n\n".join(map(table, results)))
+
+
+def texts_with_words(name: str, path: str, split: str | None) -> list[str]:
+    """The texts of a file that have a word; says how many have none.
+
+    Raises:
+        UsageError: too few are left.
+    """
+    texts = read_instructions(path, split)
+    kept = [text for text in texts if lexical.words(text)]
+    if len(kept) < len(texts):
+        say(f"--{name} {path}: {len(texts) - len(kept):,} texts without a word left out")
+    needed = halves(name) * LEAST_ROWS
+    if len(kept) < needed:
+        why = ", since one half of them is the control of the other" if name == REAL else ""
+        raise UsageError(
+            f"--{name} {path!r} has {len(kept)} texts with a word; {needed} or more are needed{why}"
+        )
+    return kept
+
+
+def halves(name: str) -> int:
+    """Samples that a seed draws from a set: of the real one, a reference and its control."""
+    return 2 if name == REAL else 1
+
+
+def common_size(texts: dict[str, list[str]], num_rows: int) -> int:
+    """How many texts every set can give to a sample, and at most `num_rows`."""
+    return min(num_rows, *(len(found) // halves(name) for name, found in texts.items()))
+
+
+def text_set(name: str, texts: list[str], num_rows: int, model: "SentenceTransformer") -> TextSet:
+    """Describe a set and embed twice `num_rows` of its texts; depends on no other set.
+
+    Raises:
+        UsageError: the model gives a text no direction.
+    """
+    lengths, vocabulary = lexical.lengths_and_vocabulary(texts)
+    drawn = np.random.default_rng(SETS.index(name)).permutation(len(texts))[: 2 * num_rows]
+    say(f"embedding {len(drawn):,} of {len(texts):,} {name} texts")
+    chosen = [texts[row] for row in drawn]
+    vectors = model.encode(chosen, show_progress_bar=True, device=embed.default_devices()[0])
+    return TextSet(
+        lengths,
+        lexical.length_figures(lengths)
+        | {
+            "distinct words": vocabulary,
+            "exact duplicates, share": lexical.duplicate_share(texts),
+        },
+        [lexical.words(text) for text in chosen],
+        embed.unit_vectors(vectors, drawn, f"the embedding of --{name}'s texts with a word"),
+    )
+
+
+def evaluate(sets: dict[str, TextSet], size: int, num_seeds: int, private: bool) -> Result:
+    """Compare the sets with the real one, if it is among them, and describe each.
+
+    Args:
+        sets: by their names; a result may be released if all are covered by a guarantee.
+        size: texts in each sample.
+        private: whether the result may not be released.
+    """
+    per_seed = [
+        figures_of(samples(sets, size, seed), seed)
+        for seed in tqdm(range(num_seeds), desc="compare", unit="seed")
+    ]
+    scores = []
+    for name, subjects in per_seed[0].items():
+        # Texts may be so short that a seed finds no n-gram in common numbers.
+        if all(name in found for found in per_seed):
+            scores += scores_of(name, {s: [found[name][s] for found in per_seed] for s in subjects})
+    for name in sets[SYNTHETIC].figures:
+        scores += scores_of(name, {s: [found.figures[name]] for s, found in sets.items()})
+    compared = REAL in sets
+    counts = ", ".join(f"{name} {len(found.lengths):,}" for name, found in sets.items())
+    return Result(
+        tool=TOOL,
+        title="How close the synthetic texts are to the real ones"
+        if compared
+        else "How diverse the synthetic texts are",
+        private=private,
+        interval=SEEDS,
+        control="other real texts in the place of the synthetic ones" if compared else "",
+        scores=scores,
+        charts=[
+            Chart(
+                "Lengths of the texts", "words", "share of the texts at most as long",
+                {name: lexical.length_line(found.lengths) for name, found in sets.items()},
+            )
+        ],
+        notes=[
+            f"{size:,} texts of each set in each of {num_seeds} draws, and equally many words or "
+            "n-grams of them: these figures depend on the number, so compare them at equal ones. "
+            "Draws of a set overlap, so the spread is of this measurement, not of new texts.",
+            "Figures without an interval, and the chart, are of all texts with a word: "
+            f"{counts}.",
+        ] + COMPARISON_NOTES * compared,
+    )  # fmt: skip
+
+
+def scores_of(name: str, values: dict[str, list[float]]) -> list[Score]:
+    """A figure of every set, with its mean and spread where it has several values.
+
+    Args:
+        values: by set; the real one's are the control of the others.
+    """
+    control = float(np.mean(values[REAL])) if REAL in values else None
+    scores = []
+    for subject, found in values.items():
+        if subject != REAL:
+            figures = mean_and_spread(found) if len(found) > 1 else (found[0],)
+            scores.append(
+                Score(name, subject, *figures, control=control, better=BETTER.get(name, ""))
+            )
+    return scores
+
+
+def samples(sets: dict[str, TextSet], size: int, seed: int) -> dict[str, Sample]:
+    """Draw `size` texts of each set; of the real one twice, with no text in both."""
+    found = {}
+    for name, texts in sets.items():
+        # Streams of their own: one file given twice is compared as two samples of it.
+        rows = np.random.default_rng([seed, SETS.index(name)]).permutation(len(texts.words))
+        for part, role in enumerate([name, REFERENCE][: halves(name)]):
+            chosen = rows[part * size : (part + 1) * size]
+            found[role] = Sample([texts.words[row] for row in chosen], texts.vectors[chosen])
+    return found
+
+
+def figures_of(samples: dict[str, Sample], seed: int) -> dict[str, dict[str, float]]:
+    """Figures of one seed, by name and set; with a reference in `samples`, also comparisons."""
+    figures = defaultdict(dict)
+    reference = samples.get(REFERENCE)
+    words = {name: sample.words for name, sample in samples.items()}
+    grams = {n: lexical.equally_many_ngrams(words, n) for n in (1, 2, 3)}
+    for name, sample in samples.items():
+        if name == REFERENCE:
+            continue
+        if reference:
+            figures[MAUVE][name] = mauve(reference.vectors, sample.vectors, seed)
+            for figure, value in overlap(reference.vectors, sample.vectors, NEIGHBOURS).items():
+                figures[figure][name] = value
+            unigrams = grams[1][name], grams[1][REFERENCE]
+            figures[SHARED][name] = lexical.shared_vocabulary(*unigrams)
+            figures[DIVERGENCE][name] = lexical.jensen_shannon_distance(*unigrams)
+        for n, of_sets in grams.items():
+            # Where a set has texts of a word or two alone, nobody's longer n-grams are compared.
+            if of_sets[name]:
+                figures[f"distinct-{n}"][name] = lexical.distinct_share(of_sets[name])
+        figures["similarity of two texts"][name] = mean_similarity(sample.vectors)
+        figures["similarity to the nearest other text"][name] = nearest_similarity(sample.vectors)
+    return figures
+
+
+if __name__ == "__main__":
+    run_cli(main)
