@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(
             f"--real {args.real}: real texts are for the internal page; add --internal"
         )
+    if args.output.exists() and not args.output.is_dir():
+        raise UsageError(f"--output {args.output} is no folder; use another")
     folder = args.output / PRIVATE_FOLDER if args.internal else args.output
     name = "report-internal" if args.internal else "report"
     paths = {suffix: folder / f"{name}{suffix}" for suffix in SUFFIXES}

@@ -39,7 +39,8 @@ class Training:
     """A training run.
 
     Attributes:
-        own_epsilon: what the run costs alone; None without a guarantee.
+        base: fingerprint of the base model.
+        own_cost: (epsilon, delta) of the run alone; None without a guarantee.
         metrics: lines of private/metrics.jsonl; none on a page for release.
     """
 
@@ -47,7 +48,8 @@ class Training:
     arguments: dict
     argv: list[str]
     versions: dict
-    own_epsilon: float | None
+    base: str | None
+    own_cost: tuple[float, float] | None
     metrics: list[dict]
 
 
@@ -209,18 +211,31 @@ def read_training(folder: Path, internal: bool) -> Training:
     config = read_object(folder / CONFIG_FILE, "train.py", arguments=dict, argv=list, versions=dict)
     with damage_named(folder / CONFIG_FILE, "train.py"):
         float(config["arguments"]["eps"]), config["arguments"]["insecure_fixed_noise_seed"]
-    own = folder / "privacy_report.json"
-    own_epsilon = read_object(own, "train.py", epsilon=dict)["epsilon"] if own.exists() else {}
+    own, own_cost = folder / "privacy_report.json", None
+    if own.exists():
+        told = read_object(own, "train.py", guarantee=bool, epsilon=dict)
+        with damage_named(own, "train.py"):
+            if told["guarantee"]:
+                own_cost = float(told["epsilon"]["upper"]), float(told["delta"])
     metrics = folder / METRICS
     lines = list(read_jsonl(metrics)) if internal and metrics.is_file() else []
+    with damage_named(metrics, "train.py"):
+        for value in (value for line in lines for value in (line["step"], *losses_of(line))):
+            float(value)
     return Training(
         folder=folder,
         arguments=config["arguments"],
         argv=config["argv"],
         versions=config["versions"],
-        own_epsilon=own_epsilon.get("upper"),
+        base=config.get("base_model_fingerprint"),
+        own_cost=own_cost,
         metrics=lines,
     )
+
+
+def losses_of(line: dict) -> list[float]:
+    """The losses and seconds in a line of metrics, which pages show."""
+    return [line[name] for name in ("train_loss", "validation_loss", "seconds") if name in line]
 
 
 def weights_of(run: Path) -> list[str]:
@@ -253,6 +268,7 @@ def read_sampled(folder: Path, adapters: set[str] | None) -> Samples:
         for sample in samples:
             if not all(isinstance(sample[key], str) for key in ("prompt", "text", "finish_reason")):
                 raise TypeError
+            int(sample["num_tokens"])
     return Samples(folder, manifest, samples, 0)
 
 
@@ -266,7 +282,9 @@ def with_known_prompts(samples: Samples, synthetic: set[str]) -> Samples:
 
 def read_extraction(folder: Path) -> dict:
     """Read how many texts `resample_with_dp_histogram.extract` kept and dropped."""
-    return read_object(folder / PREPARATION_FILE, "extract", kept=int, dropped=dict)
+    found = read_object(folder / PREPARATION_FILE, "extract", kept=int, dropped=dict)
+    with damage_named(folder / PREPARATION_FILE, "extract"):
+        return found | {"dropped": {str(why): int(n) for why, n in found["dropped"].items()}}
 
 
 def read_selection(folder: Path, ledgers: Sequence[Path]) -> Selection:
@@ -286,6 +304,10 @@ def read_selection(folder: Path, ledgers: Sequence[Path]) -> Selection:
                 f"--selection {folder}: its histogram is in no ledger named here, so its cost "
                 f"would be left out; add --histogram {report['ledger']['path']}"
             )
+        for name in ("num_samples", "distinct_rows", "pool", "overflow"):
+            int(report["selection"][name])
+        for name in ("synthetic", "selected"):
+            float(report["total_variation_to_private"][name])
         read = json.loads((folder / "histograms.json").read_text(encoding="utf-8"))
         histograms = {name: list(map(float, read[name])) for name in HISTOGRAMS}
         if not all(0 < len(each) == len(histograms["private"]) for each in histograms.values()):
@@ -317,6 +339,8 @@ def read_annotations(folder: Path, synthetic: set[str] | None) -> Annotations:
         usd = Spending(job, price, None, records).spent if price else None
         statuses = [record["status"] for record in records]
         instructions = {record["instruction"].strip() for record in records}
+        for usage in (record["usage"] for record in records if record["usage"]):
+            int(usage["prompt_tokens"]), int(usage["completion_tokens"])
     if synthetic is not None and (unknown := instructions - synthetic):
         raise UsageError(
             f"--annotations {folder}: {len(unknown):,} of {len(statuses):,} instructions are in "
@@ -340,19 +364,21 @@ def read_folder(folder: Path, args: argparse.Namespace) -> list[dict]:
         raise UsageError(f"--evaluations {folder}: {which} there; leave it out")
     for result in results:
         with damage_named(folder / f"{result['tool']}.json", f"evaluation.{result['tool']}"):
+            for name in ("title", "interval", "control"):
+                result[name] = str(result[name])
+            result["notes"] = list(map(str, result["notes"]))
+            result["argv"], result["versions"] = list(result["argv"]), dict(result["versions"])
             result["scores"] = [vars(Score(**score)) for score in result["scores"]]
-            result["charts"] = [vars(Chart(**chart)) for chart in result["charts"]]
             for score in result["scores"]:
-                for key in ("value", "low", "high", "control"):
-                    score[key] = None if score[key] is None else float(score[key])
-                score["value"] / 1
+                score["value"] = float(score["value"])
+                for name in ("low", "high", "control"):
+                    score[name] = None if score[name] is None else float(score[name])
+            result["charts"] = [vars(Chart(**chart)) for chart in result["charts"]]
             for chart in result["charts"]:
                 chart["lines"] = {
                     str(label): [(float(x), float(y)) for x, y in points]
                     for label, points in chart["lines"].items()
                 }
-            result["argv"], result["versions"] = list(result["argv"]), dict(result["versions"])
-            result["notes"] = list(map(str, result["notes"]))
     return results
 
 

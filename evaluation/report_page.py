@@ -618,7 +618,8 @@ def pipeline_section(material: Material) -> Section:
         for run in material.runs
     ]
     rows += [["train on synthetic data", training(run, None)] for run in material.synthetic_runs]
-    rows += [["sample", sampling(samples)] for samples in material.samples]
+    bases = {run.base for run in material.runs + material.synthetic_runs}
+    rows += [["sample", sampling(samples, bases)] for samples in material.samples]
     if extraction := material.extraction:
         dropped = ", ".join(
             f"{number:,} {reason}" for reason, number in extraction["dropped"].items()
@@ -657,18 +658,21 @@ def training(run: Training, facts: dict | None) -> str:
         )
     else:
         parts.append(f"batch {arguments.get('total_bs')}, {arguments.get('num_epochs')} epochs")
-    if run.own_epsilon is not None:
-        parts.append(f"epsilon {run.own_epsilon:.3f} alone")
+    if run.own_cost:
+        parts.append("epsilon {:.3f} at delta {:g} alone".format(*run.own_cost))
     if seconds := sum(line.get("seconds", 0) for line in run.metrics):
         parts.append(f"{seconds:,.0f} s in its steps (private)")
     return "; ".join(parts)
 
 
-def sampling(samples: Samples) -> str:
-    """A folder of samples in a sentence."""
+def sampling(samples: Samples, bases: set[str | None]) -> str:
+    """A folder of samples in a sentence; `bases` are the fingerprints of the runs' base models."""
     manifest = samples.manifest
-    adapter = manifest.get("adapter_path")
-    source = portable_word(adapter) if adapter else portable_word(manifest["model_name"]) + " alone"
+    source = portable_word(manifest.get("adapter_path") or manifest["model_name"])
+    if not manifest.get("adapter_path"):
+        source += " alone"
+        if manifest.get("model_fingerprint") not in bases:
+            source += " (that it read no private rows is a claim of whoever made this page)"
     text = f"{portable_word(samples.folder)}: from {source}; {manifest['num_samples']:,} asked for"
     ends = Counter(sample["finish_reason"] for sample in samples.shown)
     if ends:

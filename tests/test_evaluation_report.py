@@ -338,6 +338,7 @@ def test_only_a_page_of_its_own_is_replaced_and_only_when_told(folders, capsys):
         ("inference_outputs/answers/shard-0.jsonl", '{"id": 1}\n', "inference_outputs/answers is"),
         ("synthetic/preparation.json", '{"kept": "x"}', "preparation.json is missing or not"),
         ("selected/histograms.json", '{"private": [1]}', "selected is missing or not what"),
+        ("selected/resampling_report.json", "{}", "resampling_report.json is missing or not"),
         ("selected/selected.jsonl", None, "selected is missing or not what"),
         ("annotations/answers.jsonl", None, "no answers.jsonl there"),
         ("annotations/answers.jsonl", '{"id": 1}\n', "annotations is missing or not what"),
@@ -385,6 +386,20 @@ def test_a_private_run_is_no_synthetic_one(folders, capsys):
     folders.remove("outputs/answers")
     argv = [*folders, "outputs/answers", "--output", "out"]
     assert "name it before the flags, as a RUN" in refused(argv, capsys)
+
+
+def test_samples_of_an_unknown_model_are_a_claim(folders):
+    path = Path("inference_outputs/instructions/manifest.json")
+    known = json.loads(path.read_text()) | {"adapter_path": None, "adapter_sha256": None}
+    base = json.loads(Path("outputs/answers/run_config.json").read_text())["base_model_fingerprint"]
+    for fingerprint, claims in ((base, 0), ("another", 1)):
+        write_json(path, known | {"model_fingerprint": fingerprint})
+        page, _ = page_of(folders)
+        assert page.count("that it read no private rows is a claim") == claims
+
+
+def test_an_output_that_is_a_file_is_refused(folders, capsys):
+    assert "is no folder" in refused([*folders, "--output", "questions.txt"], capsys)
 
 
 def test_real_texts_need_the_internal_page(folders, capsys):
