@@ -62,7 +62,7 @@ def line_chart(chart: dict, key: str) -> str:
         _tidy(axes)
         if len(chart["lines"]) > 1:
             figure.legend(loc="outside upper left", ncols=2, handlelength=2.4, columnspacing=1.2)
-        return _inline(figure, key, describe(chart))
+        return _inline(figure, describe(chart))
 
 
 def score_chart(name: str, scores: Sequence[dict], control: str, key: str) -> str:
@@ -97,7 +97,7 @@ def score_chart(name: str, scores: Sequence[dict], control: str, key: str) -> st
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.06)
         _tidy(axes, rows=False)
-        return _inline(figure, key, describe_scores(name, scores, control))
+        return _inline(figure, describe_scores(name, scores, control))
 
 
 def describe(chart: dict) -> str:
@@ -137,7 +137,7 @@ def _tidy(axes: Axes, rows: bool = True) -> None:
     axes.set_axisbelow(True)
 
 
-def _inline(figure: Figure, key: str, description: str) -> str:
+def _inline(figure: Figure, description: str) -> str:
     """The figure as an element for a page: no fixed size, the page's colours, ids of its own."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
@@ -148,9 +148,10 @@ def _inline(figure: Figure, key: str, description: str) -> str:
     svg = buffer.getvalue()
     view = re.search(r'viewBox="[^"]+"', svg)[0]
     svg = svg[svg.index("</defs>") + len("</defs>") :].strip()  # of the first: a global style
+    # Ids that something refers to are hashes of what they name and of the chart's key.
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{key}-", svg).replace("xlink:href", "href")
+    svg = svg.replace("xlink:href", "href")
     svg = re.sub(r" ?font-family: [^;\"]*;", "", svg)
     svg = re.sub(r"\n(?=L |z|C |Q )", " ", svg)
     for colour, value in {INK: "currentColor", GRID: "var(--grid)"}.items():
