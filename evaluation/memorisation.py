@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from evaluation.exposure import exposure_by_chance, exposures, told_secrets
-from evaluation.intervals import BOOTSTRAP, bootstrap, over_examples
+from evaluation.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap, over_examples
 from evaluation.overlap import (
     Reference,
     exact_matches,
@@ -58,10 +58,16 @@ from utils.text_inputs import FORMATS, read_instructions
 
 TOOL = "memorisation"
 NGRAMS = (5, 8, 13)
-PER_TEXTS = " per 1,000 texts"
+PER_TEXTS, MORE = " per 1,000 texts", ": more than by chance"
+# Nearest rows of which a training row and a held-out one are sought: one in 2^15 texts lacks one.
+NEIGHBOURS = 16
 # Padded tokens of canaries on the device at once.
 TOKENS_AT_ONCE = 8192
-CONTROL = "the same of the held-out set, in parts of equal size"
+INTERVAL = (
+    f"{BOOTSTRAP}; of shared rows, the figure less what it is where {RESAMPLES:,} times rows drawn "
+    f"from both sets pass for the training rows, at {CONFIDENCE:.0%}"
+)
+CONTROL = "the same of as many held-out rows"
 CANARY_CONTROL = "for canaries: as many others that were not inserted"
 
 
@@ -131,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     say("looking for copies and common runs of words")
     scores, chart, run_notes = overlap_scores(texts, forms, reference)
-    notes += run_notes
+    notes += run_notes + [copies_note(forms, training, held_out)]
     if encoder:
         scores += neighbour_scores(texts, training, held_out, encoder, args)
     say("looking for personal data")
@@ -154,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             tool=TOOL,
             title="What is shared with the training set",
             private=True,
-            interval=BOOTSTRAP,
+            interval=INTERVAL,
             control=CONTROL + (f"; {CANARY_CONTROL}" if run and not run.has_guarantee else ""),
             scores=scores,
             charts=[chart],
@@ -192,35 +198,50 @@ def distinct(texts: list[str]) -> tuple[list[str], list[str]]:
     return [texts[place] for place in chosen], [forms[place] for place in chosen]
 
 
-def compared(
-    name: str,
-    subject: str,
-    values: tuple[np.ndarray, np.ndarray],
-    statistic: Callable[[np.ndarray], np.ndarray] = over_examples,
-) -> list[Score]:
-    """A figure of examples with its control, and by how much it is above: the leak, if any.
+def more_than_by_chance(
+    statistic: Callable[[np.ndarray], float], is_training: np.ndarray
+) -> tuple[float, float, float]:
+    """A figure that is 0 without a leak, and its interval from the permutation test of that.
 
-    The difference has an interval of its own, from resampling examples with both their values.
+    Rows that were not trained on are exchangeable with those that were, given texts that know
+    neither. So which of them are named the training rows does not matter, whatever the texts are.
 
     Args:
-        values: float64 [examples] each, of the training set and of the held-out set.
+        statistic: the figure, by what is named a training row or part.
+        is_training: bool [rows or parts], the truth.
+
+    Returns:
+        The figure, and both ends of it less what chance makes of it. The lower end is above 0
+        only if fewer than one in 40 namings give as large a figure (Fisher 1935, "The Design of
+        Experiments", section 21).
     """
-    ours, control = values
-    value, by_chance = (float(statistic(column[None])[0]) for column in values)
-    low, high = bootstrap(ours, statistic=statistic)
-    figure = Score(name, subject, value, low, high, by_chance, "lower")
-    low, high = bootstrap(
-        ours, control, statistic=lambda one, other: statistic(one) - statistic(other)
-    )
-    more = Score(
-        f"{name}: more than by chance", subject, value - by_chance, low, high, 0.0, "lower"
-    )
-    return [figure, more]
+    random = np.random.default_rng(0)
+    value = statistic(is_training)
+    others = [statistic(random.permutation(is_training)) for _ in range(RESAMPLES)]
+    tail = (1 - CONFIDENCE) / 2
+    # Sums in another order differ in their last bits, which must not count as more.
+    low, high = np.round(value - np.quantile(others, [1 - tail, tail]), 12)
+    return value, float(low), float(high)
 
 
-def medians(values: np.ndarray) -> np.ndarray:
-    """The median of each row: a statistic for `bootstrap`."""
-    return np.median(values, axis=1)
+def compared(name: str, subject: str, parts: np.ndarray, reference: Reference) -> list[Score]:
+    """A figure with its control, and by how much it is above: the leak, if any.
+
+    Args:
+        parts: the figure of each part, float64 [parts].
+    """
+
+    def difference(is_training: np.ndarray) -> float:
+        return float(parts[is_training].mean() - parts[~is_training].mean())
+
+    value, control = (
+        float(parts[side].mean()) for side in (reference.is_training, ~reference.is_training)
+    )
+    more = more_than_by_chance(difference, reference.is_training)
+    return [
+        Score(name, subject, value, control=control, better="lower"),
+        Score(name + MORE, subject, *more, control=0.0, better="lower"),
+    ]
 
 
 # ------------------------------------------------------------------------ shared rows
@@ -234,48 +255,41 @@ def overlap_scores(
     subject = "synthetic texts"
     scores, notes = [], []
     for name, ours, rows in (
-        ("exact copies of a row", texts, reference.texts),
-        ("copies of a row but for case and punctuation", forms, row_forms),
+        ("exact copies of a row, share", texts, reference.texts),
+        ("copies of a row but for case and punctuation, share", forms, row_forms),
     ):
         found_in = exact_matches(keys(ours), keys(rows), reference.parts)
-        scores += compared(f"{name}, share", subject, reference.shares(found_in))
-        copies, by_chance = (
-            np.count_nonzero(found_in & side) for side in (reference.training, reference.held_out)
-        )
-        notes.append(
-            f"{name}: {copies:,} texts of any training row, {by_chance:,} of a held-out one"
-        )
+        scores += compared(name, subject, reference.shares(found_in), reference)
 
+    # By length, the share of texts that have a run of it in common with each part: all at 0 words.
+    runs = shared_runs(forms, row_forms, reference.parts)
+    curve = np.array([np.ones(len(reference.bits)), *map(reference.shares, runs)])
     lengths = np.array([form.count(" ") + 1 for form in forms])
-    nowhere = np.zeros(len(forms), dtype=np.uint64)
-    ngrams = dict.fromkeys(NGRAMS, nowhere)
-    longest, most = (np.zeros((2, len(forms))), np.zeros(2))
-    lines = {"training rows": [], "held-out rows": []}
-    for length, found_in in enumerate(shared_runs(forms, row_forms, reference.parts), start=1):
-        shares = reference.shares(found_in)
-        longest += shares
-        most += reference.shares(np.bitwise_or.reduce(found_in))
-        if length in NGRAMS:
-            ngrams[length] = found_in
-        for line, share in zip(lines.values(), shares):
-            line.append([length, float(share.mean())])
-    for length, found_in in ngrams.items():
-        if (lengths < length).all():
+    for length in NGRAMS:
+        as_long = (lengths >= length).mean()
+        if as_long == 0:
             notes.append(f"no synthetic text has {length} words")
             continue
-        shares = reference.shares(found_in[lengths >= length])
         name = f"texts that share {length} words in a row, of those as long, share"
-        scores += compared(name, subject, shares)
+        parts = curve[length : length + 1].sum(axis=0) / as_long
+        scores += compared(name, subject, parts, reference)
     name = "longest run of words shared with a row"
-    scores += compared(f"{name}, median over texts", subject, tuple(longest), medians)
-    scores.append(
-        Score(f"{name}, longest of all", subject, most[0], control=most[1], better="lower")
-    )
+    for of_texts, parts in (
+        ("mean over texts (words)", curve[1:].sum(axis=0)),
+        ("longest of all (words)", (curve[1:] > 0).sum(axis=0)),
+    ):
+        scores += compared(f"{name}, {of_texts}", subject, parts, reference)
     chart = Chart(
         title="Runs of words that synthetic texts share",
         x_label="words in a row",
         y_label="share of synthetic texts",
-        lines=lines,
+        lines={
+            name: [[length, share] for length, share in enumerate(side.mean(axis=1).tolist())]
+            for name, side in (
+                ("training rows", curve[:, reference.is_training]),
+                ("held-out rows", curve[:, ~reference.is_training]),
+            )
+        },
         kind="step",
     )
     return scores, chart, notes
@@ -284,44 +298,66 @@ def overlap_scores(
 def neighbour_scores(
     texts: list[str], training: list[str], held_out: list[str], encoder, args: argparse.Namespace
 ) -> list[Score]:
-    """Nearest training and held-out rows, among embeddings that are never written."""
+    """Nearest rows of as many training and held-out ones, by embeddings that are never written."""
     random = np.random.default_rng(args.seed)
 
-    def draw(rows: list[str]) -> list[str]:
-        chosen = random.permutation(len(rows))[: args.max_embedded]
-        return [rows[row] for row in chosen]
+    def embed_some(rows: list[str], count: int, name: str) -> np.ndarray:
+        chosen = [rows[row] for row in random.permutation(len(rows))[:count]]
+        say(f"embedding {len(chosen):,} {name}")
+        embeddings = encoder.encode(chosen, show_progress_bar=True, device=default_devices()[0])
+        return unit_vectors(embeddings, np.arange(len(chosen)), f"--embedding_model, {name}")
 
-    def embed(rows: list[str], name: str) -> np.ndarray:
-        say(f"embedding {len(rows):,} {name}")
-        embeddings = encoder.encode(rows, show_progress_bar=True, device=default_devices()[0])
-        return unit_vectors(embeddings, np.arange(len(rows)), f"--embedding_model, {name}")
+    vectors = embed_some(texts, args.max_embedded, "synthetic texts")
+    count = min(len(training), len(held_out), args.max_embedded)
+    sides = [
+        embed_some(rows, count, name)
+        for rows, name in ((training, "private rows"), (held_out, "held-out rows"))
+    ]
+    similarities, places = nearest(vectors, np.concatenate(sides), NEIGHBOURS)
 
-    texts = draw(texts)
-    reference = make_reference(draw(training), draw(held_out), args.seed)
-    similarities = nearest(
-        embed(texts, "synthetic texts"),
-        embed(reference.texts, "private and held-out rows"),
-        reference.parts,
-    )
-    # The smaller set is one part, and is held against every part of the other.
-    is_training = np.unique(reference.parts) & reference.training > 0
-    to_training, to_held_out = similarities[:, is_training], similarities[:, ~is_training]
-    nearer = ((to_training > to_held_out) + 0.5 * (to_training == to_held_out)).mean(axis=1)
+    def to_nearest(is_wanted: np.ndarray) -> np.ndarray:
+        """The similarity of each text to the first of its neighbours that is wanted."""
+        wanted = is_wanted[places]
+        wanted[:, -1] = True
+        return np.take_along_axis(similarities, wanted.argmax(axis=1)[:, None], axis=1)[:, 0]
+
+    def similarity_gained(is_training: np.ndarray) -> float:
+        return float((to_nearest(is_training) - to_nearest(~is_training)).mean())
+
+    def share_above_half(is_training: np.ndarray) -> float:
+        return float(np.sign(to_nearest(is_training) - to_nearest(~is_training)).mean() / 2)
+
+    is_training = np.arange(2 * count) < count
+    subject = f"{len(vectors):,} synthetic texts, {count:,} rows of either set"
+    name = "cosine similarity to the nearest row, mean"
+    value, control = (float(to_nearest(side).mean()) for side in (is_training, ~is_training))
+    gained = more_than_by_chance(similarity_gained, is_training)
+    above_half = more_than_by_chance(share_above_half, is_training)
     return [
-        *compared(
-            "cosine similarity to the nearest row, mean",
-            f"{len(texts):,} synthetic texts",
-            (to_training.mean(axis=1), to_held_out.mean(axis=1)),
-        ),
+        Score(name, subject, value, control=control, better="lower"),
+        Score(name + MORE, subject, *gained, control=0.0, better="lower"),
         Score(
             "nearer to a training row than to any held-out row, share",
-            f"{len(texts):,} synthetic texts",
-            float(nearer.mean()),
-            *bootstrap(nearer, statistic=over_examples),
+            subject,
+            *(0.5 + end for end in above_half),
             control=0.5,
             better="lower",
         ),
     ]
+
+
+def copies_note(forms: list[str], training: list[str], held_out: list[str]) -> str:
+    """How many texts are copies of any row, of those outside the parts too."""
+    ours = keys(forms)
+    copied, by_chance = (
+        np.isin(ours, keys([comparison_form(row) for row in rows])).sum()
+        for rows in (training, held_out)
+    )
+    return (
+        f"but for case and punctuation, {copied:,} synthetic texts are copies of one of all "
+        f"{len(training):,} private rows, {by_chance:,} of one of all {len(held_out):,} held-out "
+        "ones"
+    )
 
 
 # ------------------------------------------------------------------------ personal data
@@ -359,9 +395,10 @@ def verbatim_scores(synthetic: list[str], reference: Reference) -> list[Score]:
         for _, string in find(text):
             if string in found_in:
                 found_in[string] |= part
-    shares = reference.shares(np.array(list(found_in.values()), dtype=np.uint64))
+    parts = reference.shares(np.array(list(found_in.values()), dtype=np.uint64))
     subject = f"{len(found_in):,} strings of synthetic texts"
-    return compared("personal data that stands in a row verbatim, share", subject, shares)
+    name = "personal data that stands in a row verbatim, share"
+    return compared(name, subject, parts, reference)
 
 
 # ------------------------------------------------------------------------ canaries

@@ -1,7 +1,6 @@
 """What texts share with training rows, and with as many rows that were never trained on.
 
-Whole texts, runs of words, nearest neighbours: each is found in equally large parts of both sets
-at once, since a larger set holds more coincidences. Words are those of `comparison_form`; a run
+Whole texts, runs of words, nearest neighbours. Words are those of `comparison_form`; a run
 without spaces, as Chinese is written, counts as one.
 """
 
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Every part has a bit of 64, and the smaller one of the two sets is a single part.
-MOST_PARTS = 63
+# Parts of the smaller set, and at most so many of the larger one: every part has a bit of 64.
+PARTS, MOST_PARTS = 16, 48
 # Similarities equal to so many decimals are ties, as those of one text in two batches are.
 SIMILARITY_DECIMALS = 4
 
@@ -24,45 +23,50 @@ class Reference:
 
     Attributes:
         texts: rows of both sets; those that filled no part are left out.
-        parts: uint64 [rows], the bit of each row's part.
-        training, held_out: the bits of each set's parts.
+        parts: uint64 [rows], the bit of each row's part; the training set's come first.
+        num_training, num_held_out: parts of each set.
         size: rows of a part.
     """
 
     texts: list[str]
     parts: np.ndarray
-    training: np.uint64
-    held_out: np.uint64
+    num_training: int
+    num_held_out: int
     size: int
 
-    def shares(self, found_in: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each set, the share of its parts that is among `found_in` (uint64 bits).
+    @property
+    def is_training(self) -> np.ndarray:
+        """bool [parts]."""
+        return np.arange(self.num_training + self.num_held_out) < self.num_training
 
-        The mean over parts of "found in this part": every row of the larger set is used, and both
-        sets are still compared at one size.
+    @property
+    def bits(self) -> np.ndarray:
+        """uint64 [parts], in order."""
+        return np.uint64(1) << np.arange(self.num_training + self.num_held_out, dtype=np.uint64)
+
+    def shares(self, found_in: np.ndarray) -> np.ndarray:
+        """The share of texts that were found in each part, float64 [parts].
+
+        Args:
+            found_in: uint64 [texts], the bits of the parts in which each was found.
         """
-        training, held_out = (
-            np.bitwise_count(found_in & bits) / np.bitwise_count(bits)
-            for bits in (self.training, self.held_out)
-        )
-        return training, held_out
+        return np.array([(found_in & bit > 0).mean() for bit in self.bits])
 
 
 def make_reference(training: list[str], held_out: list[str], seed: int) -> Reference:
-    """Shuffle both sets, and cut each into parts as large as the smaller set."""
+    """Shuffle both sets, and cut them into parts of one size: the smaller set into `PARTS`.
+
+    A larger set holds more coincidences, so a part is what is compared; and parts of one set
+    differ by chance, which tells how much both sets may.
+    """
     random = np.random.default_rng(seed)
-    size = min(len(training), len(held_out))
-    texts, parts, sides = [], [], []
-    first = 0
+    size = -(-min(len(training), len(held_out)) // PARTS)
+    texts, counts = [], []
     for rows in (training, held_out):
-        count = min(len(rows) // size, MOST_PARTS)
-        chosen = random.permutation(len(rows))[: count * size]
-        texts += [rows[row] for row in chosen]
-        bits = np.uint64(1) << np.arange(first, first + count, dtype=np.uint64)
-        parts.append(np.repeat(bits, size))
-        sides.append(np.bitwise_or.reduce(bits))
-        first += count
-    return Reference(texts, np.concatenate(parts), *sides, size)
+        counts.append(min(len(rows) // size, MOST_PARTS))
+        texts += [rows[row] for row in random.permutation(len(rows))[: counts[-1] * size]]
+    bits = np.uint64(1) << np.arange(sum(counts), dtype=np.uint64)
+    return Reference(texts, np.repeat(bits, size), *counts, size)
 
 
 def keys(texts: list[str]) -> np.ndarray:
@@ -156,18 +160,18 @@ def _looked_up(values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.nd
     return known[place] == values, place
 
 
-def nearest(vectors: np.ndarray, row_vectors: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """float64 [texts, parts]: the cosine similarity of each text to its nearest row of each part.
+def nearest(
+    vectors: np.ndarray, row_vectors: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest rows of each text: cosine similarities (float64) and places, [texts, count].
 
     Args:
         vectors, row_vectors: float16 unit vectors [texts, dimensions] and [rows, dimensions].
-        parts: the rows', see `Reference`; the columns are in order of their bits.
+        count: rows wanted, the nearest first; all of them where there are fewer.
     """
     import faiss
 
-    similarities = []
-    for bit in np.unique(parts):
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(row_vectors[parts == bit].astype(np.float32))
-        similarities.append(index.search(vectors.astype(np.float32), 1)[0][:, 0])
-    return np.round(np.stack(similarities, axis=1).astype(np.float64), SIMILARITY_DECIMALS)
+    index = faiss.IndexFlatIP(row_vectors.shape[1])
+    index.add(row_vectors.astype(np.float32))
+    found, places = index.search(vectors.astype(np.float32), min(count, len(row_vectors)))
+    return np.round(found.astype(np.float64), SIMILARITY_DECIMALS), places

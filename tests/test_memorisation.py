@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState
 import train
 from evaluation import memorisation
 from evaluation.exposure import exposure_by_chance
-from evaluation.memorisation import canary_scores, distinct, main, read_run
+from evaluation.memorisation import MORE, canary_scores, compared, distinct, main, read_run
+from evaluation.overlap import Reference, make_reference
 from privacy_checks.observed_run import signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
 from tests.resampling import save_tiny_encoder
@@ -18,7 +19,7 @@ from tests.training import flags, save_dataset
 from utils.canaries import secrets
 from utils.cli import UsageError
 
-NUM_HELD_OUT, NUM_TRAINING, NUM_SYNTHETIC, NUM_COPIES = 60, 130, 120, 60
+NUM_HELD_OUT, NUM_TRAINING, NUM_SYNTHETIC, NUM_COPIES = 120, 130, 120, 60
 WORDS = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "um")]
 ADDRESS = "jane.doe@example.com"
 
@@ -81,18 +82,18 @@ def measured(sets, encoder, tmp_path_factory):
 
 
 def scores(result: dict, subject: str = "synthetic texts") -> dict[str, dict]:
-    return {s["name"]: s for s in result["scores"] if s["subject"].endswith(subject)}
+    return {s["name"]: s for s in result["scores"] if subject in s["subject"]}
 
 
 # ---------------------------------------------------------------- a leak, and none
 
-MORE = ": more than by chance"
 COPIED = "copies of a row but for case and punctuation, share"
 FIGURES = [
     "exact copies of a row, share",
     COPIED,
     *(f"texts that share {n} words in a row, of those as long, share" for n in (5, 8, 13)),
-    "longest run of words shared with a row, median over texts",
+    "longest run of words shared with a row, mean over texts (words)",
+    "longest run of words shared with a row, longest of all (words)",
     "cosine similarity to the nearest row, mean",
 ]
 NEARER = "nearer to a training row than to any held-out row, share"
@@ -122,47 +123,67 @@ def test_half_the_neighbours_are_nearer_without_a_leak_and_more_with_one(measure
 
 
 def test_figures_are_those_of_the_copies_that_were_made(measured):
-    """130 training rows make two parts of 60: a copy of a row is in one of them, or in neither."""
+    """120 held-out rows make 15 parts of 8; 130 training rows 16 of them, without two rows."""
     private = measured["leaky"][0]
-    found = scores(private)
-    notes = "\n".join(private["notes"])
-    (copied,) = (n for n in private["notes"] if n.startswith("copies of a row but for case"))
-    in_parts = int(copied.split(": ")[1].split()[0])
-    assert NUM_COPIES - 10 <= in_parts <= NUM_COPIES  # 10 rows are in no part
-    assert copied.endswith("0 of a held-out one")
-    assert found[COPIED]["value"] == pytest.approx(in_parts / 2 / NUM_SYNTHETIC)
+    found, notes = scores(private), "\n".join(private["notes"])
     assert found[COPIED]["control"] == 0
+    in_parts = found[COPIED]["value"] * 16 * NUM_SYNTHETIC
+    assert in_parts == pytest.approx(round(in_parts))
+    assert NUM_COPIES - 2 <= round(in_parts) <= NUM_COPIES
     # Every other copy has an exclamation mark in place of the full stop.
-    assert 0 < found[FIGURES[0]]["value"] < found[COPIED]["value"]
-    assert f"{NUM_SYNTHETIC} distinct synthetic texts (of {NUM_SYNTHETIC})" in notes
-    assert "in parts of 60 rows" in notes
-    longest = found["longest run of words shared with a row, longest of all"]
-    assert longest["value"] > longest["control"]
+    assert 0.3 < found[FIGURES[0]]["value"] / found[COPIED]["value"] < 0.7
+    assert (
+        "60 synthetic texts are copies of one of all 130 private rows, 0 of one of all 120" in notes
+    )
+    assert "120 distinct synthetic texts (of 120)" in notes
+    assert "in parts of 8 rows" in notes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_interval_holds_0_as_often_as_it_says_without_a_leak(seed):
+    """Where parts differ by chance alone, one in 20 intervals leaves 0 out."""
+    random = np.random.default_rng(seed)
+    reference = make_reference(["x"] * 48, ["x"] * 16, seed=0)
+    outside = 0
+    for _ in range(60):
+        # Rare coincidences: most parts have none, and the smaller set often none at all.
+        parts = random.poisson(0.1, size=64).astype(float)
+        more = compared("", "", parts, reference)[1]
+        outside += more.low > 0 or more.high < 0
+    assert outside <= 9  # more by a chance of 1 in 1,000
+
+
+def test_an_interval_is_no_wider_than_chance_asks():
+    """Against the normal theory of two means, for parts that lie close to it."""
+    reference = make_reference(["x"] * 48, ["x"] * 16, seed=0)
+    parts = np.random.default_rng(0).normal(size=64)
+    more = compared("", "", parts, reference)[1]
+    deviation = parts.std() * np.sqrt(1 / 48 + 1 / 16)
+    assert (more.high - more.low) == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+    assert more.low < more.value < more.high
 
 
 def test_the_chart_holds_both_distributions(measured):
     (chart,) = measured["leaky"][0]["charts"]
     training, held_out = (np.array(line) for line in chart["lines"].values())
-    assert training[0].tolist() == [1, 1]
+    assert training[0].tolist() == [0, 1]
     assert (np.diff(training[:, 1]) <= 0).all()
-    assert training[-1, 1] > 0.0
-    assert held_out[-1, 1] == 0.0
-    assert training[4, 1] == pytest.approx(
-        scores(measured["leaky"][0])[FIGURES[2]]["value"]
-    )  # no text is shorter than five words
+    assert training[-1, 1] > held_out[-1, 1] == 0
+    assert training[5, 0] == 5
+    # No text is shorter than five words.
+    assert training[5, 1] == pytest.approx(scores(measured["leaky"][0])[FIGURES[2]]["value"])
 
 
 def test_equal_sizes_are_what_makes_a_clean_set_clean(sets, tmp_path, monkeypatch):
-    """Against one part of all training rows, chance alone looks like a leak."""
+    """Where parts of training rows are twice as large, chance alone looks like a leak."""
 
     def lopsided(training, held_out, seed):
-        parts = np.repeat(np.array([1, 2], np.uint64), [len(training), len(held_out)])
-        sides = (np.uint64(1), np.uint64(2))
-        return memorisation.Reference(training + held_out, parts, *sides, len(held_out))
+        parts = np.concatenate([np.arange(130) // 16, 9 + np.arange(120) // 8])
+        return Reference(training + held_out, np.uint64(1) << parts.astype(np.uint64), 9, 15, 8)
 
     monkeypatch.setattr(memorisation, "make_reference", lopsided)
     private, _ = measure(sets, "clean", tmp_path / "lopsided", "--no_embeddings")
-    assert scores(private)[FIGURES[2] + MORE]["low"] > 0
+    assert scores(private)[FIGURES[5] + MORE]["low"] > 0
 
 
 # ---------------------------------------------------------------- personal data
@@ -174,8 +195,8 @@ def test_personal_data_is_counted_and_its_copies_are_told(measured):
         strings = 1 if name == "clean" else 2
         found = scores(private, f"{strings} strings of synthetic texts")
         verbatim = found["personal data that stands in a row verbatim, share"]
-        # Both strings of the leaky set are copies, of rows that are in one of two parts.
-        assert verbatim["value"] == copied / 2
+        # Both strings of the leaky set are copies, of rows that are in one of 16 parts.
+        assert verbatim["value"] == copied / 16
         assert verbatim["control"] == 0
         mails = scores(released)["e-mail addresses per 1,000 texts"]
         assert mails["value"] == pytest.approx(1000 / NUM_SYNTHETIC)

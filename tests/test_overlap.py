@@ -5,6 +5,7 @@ import pytest
 
 from evaluation.overlap import (
     MOST_PARTS,
+    PARTS,
     exact_matches,
     keys,
     make_reference,
@@ -36,35 +37,33 @@ def runs_of(text: str, length: int) -> set[tuple]:
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_both_sets_are_compared_in_parts_of_the_smaller_one(swapped):
-    larger, smaller = [f"large {n}" for n in range(35)], [f"small {n}" for n in range(10)]
+def test_both_sets_are_compared_in_parts_of_one_size(swapped):
+    larger, smaller = [f"large {n}" for n in range(70)], [f"small {n}" for n in range(40)]
     sets = (smaller, larger) if swapped else (larger, smaller)
     reference = make_reference(*sets, seed=0)
-    assert reference.size == 10
-    sizes = {part: int((reference.parts == part).sum()) for part in np.unique(reference.parts)}
-    assert sizes == {np.uint64(1 << part): 10 for part in range(4)}
-    for rows, side in zip(sets, (reference.training, reference.held_out)):
-        own = [text for text, part in zip(reference.texts, reference.parts) if part & side]
-        assert len(own) == len(set(own)) == len(rows) // 10 * 10
+    assert reference.size == 3  # a sixteenth of the smaller set, rounded up
+    numbers = [len(rows) // 3 for rows in sets]
+    assert [reference.num_training, reference.num_held_out] == numbers
+    assert [(reference.parts == bit).sum() for bit in reference.bits] == [3] * sum(numbers)
+    is_training = np.isin(reference.parts, reference.bits[reference.is_training])
+    for rows, chosen in zip(sets, (is_training, ~is_training)):
+        own = [text for text, is_own in zip(reference.texts, chosen) if is_own]
+        assert len(own) == len(set(own)) == len(rows) // 3 * 3
         assert set(own) <= set(rows)
-    assert not reference.training & reference.held_out
-    # Drawn at random: the rows left over are not those at the end.
-    assert {f"large {n}" for n in range(30, 35)} & set(reference.texts)
+        assert own != sorted(own, key=rows.index)  # drawn at random
 
 
-def test_a_share_is_the_mean_over_parts():
-    reference = make_reference(list("abcdefgh"), list("xy"), seed=0)
+def test_a_share_is_that_of_the_texts_by_part():
+    reference = make_reference(list("abcd"), list("xy"), seed=0)
     found_in = np.array([bits(0, 2), bits(4), bits(0, 1, 2, 3, 4), 0], dtype=np.uint64)
-    training, held_out = reference.shares(found_in)
-    assert training.tolist() == [0.5, 0, 1, 0]
-    assert held_out.tolist() == [0, 1, 1, 0]
+    assert reference.shares(found_in).tolist() == [0.5, 0.25, 0.5, 0.25, 0.5, 0]
 
 
 def test_many_parts_fit_in_the_bits():
-    reference = make_reference([f"{n}" for n in range(1000)], ["x"], seed=0)
-    assert len(np.unique(reference.parts)) == len(reference.texts) == MOST_PARTS + 1
+    reference = make_reference([f"{n}" for n in range(1000)], ["x"] * 16, seed=0)
+    assert (reference.num_training, reference.num_held_out) == (MOST_PARTS, PARTS)
     everywhere = exact_matches(keys(["x"]), keys(["x"] * 64), reference.parts)
-    assert [float(share[0]) for share in reference.shares(everywhere)] == [1, 1]
+    assert reference.shares(everywhere).tolist() == [1] * 64
 
 
 # ---------------------------------------------------------------- copies and runs
@@ -112,14 +111,14 @@ def test_a_long_copy_is_found_whole_and_nothing_shared_gives_nothing():
 
 def test_nearest_rows_are_those_of_all_products():
     vectors, rows = unit_vectors(50, seed=1), unit_vectors(90, seed=2)
-    parts = np.repeat(np.array([2, 1, 4], dtype=np.uint64), 30)
     products = vectors.astype(np.float64) @ rows.astype(np.float64).T
-    expected = np.stack([products[:, parts == bit].max(axis=1) for bit in (1, 2, 4)], axis=1)
-    assert np.abs(nearest(vectors, rows, parts) - expected).max() < 1e-4
+    similarities, places = nearest(vectors, rows, 5)
+    assert np.abs(similarities - np.sort(products, axis=1)[:, :-6:-1]).max() < 1e-4
+    assert np.abs(np.take_along_axis(products, places, axis=1) - similarities).max() < 1e-4
 
 
-def test_a_row_that_is_in_both_sets_is_a_tie():
-    rows = unit_vectors(64, seed=3)
-    parts = np.repeat(np.array([1, 2], dtype=np.uint64), 64)
-    found = nearest(unit_vectors(50, seed=4), np.concatenate([rows, rows[::-1]]), parts)
-    assert np.array_equal(found[:, 0], found[:, 1])
+def test_few_rows_are_all_near_and_the_same_row_twice_is_a_tie():
+    rows = unit_vectors(1, seed=3)
+    similarities, places = nearest(unit_vectors(50, seed=4), np.concatenate([rows, rows]), 5)
+    assert similarities.shape == places.shape == (50, 2)
+    assert np.array_equal(similarities[:, 0], similarities[:, 1])
