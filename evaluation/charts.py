@@ -51,6 +51,7 @@ def line_chart(chart: dict, key: str) -> str:
                 "color": SERIES[number % len(SERIES)],
                 "linestyle": STYLES[number % len(STYLES)],
                 "label": _short(label),
+                "marker": "." if len(points) == 1 else None,
             }
             x, y = zip(*points) if points else ((), ())
             if chart["kind"] == "step":

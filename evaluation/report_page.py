@@ -407,7 +407,7 @@ def other_sections(material: Material) -> list[Section]:
 
 
 def results_blocks(material: Material, tools: tuple[str, ...]) -> tuple[list, list[str]]:
-    """The results of some tools, and the first figure of each in a sentence."""
+    """The results of some tools, and of each a sentence on its first figure with a control."""
     blocks, answer = [], []
     for number, result in enumerate(material.results):
         if result["tool"] not in tools:
@@ -438,7 +438,8 @@ def results_blocks(material: Material, tools: tuple[str, ...]) -> tuple[list, li
             figures.append(line_chart(chart | words | {"lines": lines}, f"result-{number}-{place}"))
         blocks += [Charts(figures)] if figures else []
         if scores:
-            answer.append(headline(scores[0]) + mark + ".")
+            compared = [score for score in scores if score["control"] is not None]
+            answer.append(headline((compared or scores)[0]) + mark + ".")
     return blocks, answer
 
 

@@ -111,6 +111,7 @@ def evaluate() -> None:
         "other real texts",
     ), settings)  # fmt: skip
     wins = [
+        Score("win rate", "base", 0.5, 0.5, 0.5, None, "higher"),
         Score("win rate", "answers", 0.58, 0.49, 0.66, 0.5, "higher"),
         Score("win rate", "synthetic answers", 0.63, 0.56, 0.7, 0.5, "higher"),
     ]

@@ -94,6 +94,14 @@ def test_intervals_and_controls_stand_where_their_numbers_are():
     assert control == pytest.approx([high + unit], abs=0.01)
 
 
+def test_a_line_of_one_point_is_a_dot():
+    dots = [
+        charts.line_chart(CHART | {"lines": {"loss": points}}, "key").count("var(--series-1)")
+        for points in ([[0, 1.0], [1, 2.0]], [[0, 1.0]])
+    ]
+    assert dots[1] > dots[0]
+
+
 def test_odd_texts_and_numbers_make_a_chart():
     lines = {"漢字 " + "long " * 30: [[0, float("nan")], [1, 1.0]], "empty": []}
     assert charts.line_chart(CHART | {"lines": lines}, "odd").startswith("<svg ")
