@@ -15,23 +15,23 @@ use_venv requirements.txt
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 
-say "1/7  base model and private data"
+say "1/8  base model and private data"
 python data/prepare_quickstart.py
 
 base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 16"
 private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lr 2e-3 --resume auto"
 
-say "2/7  Type A: learn to write instructions, with differential privacy"
+say "2/8  Type A: learn to write instructions, with differential privacy"
 bash -c "$(python generate_train_command.py --dataset_name quickstart_instructions \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base $private \
     --total_bs 128 --num_epochs 0.25 --max_eval_examples 128 --reserve_histogram_sigma 10)"
 
-say "3/7  Type B: sample synthetic instructions"
+say "3/8  Type B: sample synthetic instructions"
 bash -c "$(python generate_inference_command.py --instruction_file utils/syn_instruct.txt \
     --num_samples 96 --adapter_path outputs/quickstart_instructions/adapter \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base --top_p 0.95)"
 
-say "4/7  resample: select by a DP histogram of the private data"
+say "4/8  resample: select by a DP histogram of the private data"
 [ -d resampling/quickstart/synthetic ] || python -m resample_with_dp_histogram.extract \
     --instructions inference_outputs/quickstart_instructions \
     --output resampling/quickstart/synthetic
@@ -47,12 +47,12 @@ python -m resample_with_dp_histogram.embed --private --model data/quickstart_emb
     --synthetic_instructions resampling/quickstart/synthetic/instructions.jsonl \
     --output resampling/quickstart/selected --num_bins 6 --num_samples 12
 
-say "5/7  Type C: learn to answer, with differential privacy"
+say "5/8  Type C: learn to answer, with differential privacy"
 bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart \
     --job_sess quickstart_answers --prompt_style vicuna $base $private \
     --total_bs 64 --num_epochs 0.075 --max_eval_examples 64)"
 
-say "6/7  Type D: answer held-out questions"
+say "6/8  Type D: answer held-out questions"
 bash -c "$(python generate_inference_command.py --instruction_file data/quickstart_questions.txt \
     --adapter_path outputs/quickstart_answers/adapter \
     --job_sess quickstart_answers --prompt_style vicuna $base --top_p 0.95)"
@@ -78,12 +78,35 @@ if [ "$*" = --annotate ]; then
         --total_bs 2 --num_epochs 1 --resume auto)"
 fi
 
-say "7/7  summary"
+say "7/8  evaluate: how good, how close, what leaked"
+results=evaluation_outputs/quickstart
+[ -f $results/private/perplexity.json ] || python -m evaluation.perplexity \
+    --dataset_name quickstart_instructions --split test \
+    --adapter_path outputs/quickstart_instructions/adapter \
+    --prompt_style uncond_generation --model_name data/quickstart_model --max_seq_len 128 \
+    --output $results
+[ -f $results/private/distribution.json ] || python -m evaluation.distribution \
+    --real data/quickstart_instructions --split test --model data/quickstart_embedder \
+    --synthetic resampling/quickstart/synthetic/instructions.jsonl --output $results
+[ -f $results/private/memorisation.json ] || python -m evaluation.memorisation \
+    --private data/quickstart_instructions --held_out data/quickstart_instructions \
+    --synthetic resampling/quickstart/synthetic/instructions.jsonl \
+    --embedding_model data/quickstart_embedder --max_embedded 1000 --output $results
+
+say "8/8  report"
+page="outputs/quickstart_instructions outputs/quickstart_answers --overwrite --output reports/quickstart
+    --histogram resampling/quickstart/private_data/histogram_ledger.jsonl
+    --samples inference_outputs/quickstart_instructions inference_outputs/quickstart_answers
+    --extraction resampling/quickstart/synthetic --selection resampling/quickstart/selected
+    --evaluations $results"
+if [ "$*" = --annotate ]; then
+    page="$page --annotations annotations/quickstart
+        --synthetic_runs outputs/quickstart_synthetic_answers"
+fi
+python -m evaluation.report $page
+python -m evaluation.report $page --internal --real data/quickstart_instructions --split test
 python -m evaluation.summary --run outputs/quickstart_instructions \
     --samples inference_outputs/quickstart_instructions
-python -m privacy_checks.report outputs/quickstart_instructions \
-    --histogram resampling/quickstart/private_data/histogram_ledger.jsonl |
-    grep "differentially private for"
 echo
 python -m evaluation.summary --run outputs/quickstart_answers \
     --samples inference_outputs/quickstart_answers --num_shown 3
@@ -92,4 +115,9 @@ if [ "$*" = --annotate ]; then
     python -m evaluation.summary --run outputs/quickstart_synthetic_answers
 fi
 echo
-echo "Both private runs read the same rows: whoever publishes both adapters spends both epsilons."
+python -m privacy_checks.report outputs/quickstart_instructions outputs/quickstart_answers \
+    --histogram resampling/quickstart/private_data/histogram_ledger.jsonl |
+    grep "differentially private for"
+echo
+echo "The page to show to anyone:    $PWD/reports/quickstart/report.html"
+echo "The page for your own eyes:    $PWD/reports/quickstart/private/report-internal.html"

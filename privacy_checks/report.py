@@ -155,7 +155,7 @@ def composed_report(
         if run.plan is None:
             return _no_guarantee(run)
     _require_distinct(runs)
-    events = _histograms(histograms, [run.plan.num_examples for run in runs])
+    events = _histograms(histograms, [run.private_rows for run in runs])
     for run in runs:
         if run.without_guarantee:
             return _no_guarantee(run)
@@ -210,6 +210,7 @@ class _Run:
 
     Attributes:
         without_guarantee: why there is no guarantee; "" if there is one.
+        num_canary_rows: rows of N that are canaries, which only training reads.
         steps, steps_recorded: those in the released model, and in the ledger.
         ledger_end: its last chain value; chains begin with a random run id.
     """
@@ -217,11 +218,17 @@ class _Run:
     folder: Path
     without_guarantee: str
     plan: PrivacyPlan | None = None
+    num_canary_rows: int = 0
     steps: int = 0
     steps_recorded: int = 0
     own_report: dict | None = None
     checks: Sequence[str] = ()
     ledger_end: str = ""
+
+    @property
+    def private_rows(self) -> int:
+        """How many private examples the run read."""
+        return self.plan.num_examples - self.num_canary_rows
 
     def mechanism(self, steps: int, named: bool) -> dict:
         """`steps` of training, as an entry of the composition."""
@@ -318,6 +325,8 @@ def _read_run(folder: Path) -> _Run:
         folder=folder,
         without_guarantee="noise and sampling came from a known seed (a test)" if insecure else "",
         plan=plan,
+        # Runs of earlier versions have no such flags.
+        num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1),
         steps=steps,
         steps_recorded=len(records) - 1,
         own_report=own_report,

@@ -15,7 +15,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from privacy_checks.observed_run import signal_handlers_restored
-from tests.annotation_server import Server
+from tests.annotation_server import Server, judge
 from tests.resampling import save_tiny_encoder
 from tests.training import ROOT
 from utils.prompts import write_instruction_file
@@ -68,11 +68,13 @@ def clone(tmp_path_factory, tiny_model_dir):
     (data / "quickstart_model").symlink_to(tiny_model_dir)
     encoder = save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
     (data / "quickstart_embedder").symlink_to(encoder)
-    rows = {"instruction": ["say hello"] * 64, "answer": ["hello"] * 64}
+    rows = {"instruction": [f"say hello {n}" for n in range(92)], "answer": ["hello"] * 92}
     for name in INSTRUCTIONS + PAIRS:
         columns = rows if name in PAIRS else {"instruction": rows["instruction"]}
         split = datasets.Dataset.from_dict(columns)
-        datasets.DatasetDict(train=split, val=split.select(range(4))).save_to_disk(data / name)
+        parts = {"train": range(64), "val": range(64, 68), "test": range(68, 92)}
+        datasets.DatasetDict({part: split.select(those) for part, those in parts.items()}
+                             ).save_to_disk(data / name)  # fmt: skip
     for file in ("data/quickstart_questions.txt", "utils/alpaca_eval_instructions.txt"):
         write_instruction_file(folder / file, ["say hello", "say bye"])
     return folder
@@ -94,9 +96,9 @@ def run_script(words: list[str]) -> int:
 
 @pytest.fixture
 def endpoint():
-    """Base URL of a server that answers chat completions."""
+    """A server that answers chat completions."""
     with Server() as server:
-        yield server.url
+        yield server
 
 
 def test_every_command_of_the_readme_runs(clone, endpoint, monkeypatch, capsys):
@@ -118,8 +120,10 @@ def test_every_command_of_the_readme_runs(clone, endpoint, monkeypatch, capsys):
         command = (
             command.format(adapter=adapters.get(style, "")) if "{adapter}" in command else command
         )
-        if ".annotate " in command:
-            command += f" --base_url {endpoint}"
+        if ".annotate " in command or ".judge " in command:
+            command += f" --base_url {endpoint.url}"
+        if ".judge " in command:
+            endpoint.behave = judge(lambda first, second: "tie")
         inner = re.fullmatch(r'bash -c "\$\((.*)\)"', command)
         words = shlex.split(inner[1] if inner else command)
         assert run_script(words) == 0, command
@@ -140,4 +144,6 @@ def test_the_tree_names_what_is_there_and_nothing_else():
     utils = {p.name for p in (ROOT / "utils").glob("*.py")} - {"__init__.py"}
     assert here | utils <= named
     for name in named:
-        assert any((ROOT / folder / name).exists() for folder in ("", "utils", "tests")), name
+        assert any(
+            (ROOT / folder / name).exists() for folder in ("", "utils", "tests", "evaluation")
+        ), name

@@ -333,6 +333,23 @@ def test_a_histogram_of_another_dataset_is_refused(run, tmp_path):
         report.composed_report(run, [path])
 
 
+def test_canaries_count_in_training_and_not_in_a_histogram(run, tmp_path):
+    """They are rows of N that training alone reads; the event of training keeps all of N."""
+    write_json(
+        run / "run_config.json",
+        {"arguments": ARGUMENTS | {"num_canaries": 10, "canary_repeats": 3}},
+    )
+    paths = {}
+    for count in (470, 500):
+        paths[count] = tmp_path / f"{count}.jsonl"
+        record_histogram(paths[count], num_examples=count, noise_multiplier=10.0, num_bins=1000)
+    composed = report.composed_report(run, [paths[470]])
+    events = [TRAINING, SampledGaussian(1.0, 10.0, 1)]
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    with pytest.raises(UsageError, match="500 examples, the run's has 470"):
+        report.composed_report(run, [paths[500]])
+
+
 def test_a_histogram_is_counted_once(run, histogram, tmp_path):
     shutil.copy(histogram, tmp_path / "copy.jsonl")
     for again in (histogram, tmp_path / "copy.jsonl"):
