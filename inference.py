@@ -13,6 +13,7 @@ and the texts do not depend on how often it was stopped.
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -222,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{progress.n / seconds:.2f} samples/s, {num_tokens / seconds:.0f} tokens/s"
         )
         wait_for_other_processes(lock)
+        add_seconds(folder, seconds)
         shutil.rmtree(folder / MERGED_MODEL, ignore_errors=True)
     if stop.requested:
         if is_main:
@@ -252,6 +254,8 @@ def write_manifest(
     folder: Path, args: argparse.Namespace, settings: dict, num_samples: int
 ) -> None:
     """Write what the samples in `folder` share, before the first of them is written."""
+    path = folder / MANIFEST_FILE
+    seconds = json.loads(path.read_text()).get("seconds", 0.0) if path.exists() else 0.0
     names = {
         name: getattr(args, name) for name in ("model_name", "adapter_path", "instruction_file")
     }
@@ -259,7 +263,14 @@ def write_manifest(
     if args.engine == "vllm":  # its CPU build has a distribution of another name
         versions["vllm"] = version(packages_distributions()["vllm"][0])
     manifest = {**settings, "num_samples": num_samples, **names, "versions": versions}
-    write_json(folder / MANIFEST_FILE, manifest)
+    write_json(path, manifest | {"seconds": seconds})
+
+
+def add_seconds(folder: Path, seconds: float) -> None:
+    """Count the time of a run that has ended to the manifest's, for reports."""
+    path = folder / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    write_json(path, manifest | {"seconds": round(manifest["seconds"] + seconds, 3)})
 
 
 def load_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:

@@ -680,6 +680,9 @@ def sampling(samples: Samples, bases: set[str | None]) -> str:
         tokens = sum(sample.get("num_tokens", 0) for sample in samples.shown)
         ended = ", ".join(f"{number:,} {reason}" for reason, number in ends.most_common())
         text += f", {len(samples.shown):,} drawn ({ended}), {tokens:,} tokens"
+    # How long answers to private prompts took follows from those.
+    if samples.manifest.get("seconds") and not samples.hidden:
+        text += f" in {samples.manifest['seconds']:,.0f} s"
     if samples.hidden:
         text += f"; {samples.hidden:,} with prompts that may be private left out"
     return text

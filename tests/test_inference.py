@@ -107,6 +107,15 @@ def test_unconditional_samples(folder, tiny_model_dir, capsys):
     assert "all 12 samples are in inference_outputs/job" in capsys.readouterr().err
 
 
+def test_the_manifest_adds_up_the_seconds_of_its_runs(folder, tiny_model_dir):
+    seconds = []
+    for num_samples in (4, 8):
+        run(tiny_model_dir, num_samples=num_samples)
+        manifest = json.loads(Path("inference_outputs/job/manifest.json").read_text())
+        seconds.append(manifest["seconds"])
+    assert 0 < seconds[0] < seconds[1] < 60
+
+
 def test_a_stop_token_is_counted_and_not_written(folder, tiny_model_dir):
     # 259 tokens, of which one ends the text: some of 200 texts end within 23 tokens.
     assert run(tiny_model_dir, num_samples=200, perdevice_bs=50) == EXIT_OK

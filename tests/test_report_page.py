@@ -2,11 +2,12 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
 from evaluation import report, report_page
-from evaluation.report_data import Material
+from evaluation.report_data import Material, Samples
 from utils.accounting import SampledGaussian, compute_delta
 
 
@@ -48,6 +49,16 @@ def test_a_score_is_read_by_its_interval(value, better, told):
     assert report_page.reading(score | {"better": better}) == told
     for missing in ("control", "low"):
         assert report_page.reading(score | {"better": better, missing: None}) == ""
+
+
+def test_the_time_of_answers_to_hidden_prompts_is_hidden():
+    manifest = {"num_samples": 5, "model_name": "m", "adapter_path": "a", "seconds": 61.4}
+    drawn = [{"finish_reason": "stop", "num_tokens": 3}]
+    for hidden, told in ((0, "in 61 s"), (4, "4 with prompts that may be private left out")):
+        samples = Samples(Path("folder"), manifest, drawn, hidden)
+        text = report_page.sampling(samples, set())
+        assert text.endswith(told)
+        assert ("61" in text) == (hidden == 0)
 
 
 def test_long_texts_are_cut_and_empty_ones_are_named():
