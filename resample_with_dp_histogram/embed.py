@@ -122,8 +122,8 @@ def load_model(name: str) -> "SentenceTransformer":
     except (OSError, ValueError, RuntimeError) as error:
         reason = in_one_line(error, 200)
         raise UsageError(
-            f"--model {name!r} is no sentence-transformers folder, and could not be fetched from "
-            f"the hub ({reason})"
+            f"the encoder {name!r} is no sentence-transformers folder, and could not be fetched "
+            f"from the hub ({reason})"
         ) from None
 
 
