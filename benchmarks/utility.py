@@ -40,6 +40,7 @@ from scipy.optimize import brentq
 
 from evaluation.mauve import mauve
 from evaluation.results import read_results
+from evaluation.summary import read_samples
 from privacy_checks.report import composed_report
 from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, distinct_instructions
@@ -220,16 +221,21 @@ class Study:
             f"--prompt_style={UNCONDITIONAL}", f"--max_seq_len={args.max_seq_len}",
             f"--dtype={args.dtype}",
         )  # fmt: skip
-        pool = self.folder / "pools" / source
+        samples, pool = (self.folder / place / source for place in ("samples", "pools"))
+        if source == BASE:
+            # It seldom ends a text, so those that were cut are taken too.
+            texts = [sample["text"] for sample in read_samples(samples)]
+            samples = self.folder / "samples" / f"{BASE}.json"
+            write_json(samples, texts)
         self._run(
             f"extract {source}", "-m", "resample_with_dp_histogram.extract",
-            f"--instructions={self.folder / 'samples' / source}", f"--output={pool}",
+            f"--instructions={samples}", f"--output={pool}",
         )  # fmt: skip
         self._embed(source, pool / INSTRUCTIONS_FILE, "--synthetic")
 
     def check_pools(self) -> None:
         """Refuse to go on where a pool is no larger than the set to select from it."""
-        for source in self.generators:
+        for source in [*self.generators, BASE]:
             size, wanted = len(self._pool(source)), self.args.num_selected
             if size <= wanted:
                 raise UsageError(
@@ -305,7 +311,6 @@ class Study:
                 "loss": [losses[str(self._adapter(each.name))] for each in seeds],
             })  # fmt: skip
         base = [SyntheticSet(BASE, BEFORE, seed) for seed in range(self.args.num_seeds)]
-        base_is_enough = len(self._pool(BASE)) >= self.args.num_selected
         return {
             "sizes": {
                 "private": len(self._texts("private")),
@@ -315,7 +320,7 @@ class Study:
                 "pools": {s: len(self._pool(s)) for s in [*self.generators, BASE]},
             },
             "base": {
-                "mauve": [self._mauve(each) for each in base] if base_is_enough else [],
+                "mauve": [self._mauve(each) for each in base],
                 "loss": losses[self.args.model_name],
             },
             "generators": {
@@ -510,8 +515,8 @@ def table(found: dict) -> str:
     ]
     base = found["base"]
     lines.append(
-        f"| nothing (base model) | its samples | 0 | "
-        f"{spread(base['mauve']) if base['mauve'] else 'too few end'} | "
+        f"| nothing (base model) | its samples, cut ones too | 0 | "
+        f"{spread(base['mauve'])} | "
         f"{base['loss']['value']:.3f} ({base['loss']['low']:.3f} to {base['loss']['high']:.3f}) |"
     )
     for each in found["sets"]:
