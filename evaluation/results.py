@@ -131,14 +131,19 @@ def read_results(folder: Path, private: bool) -> list[dict]:
     return results
 
 
+def shown(number: float) -> str:
+    """A figure with four digits, or more where it is a large number."""
+    return f"{number:.4g}" if abs(number) < 1e4 else f"{number:,.0f}"
+
+
 def table(result: Result) -> str:
     """The scores as lines for a terminal."""
     rows = [("", "", "value", "interval", *(["control"] if result.control else []))]
     for score in result.scores:
-        interval = "" if score.low is None else f"{score.low:.4g} to {score.high:.4g}"
-        control = "" if score.control is None else f"{score.control:.4g}"
+        interval = "" if score.low is None else f"{shown(score.low)} to {shown(score.high)}"
+        control = "" if score.control is None else shown(score.control)
         rows.append(
-            (score.name, score.subject, f"{score.value:.4g}", interval)
+            (score.name, score.subject, shown(score.value), interval)
             + ((control,) if result.control else ())
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -1,0 +1,32 @@
+"""Bootstrap intervals: as wide as theory says, of values that stay together."""
+
+import numpy as np
+import pytest
+
+from evaluation.intervals import bootstrap, mean_and_spread, over_examples, ratio_of_sums
+
+
+@pytest.mark.parametrize("count", [400, 20_000])
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution(count):
+    """20,000 examples are resampled in several parts."""
+    values = np.random.default_rng(1).normal(3.0, 2.0, count)
+    low, high = bootstrap(values, statistic=over_examples)
+    half = 1.96 * values.std() / np.sqrt(count)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 8)
+
+
+def test_the_same_examples_are_drawn_of_every_column():
+    """Were they drawn apart, a ratio of proportional columns would not be constant."""
+    values = np.random.default_rng(2).uniform(1, 9, 50)
+    assert bootstrap(3 * values, values, statistic=ratio_of_sums) == pytest.approx((3, 3))
+
+
+def test_a_seed_gives_the_same_interval():
+    values = np.arange(30.0)
+    one, same, other = (bootstrap(values, statistic=over_examples, seed=s) for s in (0, 0, 1))
+    assert one == same != other
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0, 3.0)
+    assert mean_and_spread([4.0]) == (4.0, 4.0, 4.0)
