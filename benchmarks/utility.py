@@ -179,7 +179,8 @@ class Study:
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, args.work_dir
         self.generators = [*map(str, args.epsilons), INFINITY, LOOSE]
-        self._free_slots = list(range(args.jobs))
+        # Of commands that run at once, each has a slot, and with it a share of the cores.
+        self._slots, self._free_slots = 1, [0]
 
     # -------------------------------------------------------------- stages
 
@@ -409,7 +410,7 @@ class Study:
             return
         cores = sorted(os.sched_getaffinity(0))
         slot = self._free_slots.pop()
-        own = set(cores[slot :: self.args.jobs]) or set(cores)
+        own = set(cores[slot :: self._slots]) or set(cores)
         log = self.folder / "logs" / f"{finished.stem}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
@@ -430,6 +431,7 @@ class Study:
 
     def side_by_side(self, stage: Callable, items: list) -> None:
         """A stage for every item, --jobs at once."""
+        self._slots, self._free_slots = self.args.jobs, list(range(self.args.jobs))
         with ThreadPoolExecutor(self.args.jobs) as pool:
             futures = [pool.submit(stage, item) for item in items]
             try:
@@ -440,6 +442,7 @@ class Study:
                 for future in futures:
                     future.cancel()
                 raise
+        self._slots, self._free_slots = 1, [0]
 
     def _embed(self, name: str, texts: Path, kind: str) -> None:
         self._run(
