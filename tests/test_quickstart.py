@@ -3,10 +3,13 @@
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from privacy_checks.report import composed_report
 from tests.training import ROOT
+from utils.accounting import ADD_REMOVE
 from utils.files import read_jsonl
 
 
@@ -32,11 +35,19 @@ def test_the_quick_start_runs_from_a_fresh_clone(tmp_path):
         assert sorted(sample["id"] for sample in samples) == list(range(count))
     selected = list(read_jsonl(clone / "resampling/quickstart/selected/selected.jsonl"))
     assert len({row["id"] for row in selected}) == 12
-    composed = re.search(r"with 1 histogram\(s\) is \((\S+), 1e-05\)-differentially", done.stdout)
-    report = clone / "outputs/quickstart_instructions/privacy_report.json"
-    alone = json.loads(report.read_text())["epsilon"]["upper"]
-    assert alone < float(composed[1]) <= 8
+    composed = re.search(r"are together \((\S+), 1e-05\)-differentially private", done.stdout)
+    runs = [clone / "outputs" / job for job in ("quickstart_instructions", "quickstart_answers")]
+    ledger = clone / "resampling/quickstart/private_data/histogram_ledger.jsonl"
+    alone = [composed_report(run)["epsilon"][ADD_REMOVE]["upper"] for run in runs]
+    with_histogram = composed_report(runs[0], [ledger])["epsilon"][ADD_REMOVE]["upper"]
+    assert alone[0] < with_histogram <= 8
+    assert max(alone) < float(composed[1]) < sum(alone) + 0.1
     assert done.stdout.count("\n  [") == 10 + 3
+    *_, public, internal = done.stdout.splitlines()
+    for line, has_private_figures in ((public, False), (internal, True)):
+        page = Path(line.split(":", 1)[1].strip()).read_text()
+        assert f"({composed[1]}, 1e-05)-differentially private" in page
+        assert ("MAUVE" in page) == has_private_figures
 
     again = subprocess.run(["./quickstart.sh"], cwd=clone, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
