@@ -103,8 +103,8 @@ if [ "$*" = --annotate ]; then
     page="$page --annotations annotations/quickstart
         --synthetic_runs outputs/quickstart_synthetic_answers"
 fi
-python -m evaluation.report $page
-python -m evaluation.report $page --internal --real data/quickstart_instructions --split test
+python -m evaluation.report $page --internal --real data/quickstart_instructions --split test \
+    > /dev/null
 python -m evaluation.summary --run outputs/quickstart_instructions \
     --samples inference_outputs/quickstart_instructions
 echo
@@ -115,9 +115,6 @@ if [ "$*" = --annotate ]; then
     python -m evaluation.summary --run outputs/quickstart_synthetic_answers
 fi
 echo
-python -m privacy_checks.report outputs/quickstart_instructions outputs/quickstart_answers \
-    --histogram resampling/quickstart/private_data/histogram_ledger.jsonl |
-    grep "differentially private for"
-echo
+python -m evaluation.report $page
 echo "The page to show to anyone:    $PWD/reports/quickstart/report.html"
 echo "The page for your own eyes:    $PWD/reports/quickstart/private/report-internal.html"

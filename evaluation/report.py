@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     for suffix, path in paths.items():
         write_atomic(path, render(page, suffix))
         say(f"written to {path}" + (" (private: do not share)" if args.internal else ""))
-    if not page.guarantee:
+    if page.guarantee:
+        print(page.verdict[0])
+    else:
         say(f"THERE IS NO PRIVACY GUARANTEE: {page.verdict[0]}")
     return EXIT_OK if page.guarantee else EXIT_FAILED
 

@@ -189,6 +189,7 @@ def test_the_internal_page_has_what_is_private_and_says_so(folders):
 
 def test_the_page_for_release_is_the_same_without_anything_private(folders, capsys):
     pages = page_of(folders)
+    assert "-differentially private for adding or removing one" in capsys.readouterr().out
     for path in [*Path().glob("**/private"), Path("letters"), Path("labelled_letters"),
                  Path("questions.txt")]:  # fmt: skip
         shutil.rmtree(path) if path.is_dir() else path.unlink()
