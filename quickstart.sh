@@ -74,8 +74,8 @@ if [ "$*" = --annotate ]; then
         python -m query_gpt35_for_annotation.build_dataset --answers annotations/quickstart \
             --output data/labelled_quickstart_synthetic
     bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart_synthetic \
-        --job_sess quickstart_synthetic_answers --prompt_style vicuna $base --eps -1 \
-        --total_bs 2 --num_epochs 1 --resume auto)"
+        --job_sess quickstart_synthetic_answers --prompt_style vicuna $base --max_seq_len 384 \
+        --eps -1 --total_bs 2 --num_epochs 1 --resume auto)"
 fi
 
 say "7/8  evaluate: how good, how close, what leaked"
