@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
@@ -54,6 +52,7 @@ from utils.modeling import (
     load_base_model,
     load_tokenizer,
     model_fingerprint,
+    quiet_libraries,
     resolve_dtype,
     share_cores,
 )
@@ -121,9 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = [id for id in range(rank, ends[-1], num_ranks) if id not in done]
 
     # ------------------------------------------------------------------ model
-    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other, not about us
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     tokenizer = load_tokenizer(args.model_name)
     model, fingerprint = load_model(args, dtype)
     settings["model_fingerprint"] = fingerprint

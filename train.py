@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -65,6 +64,7 @@ from utils.modeling import (
     load_quantised_model,
     load_tokenizer,
     model_fingerprint,
+    quiet_libraries,
     resolve_dtype,
     share_cores,
 )
@@ -147,9 +147,7 @@ def fine_tune(args: argparse.Namespace, rescue: list[Callable[[], None]]) -> int
             say(f"warning: {notice}")
 
     # ------------------------------------------------------------------ model and data
-    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other, not about us
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model_name)
     if "val" in splits:

@@ -13,13 +13,11 @@ mapped files included. Exit code 1 if it takes more than 30 minutes or 6 GiB. Ne
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from resample_with_dp_histogram.embeddings import VECTORS_FILE, location, texts_
 from utils.arguments import make_parser
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
 from utils.files import write_json
+from utils.versions import versions_of
 
 MAX_SECONDS, MAX_BYTES = 30 * 60, 6 << 30
 FULL = {"synthetic": 1_000_000, "private": 180_000, "dimensions": 768, "bins": 1000}
@@ -85,7 +84,7 @@ def benchmark(sizes: dict) -> dict:
         "principal_components": report["clusters"]["principal_components"],
         "total_variation": report["total_variation_to_private"],
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in VERSIONED},
+        "versions": versions_of(VERSIONED),
     }
 
 

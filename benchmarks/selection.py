@@ -16,14 +16,13 @@ texts that the selection does not use. Topics, bins and both scores have cluster
 """
 
 import argparse
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks.resampling import write_embeddings
+from evaluation.intervals import plus_minus
 from evaluation.mauve import mauve
 from resample_with_dp_histogram import embed, resample
 from resample_with_dp_histogram.clusters import fit_clusters
@@ -35,6 +34,7 @@ from utils.cli import UsageError, run_cli
 from utils.files import read_jsonl, write_json
 from utils.folders import whole_folder
 from utils.text_inputs import FORMATS, read_entries
+from utils.versions import versions_of
 
 HELD_OUT, PRIVATE = 0.1, 0.4
 SELECTED_SHARE = 0.3
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(trials))
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name not in LOCAL}
-        versions = {"python": platform.python_version()} | {n: version(n) for n in VERSIONED}
+        versions = versions_of(VERSIONED)
         write_json(args.json, {"settings": settings, "trials": trials, "versions": versions})
 
 
@@ -168,7 +168,7 @@ def table(trials: list[dict]) -> str:
     lines = [f"{'':<24}" + "".join(f"{title:<28}" for title in SCORES.values())]
     for name in SETS:
         values = [[t["scores"][name][score] for t in trials] for score in SCORES]
-        cells = [f"{np.mean(v):.3f} +- {np.std(v, ddof=len(v) > 1):.3f}" for v in values]
+        cells = map(plus_minus, values)
         lines.append(f"{name:<24}" + "".join(f"{cell:<28}" for cell in cells))
     sizes = trials[0]["sizes"]
     lines.append(

@@ -12,21 +12,19 @@ at the largest epsilon with noise from the accountant settings of the published 
 0.1). Sets, histograms and tuning are repeated for every seed; generators are not.
 
 Every stage runs the toolkit's own commands, and one that has ended is passed over when the same
-command goes on after a stop. --size paper asks for the sizes of the
-paper, for GPUs; single flags change either size.
+command goes on after a stop. --size paper asks for the sizes of the paper, for GPUs; single flags
+change either size.
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import datasets
@@ -38,6 +36,7 @@ from prv_accountant.privacy_random_variables import (
 )
 from scipy.optimize import brentq
 
+from evaluation.intervals import plus_minus
 from evaluation.mauve import mauve
 from evaluation.results import read_results
 from evaluation.summary import read_samples
@@ -52,6 +51,7 @@ from utils.modeling import load_tokenizer
 from utils.privacy_plan import num_steps
 from utils.prompts import UNCONDITIONAL, training_ids
 from utils.text_inputs import FORMATS, read_entries
+from utils.versions import versions_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two cores end the first within two hours; the second is that of the paper's section 5.
@@ -334,7 +334,7 @@ class Study:
             "sets": results,
             "seconds": self._times,
             "settings": study_settings(self.args),
-            "versions": {"python": platform.python_version()} | {n: version(n) for n in VERSIONED},
+            "versions": versions_of(VERSIONED),
         }
 
     def _losses(self) -> dict[str, dict]:
@@ -518,8 +518,7 @@ def table(found: dict) -> str:
     ]
     base = found["base"]
     lines.append(
-        f"| nothing (base model) | its samples, cut ones too | 0 | "
-        f"{spread(base['mauve'])} | "
+        f"| nothing (base model) | its samples, cut ones too | 0 | {plus_minus(base['mauve'])} | "
         f"{base['loss']['value']:.3f} ({base['loss']['low']:.3f} to {base['loss']['high']:.3f}) |"
     )
     for each in found["sets"]:
@@ -527,14 +526,9 @@ def table(found: dict) -> str:
         losses = [loss["value"] for loss in each["loss"]]
         lines.append(
             f"| {each['source']} | {each['kind']} selection | {epsilon} | "
-            f"{spread(each['mauve'])} | {spread(losses)} |"
+            f"{plus_minus(each['mauve'])} | {plus_minus(losses)} |"
         )
     return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{np.mean(values):.3f} +- {np.std(values, ddof=len(values) > 1):.3f}"
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def text_set(name: str, texts: list[str], num_rows: int, model: "SentenceTransfo
     drawn = np.random.default_rng(SETS.index(name)).permutation(len(texts))[: 2 * num_rows]
     say(f"embedding {len(drawn):,} of {len(texts):,} {name} texts")
     chosen = [texts[row] for row in drawn]
-    vectors = model.encode(chosen, show_progress_bar=True, device=embed.default_devices()[0])
+    where = f"the embedding of --{name}'s texts with a word"
     return TextSet(
         lengths,
         lexical.length_figures(lengths)
@@ -178,7 +178,7 @@ def text_set(name: str, texts: list[str], num_rows: int, model: "SentenceTransfo
             "exact duplicates, share": lexical.duplicate_share(texts),
         },
         [lexical.words(text) for text in chosen],
-        embed.unit_vectors(vectors, drawn, f"the embedding of --{name}'s texts with a word"),
+        embed.embed_in_memory(chosen, drawn, model, where),
     )
 
 

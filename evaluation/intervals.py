@@ -48,3 +48,9 @@ def mean_and_spread(values: list[float]) -> tuple[float, float, float]:
     """Mean, and mean minus and plus the standard deviation of the values themselves."""
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return mean, mean - spread, mean + spread
+
+
+def plus_minus(values: list[float]) -> str:
+    """Mean and standard deviation, for a table."""
+    mean, low, _ = mean_and_spread(values)
+    return f"{mean:.3f} +- {mean - low:.3f}"

@@ -16,8 +16,6 @@ counted and never written.
 
 import argparse
 import json
-import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 from evaluation.exposure import exposure_by_chance, exposures, told_secrets
 from evaluation.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap, over_examples
@@ -42,16 +39,15 @@ from evaluation.personal_data import KINDS, find
 from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
 from resample_with_dp_histogram.embed import (
     DEFAULT_MODEL,
-    default_devices,
+    embed_in_memory,
     load_model,
-    unit_vectors,
 )
 from utils.adapter_info import read_adapter_info
 from utils.arguments import make_parser, natural_int, positive_int
 from utils.canaries import canary, secrets
 from utils.cli import UsageError, run_cli, say
-from utils.data_utils import is_labelled, open_tokens, tokenise
-from utils.modeling import load_adapted, load_tokenizer, resolve_dtype
+from utils.data_utils import is_labelled, tokenised
+from utils.modeling import load_adapted, load_tokenizer, quiet_libraries, resolve_dtype
 from utils.run_folder import CONFIG_FILE, holds_run
 from utils.text_filters import comparison_form
 from utils.text_inputs import FORMATS, read_instructions
@@ -141,10 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     if encoder:
         scores += neighbour_scores(texts, training, held_out, encoder, args)
     say("looking for personal data")
-    scores += verbatim_scores(synthetic, reference)
-    released = [score for name, rows in sets.items() for score in personal_data_scores(name, rows)]
-    controls = dict(zip(KINDS, personal_data_counts(held_out).mean(axis=0) * 1000))
-    for score in personal_data_scores("training rows", training) + released:
+    found_in = {name: personal_data(rows) for name, rows in sets.items()}
+    scores += verbatim_scores(found_in["synthetic texts"], reference)
+    released = [score for each in found_in.items() for score in personal_data_scores(*each)]
+    controls = dict(zip(KINDS, personal_data_counts(personal_data(held_out)).mean(axis=0) * 1000))
+    for score in personal_data_scores("training rows", personal_data(training)) + released:
         control = controls[score.name.removesuffix(PER_TEXTS)]
         scores.append(replace(score, control=float(control)))
     released_notes = ["what has no fixed form, such as names, is not counted as personal data"]
@@ -304,8 +301,8 @@ def neighbour_scores(
     def embed_some(rows: list[str], count: int, name: str) -> np.ndarray:
         chosen = [rows[row] for row in random.permutation(len(rows))[:count]]
         say(f"embedding {len(chosen):,} {name}")
-        embeddings = encoder.encode(chosen, show_progress_bar=True, device=default_devices()[0])
-        return unit_vectors(embeddings, np.arange(len(chosen)), f"--embedding_model, {name}")
+        rows = np.arange(len(chosen))
+        return embed_in_memory(chosen, rows, encoder, f"--embedding_model, {name}")
 
     vectors = embed_some(texts, args.max_embedded, "synthetic texts")
     count = min(len(training), len(held_out), args.max_embedded)
@@ -363,16 +360,25 @@ def copies_note(forms: list[str], training: list[str], held_out: list[str]) -> s
 # ------------------------------------------------------------------------ personal data
 
 
-def personal_data_counts(texts: list[str]) -> np.ndarray:
+# The kind and the string of each that was found in a text.
+Found = tuple[tuple[int, str], ...]
+
+
+def personal_data(texts: list[str]) -> list[Found]:
+    """What looks like personal data in each text."""
+    return [tuple(find(text)) for text in texts]
+
+
+def personal_data_counts(found: list[Found]) -> np.ndarray:
     """Strings of every kind in every text, float64 [texts, kinds]."""
-    counts = np.zeros((len(texts), len(KINDS)))
-    for text, row in zip(texts, counts):
-        for kind, _ in find(text):
+    counts = np.zeros((len(found), len(KINDS)))
+    for strings, row in zip(found, counts):
+        for kind, _ in strings:
             row[kind] += 1
     return counts
 
 
-def personal_data_scores(subject: str, texts: list[str]) -> list[Score]:
+def personal_data_scores(subject: str, found: list[Found]) -> list[Score]:
     """Strings of each kind per 1,000 texts."""
     return [
         Score(
@@ -382,13 +388,13 @@ def personal_data_scores(subject: str, texts: list[str]) -> list[Score]:
             *bootstrap(column * 1000, statistic=over_examples),
             better="lower",
         )
-        for kind, column in zip(KINDS, personal_data_counts(texts).T)
+        for kind, column in zip(KINDS, personal_data_counts(found).T)
     ]
 
 
-def verbatim_scores(synthetic: list[str], reference: Reference) -> list[Score]:
+def verbatim_scores(synthetic: list[Found], reference: Reference) -> list[Score]:
     """How many of the strings in synthetic texts stand in rows too; none if there are none."""
-    found_in = {string: 0 for text in synthetic for _, string in find(text)}
+    found_in = {string: 0 for strings in synthetic for _, string in strings}
     if not found_in:
         return []
     for text, part in zip(reference.texts, reference.parts.tolist()):
@@ -490,14 +496,9 @@ def secret_losses(run: CanaryRun, drawn: list[str]) -> np.ndarray:
     arguments = run.arguments
     labelled = is_labelled(arguments["dataset_name"])
     rows = [canary(secret, labelled) for secret in drawn]
-    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other, not about us
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     tokenizer = load_tokenizer(run.model_name)
-    with tempfile.TemporaryDirectory() as folder:
-        style, most = arguments["prompt_style"], arguments["max_seq_len"]
-        tokenise(rows, tokenizer, style, most, Path(folder))
-        data = open_tokens(Path(folder))
+    data = tokenised(rows, tokenizer, arguments["prompt_style"], arguments["max_seq_len"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(arguments["dtype"], device)
     model = load_adapted(run.model_name, run.folder / "adapter", dtype, merge=True).to(device)

@@ -11,13 +11,10 @@ under OUTPUT/private.
 """
 
 import argparse
-import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -31,12 +28,13 @@ from utils.arguments import (
 )
 from utils.batching import cut_microbatches
 from utils.cli import UsageError, run_cli, say
-from utils.data_utils import TokenisedExamples, load_split, open_tokens, tokenise
+from utils.data_utils import TokenisedExamples, load_split, tokenised
 from utils.modeling import (
     LanguageModel,
     load_adapted,
     load_base_model,
     load_tokenizer,
+    quiet_libraries,
     resolve_dtype,
 )
 from utils.sampling_arguments import check_adapter
@@ -71,13 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             say(f"warning: {notice}")
     rows = load_split(args.dataset_name, args.split)
     rows = rows.select(range(min(len(rows), args.num_rows)))
-    warnings.simplefilter("ignore", FutureWarning)  # libraries about each other, not about us
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     tokenizer = load_tokenizer(args.model_name)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenise(rows, tokenizer, args.prompt_style, args.max_seq_len, Path(folder))
-        data = open_tokens(Path(folder))
+    data = tokenised(rows, tokenizer, args.prompt_style, args.max_seq_len)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype, device)
     base = load_base_model(args.model_name, dtype).to(device)

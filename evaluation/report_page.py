@@ -22,6 +22,7 @@ from evaluation.report_data import (
     portable,
     portable_word,
 )
+from evaluation.results import shown
 from utils.arguments import make_parser, to_argv
 from utils.privacy_plan import UNIT
 from utils.sampling_arguments import add_sampling_arguments
@@ -448,10 +449,10 @@ def scores_table(title: str, scores: list[dict], control: str) -> Table:
     header = ["measure", "of", "value", "interval"] + (["control", "reads"] if control else [])
     rows = []
     for score in scores:
-        row = [score["name"], score["subject"], f"{score['value']:.4g}", interval(score)]
+        row = [score["name"], score["subject"], shown(score["value"]), interval(score)]
         if control:
             against = score["control"]
-            row += ["" if against is None else f"{against:.4g}", reading(score)]
+            row += ["" if against is None else shown(against), reading(score)]
         rows.append(row)
     return Table(title, header, rows, numbers=(2, 3, 4))
 
@@ -460,7 +461,7 @@ def interval(score: dict) -> str:
     """Low to high, where there is an interval."""
     if score["low"] is None or score["high"] is None:
         return ""
-    return f"{score['low']:.4g} to {score['high']:.4g}"
+    return f"{shown(score['low'])} to {shown(score['high'])}"
 
 
 def reading(score: dict) -> str:
@@ -477,11 +478,11 @@ def reading(score: dict) -> str:
 
 def headline(score: dict) -> str:
     """A score in a line."""
-    parts = [f"{score['name']}, {score['subject']}: {score['value']:.4g}"]
+    parts = [f"{score['name']}, {score['subject']}: {shown(score['value'])}"]
     if interval(score):
         parts.append(f"({interval(score)})")
     if score["control"] is not None:
-        parts.append(f"with {score['control']:.4g} for the control")
+        parts.append(f"with {shown(score['control'])} for the control")
     if reading(score):
         parts.append(f"— {reading(score)}")
     return " ".join(parts)

@@ -8,15 +8,14 @@ DIR/private/TOOL.json    computed from private data without noise: never leaves
 
 import argparse
 import json
-import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from utils.cli import UsageError, say
 from utils.files import write_atomic, write_json
 from utils.run_folder import PRIVATE_README
+from utils.versions import versions_of
 
 PRIVATE_FOLDER = "private"
 VERSIONED = ("torch", "transformers", "numpy", "faiss-cpu", "sentence-transformers")
@@ -102,9 +101,8 @@ def write_result(folder: Path, result: Result, settings: argparse.Namespace | di
     place = folder / PRIVATE_FOLDER if result.private else folder
     if result.private:
         write_atomic(place / "README.md", PRIVATE_README)
-    versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONED}
     given = settings if isinstance(settings, dict) else vars(settings)
-    origin = {"settings": given, "argv": sys.argv, "versions": versions}
+    origin = {"settings": given, "argv": sys.argv, "versions": versions_of(VERSIONED)}
     path = place / f"{result.tool}.json"
     # Paths among the settings become text.
     write_json(path, json.loads(json.dumps(asdict(result) | origin, default=str)))

@@ -198,6 +198,24 @@ def unit_vectors(embeddings: np.ndarray, rows: np.ndarray, where: str) -> np.nda
     return unit
 
 
+def embed_in_memory(
+    texts: list[str], rows: np.ndarray, model: "SentenceTransformer", where: str
+) -> np.ndarray:
+    """Embed some texts on one device, and write nothing.
+
+    Args:
+        rows, where: see `unit_vectors`.
+
+    Returns:
+        float16 [texts, dimensions], unit vectors.
+
+    Raises:
+        UsageError: see `unit_vectors`.
+    """
+    embeddings = model.encode(texts, show_progress_bar=True, device=default_devices()[0])
+    return unit_vectors(embeddings, rows, where)
+
+
 def default_devices() -> list[str]:
     """Every GPU, or else the CPU."""
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]

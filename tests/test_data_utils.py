@@ -16,6 +16,7 @@ from utils.data_utils import (
     load_splits,
     open_tokens,
     tokenise,
+    tokenised,
 )
 
 ROWS = [{"instruction": f"say {n}", "answer": str(n)} for n in range(7)]
@@ -122,6 +123,8 @@ def test_rows_tokenised_in_parts_are_those_tokenised_at_once(tmp_path, monkeypat
     monkeypatch.setattr(utils.data_utils, "ROWS_AT_ONCE", 2)
     parts = tokens(ROWS, tmp_path / "parts")
     assert parts.fingerprint() == whole.fingerprint()
+    in_memory = tokenised(ROWS, byte_tokenizer(), "uncond_generation", 64)
+    assert in_memory.fingerprint() == whole.fingerprint()
     assert parts.lengths.tolist() == [7] * 7
 
 

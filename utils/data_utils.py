@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -272,39 +272,19 @@ def tokenise(
     The memory that this takes does not depend on the number of rows.
 
     Args:
-        rows: objects with `instruction` and, for any style but `uncond_generation`, `answer`.
+        rows, style: see `_token_arrays`.
         folder: made if it is not there; files in it are replaced. What it holds is as private as
             the rows are.
 
     Raises:
-        UsageError: a value is not a string, or no example has a token that carries loss.
+        UsageError: see `_token_arrays`.
     """
-    columns = ["instruction"] if style == UNCONDITIONAL else ["instruction", "answer"]
     folder.mkdir(parents=True, exist_ok=True)
-    rows, done, with_loss = iter(rows), 0, False
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in TOKEN_FILES}
-        while some := list(islice(rows, ROWS_AT_ONCE)):
-            for number, row in enumerate(some, start=done):
-                for column in columns:
-                    if not isinstance(row[column], str):
-                        kind = type(row[column]).__name__
-                        raise UsageError(f"row {number}, column {column!r}: {kind}, not str")
-            done += len(some)
-            texts = [[row[column] for row in some] for column in columns]
-            examples = training_ids(tokenizer, style, *texts, max_seq_len=max_seq_len)
-            with_loss = with_loss or any(start < len(ids) for ids, start in examples)
-            values = {
-                "ids": np.concatenate([ids for ids, _ in examples]),
-                "lengths": [len(ids) for ids, _ in examples],
-                "loss_starts": [start for _, start in examples],
-            }
-            for name, dtype in TOKEN_FILES.items():
-                files[name].write(np.asarray(values[name], dtype=dtype))
-    if not with_loss:
-        raise UsageError(
-            f"every example is longer than --max_seq_len {max_seq_len} before its answer begins"
-        )
+        for arrays in _token_arrays(rows, tokenizer, style, max_seq_len):
+            for name, file in files.items():
+                file.write(arrays[name])
 
 
 def open_tokens(folder: Path) -> TokenisedExamples:
@@ -312,9 +292,65 @@ def open_tokens(folder: Path) -> TokenisedExamples:
 
     Once this has returned, the files may be deleted.
     """
-    lengths = np.fromfile(folder / "lengths", dtype=TOKEN_FILES["lengths"])
-    return TokenisedExamples(
+    return _examples(
         ids=np.memmap(folder / "ids", dtype=TOKEN_FILES["ids"], mode="r"),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        lengths=np.fromfile(folder / "lengths", dtype=TOKEN_FILES["lengths"]),
         loss_starts=np.fromfile(folder / "loss_starts", dtype=TOKEN_FILES["loss_starts"]),
     )
+
+
+def tokenised(
+    rows: Iterable[dict], tokenizer: "PreTrainedTokenizerBase", style: str, max_seq_len: int
+) -> TokenisedExamples:
+    """Tokenise the rows of a split that is small enough for memory; nothing reaches the disk.
+
+    Args:
+        rows, style: see `_token_arrays`.
+
+    Raises:
+        UsageError: see `_token_arrays`.
+    """
+    parts = list(_token_arrays(rows, tokenizer, style, max_seq_len))
+    return _examples(
+        **{name: np.concatenate([part[name] for part in parts]) for name in TOKEN_FILES}
+    )
+
+
+def _examples(ids: np.ndarray, lengths: np.ndarray, loss_starts: np.ndarray) -> TokenisedExamples:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return TokenisedExamples(ids, offsets, loss_starts)
+
+
+def _token_arrays(
+    rows: Iterable[dict], tokenizer: "PreTrainedTokenizerBase", style: str, max_seq_len: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of `TOKEN_FILES` for some rows after others.
+
+    Args:
+        rows: objects with `instruction` and, for any style but `uncond_generation`, `answer`.
+
+    Raises:
+        UsageError: a value is not a string, or no example has a token that carries loss.
+    """
+    columns = ["instruction"] if style == UNCONDITIONAL else ["instruction", "answer"]
+    rows, done, with_loss = iter(rows), 0, False
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        for number, row in enumerate(some, start=done):
+            for column in columns:
+                if not isinstance(row[column], str):
+                    kind = type(row[column]).__name__
+                    raise UsageError(f"row {number}, column {column!r}: {kind}, not str")
+        done += len(some)
+        texts = [[row[column] for row in some] for column in columns]
+        examples = training_ids(tokenizer, style, *texts, max_seq_len=max_seq_len)
+        with_loss = with_loss or any(start < len(ids) for ids, start in examples)
+        values = {
+            "ids": np.concatenate([ids for ids, _ in examples]),
+            "lengths": [len(ids) for ids, _ in examples],
+            "loss_starts": [start for _, start in examples],
+        }
+        yield {name: np.asarray(values[name], dtype) for name, dtype in TOKEN_FILES.items()}
+    if not with_loss:
+        raise UsageError(
+            f"every example is longer than --max_seq_len {max_seq_len} before its answer begins"
+        )

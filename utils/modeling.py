@@ -4,9 +4,11 @@ import hashlib
 import importlib.util
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -45,6 +47,13 @@ ATTENTION_PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj", "self_attn.dense"),  # Phi
     ("Wqkv", "out_proj"),  # MPT
 )
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say about each other, and their progress bars, off the terminal."""
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

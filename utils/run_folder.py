@@ -11,11 +11,11 @@ private/              computed from private data without noise: never leaves
 import argparse
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from utils.cli import UsageError
 from utils.files import write_atomic, write_json
+from utils.versions import versions_of
 
 # What may leave the building; a test fails on anything else outside checkpoints/ and private/.
 RELEASABLE = {
@@ -86,8 +86,8 @@ def begin(folder: Path, args: argparse.Namespace, identity: dict, private_identi
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "private" / "README.md", PRIVATE_README)
         write_json(private_file, private_identity)
-        versions = {"python": sys.version.split()[0]} | {name: version(name) for name in VERSIONED}
-        config = {"arguments": vars(args), "argv": sys.argv, "versions": versions, **identity}
+        config = {"arguments": vars(args), "argv": sys.argv, "versions": versions_of(VERSIONED)}
+        config |= identity
         write_json(folder / CONFIG_FILE, config)
         return
     begun_with = json.loads((folder / CONFIG_FILE).read_text())
