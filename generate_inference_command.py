@@ -13,17 +13,17 @@ are not on this machine are warnings: the line may run on another one.
 import argparse
 from pathlib import Path
 
-from utils.arguments import make_parser, positive_int, run_folder, to_argv
 from utils.cli import UsageError, run_cli, say
-from utils.commands import launch_command, print_or_run
-from utils.prompts import UNCONDITIONAL, Instruction
-from utils.sampling_arguments import (
+from utils.command_line.launch import launch_command, print_or_run
+from utils.command_line.parser import make_parser, positive_int, run_folder, to_argv
+from utils.command_line.sampling_flags import (
     add_sampling_arguments,
     check_adapter,
     check_sampling_arguments,
     describe_decoding,
     read_instructions,
 )
+from utils.texts.prompts import UNCONDITIONAL, Instruction
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,21 +11,14 @@ with `bash -c "$(python generate_train_command.py ...)"`, or add --run.
 
 import argparse
 
-from utils.arguments import (
-    add_training_arguments,
-    check_training_arguments,
-    make_parser,
-    natural_int,
-    positive_int,
-    run_folder,
-    to_argv,
-)
-from utils.canaries import num_canary_rows
 from utils.cli import UsageError, run_cli, say
-from utils.commands import DEFAULT_PORT, launch_command, print_or_run
-from utils.data_utils import count_train_examples, tried_places
-from utils.privacy_plan import PrivacyPlan, num_steps, plan_from_arguments
-from utils.run_folder import require_usable
+from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
+from utils.command_line.parser import make_parser, natural_int, positive_int, run_folder, to_argv
+from utils.command_line.training_flags import add_training_arguments, check_training_arguments
+from utils.privacy.plan import PrivacyPlan, num_steps, plan_from_arguments
+from utils.runs.run_folder import require_usable
+from utils.texts.canaries import num_canary_rows
+from utils.texts.data_sets import count_train_examples, tried_places
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -32,32 +32,9 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.arguments import make_parser, run_folder
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
-from utils.commands import StopRequest, launched_by_accelerate
-from utils.decoding import STOP, Completion, Decoding, Request
-from utils.files import JsonlAppender, write_json
-from utils.generation import (
-    MANIFEST_FILE,
-    cache_bytes,
-    check_manifest,
-    complete,
-    finish_reasons,
-    fitting_batch_size,
-    lock_folder,
-    wait_for_other_processes,
-)
-from utils.modeling import (
-    load_adapted,
-    load_base_model,
-    load_tokenizer,
-    model_fingerprint,
-    quiet_libraries,
-    resolve_dtype,
-    share_cores,
-)
-from utils.prompts import UNCONDITIONAL, prompt_ids
-from utils.sampling_arguments import (
+from utils.command_line.parser import make_parser, run_folder
+from utils.command_line.sampling_flags import (
     adapter_weights,
     add_sampling_arguments,
     check_adapter,
@@ -65,7 +42,28 @@ from utils.sampling_arguments import (
     describe_decoding,
     read_instructions,
 )
-from utils.vllm_engine import MAX_SEQUENCES_ON_GPU, ModelFolder, check_vllm
+from utils.files import JsonlAppender, write_json
+from utils.folders import lock_folder
+from utils.models.loading import (
+    load_base_model,
+    load_tokenizer,
+    model_fingerprint,
+    quiet_libraries,
+    resolve_dtype,
+    share_cores,
+)
+from utils.models.lora import load_adapted
+from utils.runs.stopping import StopRequest, launched_by_accelerate
+from utils.sampling.decoding import STOP, Completion, Decoding, Request
+from utils.sampling.engines import cache_bytes, complete, fitting_batch_size
+from utils.sampling.shards import (
+    MANIFEST_FILE,
+    check_manifest,
+    finish_reasons,
+    wait_for_other_processes,
+)
+from utils.sampling.vllm_engine import MAX_SEQUENCES_ON_GPU, ModelFolder, check_vllm
+from utils.texts.prompts import UNCONDITIONAL, prompt_ids
 
 SAVE_SECONDS = 1.0
 # Flags that decide what the texts are; samples that were drawn with other values do not mix.

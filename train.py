@@ -29,37 +29,20 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.adapter_info import write_adapter_info
-from utils.arguments import (
+from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
+from utils.command_line.parser import make_parser, run_folder
+from utils.command_line.training_flags import (
     add_training_arguments,
     check_training_arguments,
-    make_parser,
     module_settings,
     quantised_bits,
-    run_folder,
-)
-from utils.batching import cut_microbatches, poisson_batch, shuffled_batch
-from utils.canaries import require_whole_canaries, with_canaries
-from utils.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
-from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
-from utils.commands import StopRequest, launched_by_accelerate
-from utils.data_utils import TokenisedExamples, load_splits, open_tokens, tokenise
-from utils.distributed import (
-    is_loss_of_a_rank,
-    on_main_process,
-    require_same_on_every_rank,
-    require_same_tensors,
-    shard_base,
 )
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient, flatten_gradients
 from utils.files import JsonlAppender, write_atomic
 from utils.folders import whole_folder
-from utils.losses import normalise
-from utils.memory import fitting_sequences
-from utils.modeling import (
-    LanguageModel,
-    attach_lora,
-    default_target_modules,
+from utils.models.adapter_info import write_adapter_info
+from utils.models.language_model import LanguageModel
+from utils.models.loading import (
     load_base_model,
     load_quantised_model,
     load_tokenizer,
@@ -68,18 +51,27 @@ from utils.modeling import (
     resolve_dtype,
     share_cores,
 )
-from utils.privacy_plan import (
-    LEDGER_FILE,
-    Ledger,
-    PrivacyPlan,
-    build_report,
-    num_steps,
-    plan_from_arguments,
-    read_plan,
-    write_report,
+from utils.models.lora import attach_lora, default_target_modules
+from utils.models.losses import normalise
+from utils.models.memory import fitting_sequences
+from utils.privacy.guarantee import build_report, write_report
+from utils.privacy.ledger import LEDGER_FILE, Ledger, read_plan
+from utils.privacy.plan import PrivacyPlan, num_steps, plan_from_arguments
+from utils.runs.batching import cut_microbatches, poisson_batch, shuffled_batch
+from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
+from utils.runs.distributed import (
+    is_loss_of_a_rank,
+    on_main_process,
+    require_same_on_every_rank,
+    require_same_tensors,
+    shard_base,
 )
-from utils.run_folder import begin, holds_run, model_card, require_usable
+from utils.runs.run_folder import begin, holds_run, model_card, require_usable
+from utils.runs.stopping import StopRequest, launched_by_accelerate
 from utils.secure_random import SecureRandom
+from utils.texts.canaries import require_whole_canaries, with_canaries
+from utils.texts.data_sets import load_splits
+from utils.texts.tokens import TokenisedExamples, open_tokens, tokenise
 
 # Flags that may differ between the machines of a job; what they lead to is compared by itself.
 DIFFERS_BY_MACHINE = {"dataset_name", "model_name", "output_dir", "report_to"}

@@ -19,8 +19,8 @@ from benchmarks.workload import (
     prepare,
     set_up,
 )
-from utils.arguments import make_parser
 from utils.cli import EXIT_OK, run_cli, say
+from utils.command_line.parser import make_parser
 from utils.files import write_json
 
 ADAPTERS = {"r 8, attention": (8, ATTENTION), "r 64, all linear": (64, ["all-linear"])}

@@ -8,8 +8,8 @@ noise: the rest is counted from shapes, published peaks, and an assumed utilisat
 
 from dataclasses import dataclass
 
-from utils.arguments import make_parser
 from utils.cli import run_cli
+from utils.command_line.parser import make_parser
 
 # An A100 SXM with 80 GB: published bf16 peak, and what training is assumed to reach of it.
 PEAK_FLOPS, UTILISATION, GPU_BYTES = 312e12, 0.35, 80e9

@@ -24,8 +24,8 @@ import numpy as np
 
 from resample_with_dp_histogram.embed import begin
 from resample_with_dp_histogram.embeddings import VECTORS_FILE, location, texts_digest
-from utils.arguments import make_parser
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
+from utils.command_line.parser import make_parser
 from utils.files import write_json
 from utils.versions import versions_of
 

@@ -25,20 +25,15 @@ import transformers
 
 from benchmarks.environments import ROOT, vllm_python
 from privacy_checks.tiny_model import save_tiny_model
-from utils.arguments import make_parser, positive_int
 from utils.cli import UsageError, run_cli, say
-from utils.decoding import Completion, Decoding, Request, completion_of
+from utils.command_line.parser import make_parser, positive_int
 from utils.files import write_json
-from utils.generation import cache_bytes, complete, fitting_batch_size
-from utils.modeling import (
-    load_adapted,
-    load_base_model,
-    load_tokenizer,
-    resolve_dtype,
-    share_cores,
-)
-from utils.prompts import UNCONDITIONAL, prompt_ids
-from utils.vllm_engine import ModelFolder
+from utils.models.loading import load_base_model, load_tokenizer, resolve_dtype, share_cores
+from utils.models.lora import load_adapted
+from utils.sampling.decoding import Completion, Decoding, Request, completion_of
+from utils.sampling.engines import cache_bytes, complete, fitting_batch_size
+from utils.sampling.vllm_engine import ModelFolder
+from utils.texts.prompts import UNCONDITIONAL, prompt_ids
 
 ONE_BY_ONE = "one at a time"
 ENGINES = (ONE_BY_ONE, "static", "continuous")

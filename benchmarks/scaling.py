@@ -17,11 +17,11 @@ import tempfile
 from pathlib import Path
 
 from privacy_checks.tiny_model import save_tiny_model
-from utils.arguments import make_parser, positive_int
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.commands import launch_command, with_this_python
-from utils.data_utils import count_train_examples, tried_places
+from utils.command_line.launch import launch_command, with_this_python
+from utils.command_line.parser import make_parser, positive_int
 from utils.files import write_json
+from utils.texts.data_sets import count_train_examples, tried_places
 
 LEAST = 0.95
 

@@ -22,18 +22,18 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.resampling import write_embeddings
-from evaluation.intervals import plus_minus
-from evaluation.mauve import mauve
+from evaluation.measures.intervals import plus_minus
+from evaluation.measures.mauve import mauve
 from resample_with_dp_histogram import embed, resample
 from resample_with_dp_histogram.clusters import fit_clusters
 from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import distinct_instructions
 from resample_with_dp_histogram.selection import total_variation
-from utils.arguments import make_parser, positive_float, positive_int
 from utils.cli import UsageError, run_cli
+from utils.command_line.parser import make_parser, positive_float, positive_int
 from utils.files import read_jsonl, write_json
 from utils.folders import whole_folder
-from utils.text_inputs import FORMATS, read_entries
+from utils.texts.text_inputs import FORMATS, read_entries
 from utils.versions import versions_of
 
 HELD_OUT, PRIVATE = 0.1, 0.4

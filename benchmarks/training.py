@@ -28,10 +28,10 @@ from benchmarks.workload import (
     prepare,
     set_up,
 )
-from utils.arguments import make_parser
 from utils.cli import EXIT_OK, run_cli
+from utils.command_line.parser import make_parser
 from utils.files import write_json
-from utils.prompts import UNCONDITIONAL, training_ids
+from utils.texts.prompts import UNCONDITIONAL, training_ids
 
 PLANNED_EXAMPLES = 4096
 

@@ -36,21 +36,21 @@ from prv_accountant.privacy_random_variables import (
 )
 from scipy.optimize import brentq
 
-from evaluation.intervals import plus_minus
-from evaluation.mauve import mauve
+from evaluation.measures.intervals import plus_minus
+from evaluation.measures.mauve import mauve
 from evaluation.results import read_results
-from evaluation.summary import read_samples
-from privacy_checks.report import composed_report
+from privacy_checks.composition import composed_report
 from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, distinct_instructions
-from utils.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
-from utils.arguments import make_parser, natural_int, positive_float, positive_int
 from utils.cli import UsageError, run_cli, say
+from utils.command_line.parser import make_parser, natural_int, positive_float, positive_int
 from utils.files import read_jsonl, write_json
-from utils.modeling import load_tokenizer
-from utils.privacy_plan import num_steps
-from utils.prompts import UNCONDITIONAL, training_ids
-from utils.text_inputs import FORMATS, read_entries
+from utils.models.loading import load_tokenizer
+from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
+from utils.privacy.plan import num_steps
+from utils.sampling.shards import read_samples
+from utils.texts.prompts import UNCONDITIONAL, training_ids
+from utils.texts.text_inputs import FORMATS, read_entries
 from utils.versions import versions_of
 
 ROOT = Path(__file__).resolve().parent.parent

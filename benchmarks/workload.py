@@ -15,11 +15,11 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.environments import python_with
 from benchmarks.jobs import OURS, PEERS
 from data import prepare_quickstart
-from utils.arguments import positive_int
-from utils.batching import cut_microbatches
 from utils.cli import UsageError
-from utils.data_utils import load_splits
-from utils.prompts import UNCONDITIONAL, training_ids
+from utils.command_line.parser import positive_int
+from utils.runs.batching import cut_microbatches
+from utils.texts.data_sets import load_splits
+from utils.texts.prompts import UNCONDITIONAL, training_ids
 
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 MOST_WORDS = 1000

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
-from utils.prompts import write_instruction_file  # noqa: E402
+from utils.texts.prompts import write_instruction_file  # noqa: E402
 
 HUB_ID, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 NUM_INSTRUCTIONS = 805

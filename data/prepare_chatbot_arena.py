@@ -35,9 +35,9 @@ from pyarrow import parquet
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
-from utils.data_utils import FILE_SUFFIXES, is_labelled  # noqa: E402
 from utils.folders import save_dataset  # noqa: E402
-from utils.text_filters import comparison_form, split_rows  # noqa: E402
+from utils.texts.data_sets import FILE_SUFFIXES, is_labelled  # noqa: E402
+from utils.texts.text_filters import comparison_form, split_rows  # noqa: E402
 
 HUB_ID = "lmsys/lmsys-chat-1m"
 COLUMNS = ["language", "redacted", "openai_moderation", "conversation"]

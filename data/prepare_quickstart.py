@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import UsageError, run_cli, say  # noqa: E402
 from utils.files import write_json  # noqa: E402
 from utils.folders import PREPARATION_FILE, save_dataset, whole_folder  # noqa: E402
-from utils.prompts import write_instruction_file  # noqa: E402
-from utils.text_filters import comparison_form, split_rows  # noqa: E402
+from utils.texts.prompts import write_instruction_file  # noqa: E402
+from utils.texts.text_filters import comparison_form, split_rows  # noqa: E402
 
 
 @dataclass(frozen=True)

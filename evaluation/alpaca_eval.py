@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.arguments import make_parser
 from utils.cli import UsageError, run_cli, say
+from utils.command_line.parser import make_parser
 from utils.files import read_jsonl, write_json
 
 ANSWER_FORMATS = "a folder of shard-*.jsonl from inference.py, or AlpacaEval's .json"

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import lexical
-from evaluation.intervals import SEEDS, mean_and_spread
-from evaluation.manifold import mean_similarity, nearest_similarity, overlap
-from evaluation.mauve import mauve
+from evaluation.measures import lexical
+from evaluation.measures.intervals import SEEDS, mean_and_spread
+from evaluation.measures.manifold import mean_similarity, nearest_similarity, overlap
+from evaluation.measures.mauve import mauve
 from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
 from resample_with_dp_histogram import embed
-from utils.arguments import make_parser, positive_int
 from utils.cli import UsageError, run_cli, say
-from utils.text_inputs import FORMATS, read_instructions
+from utils.command_line.parser import make_parser, positive_int
+from utils.texts.text_inputs import FORMATS, read_instructions
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

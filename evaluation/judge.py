@@ -25,7 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.alpaca_eval import ANSWER_FORMATS, Answers, read_answers
-from evaluation.intervals import BOOTSTRAP, bootstrap, over_examples
+from evaluation.measures.intervals import BOOTSTRAP, bootstrap, over_examples
+from evaluation.measures.win_rate import (
+    contradictions,
+    length_controlled,
+    length_feature,
+    preferences,
+    read_verdict,
+)
 from evaluation.results import (
     PRIVATE_FOLDER,
     Result,
@@ -33,13 +40,6 @@ from evaluation.results import (
     require_new_result,
     table,
     write_result,
-)
-from evaluation.win_rate import (
-    contradictions,
-    length_controlled,
-    length_feature,
-    preferences,
-    read_verdict,
 )
 from query_gpt35_for_annotation.annotate import add_run_arguments, finish_job
 from query_gpt35_for_annotation.client import OK
@@ -51,8 +51,8 @@ from query_gpt35_for_annotation.job import (
     pending_instructions,
     read_records,
 )
-from utils.arguments import make_parser
 from utils.cli import EXIT_OK, UsageError, run_cli, say
+from utils.command_line.parser import make_parser
 
 TOOL = "judge"
 JUDGEMENTS_FOLDER = "judgements"

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.exposure import exposure_by_chance, exposures, told_secrets
-from evaluation.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap, over_examples
-from evaluation.overlap import (
+from evaluation.measures.exposure import exposure_by_chance, exposures, told_secrets
+from evaluation.measures.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap, over_examples
+from evaluation.measures.overlap import (
     Reference,
     exact_matches,
     keys,
@@ -34,23 +34,25 @@ from evaluation.overlap import (
     nearest,
     shared_runs,
 )
+from evaluation.measures.personal_data import KINDS, find
 from evaluation.perplexity import example_losses
-from evaluation.personal_data import KINDS, find
 from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
 from resample_with_dp_histogram.embed import (
     DEFAULT_MODEL,
     embed_in_memory,
     load_model,
 )
-from utils.adapter_info import read_adapter_info
-from utils.arguments import make_parser, natural_int, positive_int
-from utils.canaries import canary, secrets
 from utils.cli import UsageError, run_cli, say
-from utils.data_utils import is_labelled, tokenised
-from utils.modeling import load_adapted, load_tokenizer, quiet_libraries, resolve_dtype
-from utils.run_folder import CONFIG_FILE, holds_run
-from utils.text_filters import comparison_form
-from utils.text_inputs import FORMATS, read_instructions
+from utils.command_line.parser import make_parser, natural_int, positive_int
+from utils.models.adapter_info import read_adapter_info
+from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
+from utils.models.lora import load_adapted
+from utils.runs.run_folder import CONFIG_FILE, holds_run
+from utils.texts.canaries import canary, secrets
+from utils.texts.data_sets import is_labelled
+from utils.texts.text_filters import comparison_form
+from utils.texts.text_inputs import FORMATS, read_instructions
+from utils.texts.tokens import tokenised
 
 TOOL = "memorisation"
 NGRAMS = (5, 8, 13)

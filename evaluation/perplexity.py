@@ -18,26 +18,18 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from evaluation.intervals import BOOTSTRAP, bootstrap, over_examples, ratio_of_sums
+from evaluation.measures.intervals import BOOTSTRAP, bootstrap, over_examples, ratio_of_sums
 from evaluation.results import Result, Score, require_new_result, table, write_result
-from utils.arguments import (
-    add_model_arguments,
-    make_parser,
-    positive_int,
-    require_fitting_style,
-)
-from utils.batching import cut_microbatches
 from utils.cli import UsageError, run_cli, say
-from utils.data_utils import TokenisedExamples, load_split, tokenised
-from utils.modeling import (
-    LanguageModel,
-    load_adapted,
-    load_base_model,
-    load_tokenizer,
-    quiet_libraries,
-    resolve_dtype,
-)
-from utils.sampling_arguments import check_adapter
+from utils.command_line.parser import make_parser, positive_int
+from utils.command_line.sampling_flags import check_adapter
+from utils.command_line.training_flags import add_model_arguments, require_fitting_style
+from utils.models.language_model import LanguageModel
+from utils.models.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
+from utils.models.lora import load_adapted
+from utils.runs.batching import cut_microbatches
+from utils.texts.data_sets import load_split
+from utils.texts.tokens import TokenisedExamples, tokenised
 
 TOOL = "perplexity"
 

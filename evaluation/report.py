@@ -18,16 +18,16 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from evaluation.report_data import collect, printable
-from evaluation.report_page import Page, build_page
+from evaluation.page.material import collect, printable
+from evaluation.page.sections import Page, build_page
 from evaluation.results import PRIVATE_FOLDER
-from utils.arguments import make_parser, natural_int, positive_float
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
+from utils.command_line.parser import make_parser, natural_int, positive_float
 from utils.files import write_atomic
-from utils.run_folder import PRIVATE_README
-from utils.text_inputs import FORMATS
+from utils.runs.run_folder import PRIVATE_README
+from utils.texts.text_inputs import FORMATS
 
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = Path(__file__).parent / "page" / "templates"
 SUFFIXES = (".html", ".md")
 # By which a later call knows a page of this tool, which it may replace.
 MARK = "evaluation.report"

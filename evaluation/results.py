@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils.cli import UsageError, say
 from utils.files import write_atomic, write_json
-from utils.run_folder import PRIVATE_README
+from utils.runs.run_folder import PRIVATE_README
 from utils.versions import versions_of
 
 PRIVATE_FOLDER = "private"

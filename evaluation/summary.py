@@ -10,9 +10,10 @@ import json
 import textwrap
 from pathlib import Path
 
-from utils.arguments import make_parser, natural_int
 from utils.cli import UsageError, run_cli
+from utils.command_line.parser import make_parser, natural_int
 from utils.files import read_jsonl
+from utils.sampling.shards import read_samples
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,23 +69,6 @@ def loss_changes(run: Path) -> list[tuple[str, float, float]]:
         if values:
             changes.append((name.replace("_", " "), values[0], values[-1]))
     return changes
-
-
-def read_samples(folder: Path) -> list[dict]:
-    """All samples of a folder in order of their ids.
-
-    Raises:
-        UsageError: the folder holds no shard.
-    """
-    shards = sorted(folder.glob("shard-*.jsonl"))
-    if not shards:
-        raise UsageError(f"--samples {str(folder)!r}: no shard-*.jsonl there; inference.py writes")
-    return sorted((sample for shard in shards for sample in read_jsonl(shard)), key=by_id)
-
-
-def by_id(sample: dict) -> int:
-    """The sample's number."""
-    return sample["id"]
 
 
 def shown(sample: dict, width: int = 96) -> str:

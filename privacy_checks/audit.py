@@ -31,13 +31,14 @@ import torch
 from privacy_checks import randomness
 from privacy_checks.estimators import correct_guesses, gaussian_pair, gdp, one_run, one_run_f_dp
 from privacy_checks.observed_run import NUM_PARAMETERS, Observation, observe, save_tiny_model
-from utils.accounting import SampledGaussian, compute_epsilon
-from utils.arguments import make_parser, positive_float, positive_int
-from utils.batching import cut_microbatches, shuffled_batch
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
+from utils.command_line.parser import make_parser, positive_float, positive_int
 from utils.dp_utils import PerExampleGradients, add_noise
 from utils.files import write_json
-from utils.privacy_plan import LEDGER_FILE, PrivacyPlan, read_plan
+from utils.privacy.accounting import SampledGaussian, compute_epsilon
+from utils.privacy.ledger import LEDGER_FILE, read_plan
+from utils.privacy.plan import PrivacyPlan
+from utils.runs.batching import cut_microbatches, shuffled_batch
 from utils.secure_random import SecureRandom, grid_spacing
 
 BREAKS = {

@@ -1,6 +1,7 @@
 """Lower bounds on epsilon from the scores of canaries that were in or out of a training set.
 
-Independent of `utils.accounting` on purpose: its claims are what these bounds are held against.
+Independent of `utils.privacy.accounting` on purpose: its claims are what these bounds are held
+against.
 Every bound holds with the stated confidence for a fixed mechanism; the best of several does so
 for all of them together only after a correction for their number.
 """

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from privacy_checks.observed_run import observe, save_tiny_model
-from utils.arguments import make_parser, positive_int
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
+from utils.command_line.parser import make_parser, positive_int
 from utils.dp_utils import assign_gradient
 from utils.files import write_json
-from utils.prompts import UNCONDITIONAL
+from utils.texts.prompts import UNCONDITIONAL
 
 TOLERANCE = 1e-5
 # An example that moves the sum by this little less than C was clipped.

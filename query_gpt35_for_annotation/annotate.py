@@ -24,15 +24,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from query_gpt35_for_annotation.budget import RateBudget
 from query_gpt35_for_annotation.client import ANSWERED, FAILED, Client, StopRun
-from query_gpt35_for_annotation.cost import (
-    Price,
-    Spending,
-    add_price_arguments,
-    estimate,
-    price_from_arguments,
-)
 from query_gpt35_for_annotation.job import (
     UNANSWERED,
     Job,
@@ -47,8 +39,16 @@ from query_gpt35_for_annotation.job import (
     pending_instructions,
     read_records,
 )
-from utils.arguments import make_parser, natural_int, positive_int
+from query_gpt35_for_annotation.rate_limits import RateBudget
+from query_gpt35_for_annotation.spending import (
+    Price,
+    Spending,
+    add_price_arguments,
+    estimate,
+    price_from_arguments,
+)
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
+from utils.command_line.parser import make_parser, natural_int, positive_int
 from utils.files import JsonlAppender
 
 # So many refusals (400) without an answer between them show that no request of this form is

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from query_gpt35_for_annotation.client import OK
 from query_gpt35_for_annotation.job import answers_file, read_records
-from utils.arguments import make_parser, positive_float
 from utils.cli import UsageError, run_cli, say
-from utils.data_utils import is_labelled
+from utils.command_line.parser import make_parser, positive_float
 from utils.folders import save_dataset
+from utils.texts.data_sets import is_labelled
 
 
 def build_parser() -> argparse.ArgumentParser:

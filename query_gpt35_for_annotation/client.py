@@ -11,8 +11,6 @@ from email.utils import parsedate_to_datetime
 
 import openai
 
-from query_gpt35_for_annotation.budget import LONGEST_REFUSAL_PAUSE, RateBudget, backoff
-from query_gpt35_for_annotation.cost import BudgetReached, Spending, estimated_prompt_tokens
 from query_gpt35_for_annotation.job import (
     MAX_TOKENS_NAMES,
     UNANSWERED,
@@ -20,6 +18,8 @@ from query_gpt35_for_annotation.job import (
     Job,
     instruction_id,
 )
+from query_gpt35_for_annotation.rate_limits import LONGEST_REFUSAL_PAUSE, RateBudget, backoff
+from query_gpt35_for_annotation.spending import BudgetReached, Spending, estimated_prompt_tokens
 from utils.cli import UsageError
 
 # What an answered record's `status` may be; only `ok` goes into a data set.

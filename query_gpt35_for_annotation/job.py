@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from utils.arguments import positive_int
 from utils.cli import UsageError, say
+from utils.command_line.parser import positive_int
 from utils.files import read_jsonl, write_json
-from utils.text_inputs import FORMATS, read_instructions
+from utils.texts.text_inputs import FORMATS, read_instructions
 
 VENDOR_URL = "https://api.openai.com/v1"
 MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens")

@@ -13,7 +13,6 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 
-from query_gpt35_for_annotation.cost import add_price_arguments, estimate, price_from_arguments
 from query_gpt35_for_annotation.job import (
     Job,
     add_job_arguments,
@@ -23,8 +22,9 @@ from query_gpt35_for_annotation.job import (
     job_from_arguments,
     pending_instructions,
 )
-from utils.arguments import make_parser, positive_int
+from query_gpt35_for_annotation.spending import add_price_arguments, estimate, price_from_arguments
 from utils.cli import run_cli, say
+from utils.command_line.parser import make_parser, positive_int
 from utils.files import write_atomic
 
 REQUESTS_PER_FILE = 50_000

@@ -26,8 +26,8 @@ from query_gpt35_for_annotation.job import (
     read_records,
     waiting_batches,
 )
-from utils.arguments import make_parser
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
+from utils.command_line.parser import make_parser
 from utils.files import JsonlAppender, read_jsonl
 
 

@@ -29,12 +29,12 @@ from resample_with_dp_histogram.embeddings import (
     require_unit,
     texts_digest,
 )
-from utils.arguments import make_parser, positive_int
 from utils.cli import UsageError, in_one_line, run_cli, say
+from utils.command_line.parser import make_parser, positive_int
 from utils.files import fsync_folder, write_atomic, write_json
-from utils.modeling import model_fingerprint
-from utils.run_folder import PRIVATE_README
-from utils.text_inputs import FORMATS, read_instructions
+from utils.models.loading import model_fingerprint
+from utils.runs.run_folder import PRIVATE_README
+from utils.texts.text_inputs import FORMATS, read_instructions
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

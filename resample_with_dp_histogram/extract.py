@@ -17,12 +17,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from utils.arguments import make_parser
 from utils.cli import UsageError, run_cli, say
+from utils.command_line.parser import make_parser
 from utils.files import write_json
 from utils.folders import PREPARATION_FILE, whole_folder
-from utils.text_filters import comparison_form
-from utils.text_inputs import FORMATS, read_entries
+from utils.texts.text_filters import comparison_form
+from utils.texts.text_inputs import FORMATS, read_entries
 
 INSTRUCTIONS_FILE = "instructions.jsonl"
 EMPTY, TRUNCATED, DUPLICATE = "empty", "truncated", "duplicate"

@@ -41,14 +41,15 @@ from resample_with_dp_histogram.selection import (
     largest_remainders,
     total_variation,
 )
-from utils.accounting import ADD_REMOVE, SampledGaussian
-from utils.arguments import make_parser, natural_int, positive_int
 from utils.cli import UsageError, run_cli, say
+from utils.command_line.parser import make_parser, natural_int, positive_int
 from utils.files import write_json
 from utils.folders import whole_folder
-from utils.privacy_plan import UNIT, read_histograms, read_ledger, record_histogram
+from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
+from utils.privacy.guarantee import UNIT
+from utils.privacy.ledger import read_histograms, read_ledger, record_histogram
 from utils.secure_random import SecureRandom, grid_spacing
-from utils.text_inputs import FORMATS, read_instructions
+from utils.texts.text_inputs import FORMATS, read_instructions
 
 LEDGER_FILE = "histogram_ledger.jsonl"
 HISTOGRAM, CONDITIONAL = "histogram", "histogram_conditional"

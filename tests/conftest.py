@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from privacy_checks.tiny_model import save_tiny_model
-from utils import privacy_plan
+from utils.privacy import guarantee, plan
 
 datasets.disable_progress_bars()
 
@@ -37,10 +37,17 @@ def accountant_that_remembers():
         remembered = functools.cache(lambda events, *rest: compute(list(events), *rest))
         return lambda events, *rest: remembered(tuple(events), *rest)
 
-    names = ("compute_epsilon", "pld_epsilon")
-    changes = {name: remembering(getattr(privacy_plan, name)) for name in names}
-    calibrate = privacy_plan.calibrate_noise_multiplier
+    calibrate = plan.calibrate_noise_multiplier
     remembered = functools.cache(lambda *given: calibrate(*given[:-1], list(given[-1])))
-    changes["calibrate_noise_multiplier"] = lambda *given: remembered(*given[:-1], tuple(given[-1]))
-    with mock.patch.multiple(privacy_plan, **changes):
+    epsilon, pld = remembering(plan.compute_epsilon), remembering(guarantee.pld_epsilon)
+    with (
+        mock.patch.object(plan, "compute_epsilon", epsilon),
+        mock.patch.object(guarantee, "compute_epsilon", epsilon),
+        mock.patch.object(guarantee, "pld_epsilon", pld),
+        mock.patch.object(
+            plan,
+            "calibrate_noise_multiplier",
+            lambda *given: remembered(*given[:-1], tuple(given[-1])),
+        ),
+    ):
         yield

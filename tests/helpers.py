@@ -7,11 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from privacy_checks.tiny_model import tiny_llama
-from utils.batching import cut_microbatches
-from utils.data_utils import TokenisedExamples
 from utils.dp_utils import PerExampleGradients
-from utils.losses import normalise
-from utils.modeling import LanguageModel, attach_lora
+from utils.models.language_model import LanguageModel
+from utils.models.lora import attach_lora
+from utils.models.losses import normalise
+from utils.runs.batching import cut_microbatches
+from utils.texts.tokens import TokenisedExamples
 
 
 def tiny_model(model_type, *, seed=0, **settings) -> PreTrainedModel:

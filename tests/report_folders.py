@@ -17,7 +17,7 @@ from resample_with_dp_histogram import extract, resample
 from tests import training
 from tests.resampling import save_embeddings, unit_vectors
 from utils.files import JsonlAppender, read_jsonl, write_json
-from utils.prompts import write_instruction_file
+from utils.texts.prompts import write_instruction_file
 
 LEDGER = "private_data/histogram_ledger.jsonl"
 ANSWER = "Water freezes at 0 °C."

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy.special import gammaln, logsumexp
 from scipy.stats import norm
 
-from utils import accounting
-from utils.accounting import (
+from utils.cli import UsageError
+from utils.privacy import accounting
+from utils.privacy.accounting import (
     ADD_REMOVE,
     REPLACE,
     SampledGaussian,
@@ -23,7 +24,6 @@ from utils.accounting import (
     compute_epsilon,
     pld_epsilon,
 )
-from utils.cli import UsageError
 
 # N 180,000, batch 4,096, 10 epochs.
 RATE, STEPS, DELTA = 4096 / 180_000, 439, 5e-7
@@ -461,7 +461,7 @@ def test_large_epsilons_stay_affordable_and_true():
 def test_importing_costs_nothing_and_calibrating_loads_no_torch():
     program = """
 import sys
-import utils.accounting as accounting
+import utils.privacy.accounting as accounting
 heavy = {"numpy", "scipy", "prv_accountant", "dp_accounting", "torch"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 accounting.calibrate_noise_multiplier(5.94, 5e-7, 4096 / 180000, 439)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from query_gpt35_for_annotation import annotate
-from query_gpt35_for_annotation.budget import backoff
-from query_gpt35_for_annotation.cost import Price, Spending
 from query_gpt35_for_annotation.job import Job, exclusive, instruction_id, read_records
+from query_gpt35_for_annotation.rate_limits import backoff
+from query_gpt35_for_annotation.spending import Price, Spending
 from tests.annotation_server import MinuteLimit, Reply, Server, answer, completion, error
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl

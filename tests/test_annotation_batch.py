@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from query_gpt35_for_annotation import annotate, make_batch, read_batch
-from query_gpt35_for_annotation.cost import Price, Spending
 from query_gpt35_for_annotation.job import Job, instruction_id, read_records
 from query_gpt35_for_annotation.make_batch import split_lines
+from query_gpt35_for_annotation.spending import Price, Spending
 from tests.annotation_server import Server, completion
 from utils.cli import UsageError
 from utils.files import read_jsonl

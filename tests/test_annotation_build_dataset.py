@@ -9,8 +9,8 @@ import generate_train_command
 from query_gpt35_for_annotation import build_dataset
 from query_gpt35_for_annotation.client import answer_record
 from utils.cli import UsageError
-from utils.data_utils import count_train_examples, load_splits
 from utils.files import JsonlAppender
+from utils.texts.data_sets import count_train_examples, load_splits
 
 LEFT_OUT = ("truncated", "refused", "empty", "failed", "unanswered")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from query_gpt35_for_annotation.budget import RateBudget, backoff
 from query_gpt35_for_annotation.client import Client, read_completion, retry_after_seconds
-from query_gpt35_for_annotation.cost import BudgetReached, Price, Spending
 from query_gpt35_for_annotation.job import Job
+from query_gpt35_for_annotation.rate_limits import RateBudget, backoff
+from query_gpt35_for_annotation.spending import BudgetReached, Price, Spending
 from tests.annotation_server import Reply, Server, answer, completion, error
 from utils.cli import UsageError
 

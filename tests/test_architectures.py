@@ -17,7 +17,8 @@ from tests.helpers import (
 )
 from utils.cli import UsageError
 from utils.dp_utils import PerExampleGradients
-from utils.modeling import MASK_FREE_MODEL_TYPES, LanguageModel, default_target_modules
+from utils.models.language_model import MASK_FREE_MODEL_TYPES, LanguageModel
+from utils.models.lora import default_target_modules
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # Type, settings that differ, default target modules. Windows of 8 tokens, which texts pass.

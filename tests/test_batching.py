@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from privacy_checks.randomness import adjacent_p_value, batch_size_p_value, count_p_value
-from utils.batching import MICROBATCH_TOKENS, cut_microbatches, poisson_batch, shuffled_batch
+from utils.runs.batching import MICROBATCH_TOKENS, cut_microbatches, poisson_batch, shuffled_batch
 from utils.secure_random import SecureRandom
 
 N, BATCH, STEPS = 400, 60, 600

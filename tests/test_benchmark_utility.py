@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from benchmarks import utility
 from privacy_checks.observed_run import signal_handlers_restored
 from tests.resampling import save_tiny_encoder
-from utils.accounting import SampledGaussian, compute_epsilon
 from utils.cli import UsageError
 from utils.files import write_json
+from utils.privacy.accounting import SampledGaussian, compute_epsilon
 
 TEXTS = [f"{a}{b} {c}" for a in "abcdef" for b in "abcdef" for c in "abcd"]
 

@@ -12,8 +12,8 @@ from benchmarks.jobs import OURS, PEERS, Job
 from privacy_checks.tiny_model import save_tiny_model
 from tests.helpers import adapted_model, random_examples, reference_gradients
 from tests.training import run_process
-from utils.losses import normalise
-from utils.modeling import LanguageModel
+from utils.models.language_model import LanguageModel
+from utils.models.losses import normalise
 
 KEYS = {"real_tokens_per_second", "processed_over_real", "peak_memory_mib", "seconds"}
 

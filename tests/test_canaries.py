@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.training import ROOT
-from utils.canaries import (
+from utils.cli import UsageError
+from utils.texts.canaries import (
     DIGITS,
     canary,
     num_canary_rows,
@@ -18,7 +19,6 @@ from utils.canaries import (
     secrets,
     with_canaries,
 )
-from utils.cli import UsageError
 
 
 def arguments(**changes) -> Namespace:
@@ -47,7 +47,7 @@ def test_secrets_are_distinct_and_evenly_spread():
 
 
 def test_a_secret_that_comes_twice_is_passed_over(monkeypatch):
-    monkeypatch.setattr("utils.canaries.DIGITS", 1)
+    monkeypatch.setattr("utils.texts.canaries.DIGITS", 1)
     assert sorted(islice(secrets(0), 10)) == [str(digit) for digit in range(10)]
 
 
@@ -87,5 +87,5 @@ def test_canaries_that_would_be_cut_are_refused():
 
 
 def test_making_canaries_does_without_torch():
-    check = "import sys, utils.canaries; sys.exit('torch' in sys.modules)"
+    check = "import sys, utils.texts.canaries; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from evaluation import charts
+from evaluation.page import charts
 
 LINES = {"base": [[0, 3.0], [1, 2.0], [2, 1.5]], "tuned <b> & $x$": [[0, 3.0], [2, 0.5]]}
 CHART = {"title": "Loss", "x_label": "step", "y_label": "nats", "kind": "line", "lines": LINES}

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-import utils.checkpointing
-from utils.checkpointing import (
+import utils.runs.checkpointing
+from utils.runs.checkpointing import (
     ADAPTER_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -84,7 +84,7 @@ def test_a_failed_save_leaves_the_previous_one_and_nothing_half_made(
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(utils.checkpointing, failing, full)
+    monkeypatch.setattr(utils.runs.checkpointing, failing, full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2)
     monkeypatch.undo()

@@ -6,9 +6,9 @@ import torch
 from scipy import stats
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from utils import decoding
 from utils.cli import UsageError
-from utils.decoding import Decoding, Drawer, draw, uniform_bits
+from utils.sampling import decoding
+from utils.sampling.decoding import Decoding, Drawer, draw, uniform_bits
 
 LEVEL = 1e-4  # of significance: what is right stays above, what is wrong falls below
 

@@ -21,9 +21,9 @@ from privacy_checks.observed_run import observe, signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
 from tests.distributed_worker import assign_public_vector
 from tests.training import ROOT, flags, save_dataset
-from utils import distributed
-from utils.commands import launch_command, with_this_python
-from utils.privacy_plan import LEDGER_FILE
+from utils.command_line.launch import launch_command, with_this_python
+from utils.privacy.ledger import LEDGER_FILE
+from utils.runs import distributed
 
 FIXED = "--insecure_fixed_noise_seed=1"
 # Sums of float32 numbers in another order; a lost, doubled or reweighed example moves them by

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation import distribution
 from evaluation.distribution import Sample, TextSet, evaluate, figures_of, samples, text_set
-from evaluation.mauve import mauve
+from evaluation.measures.mauve import mauve
 from resample_with_dp_histogram import embed
 from tests.resampling import save_tiny_encoder, unit_vectors
 from tests.training import run_process

@@ -13,7 +13,6 @@ from tests.helpers import (
     reference_sum,
     relative_error,
 )
-from utils.batching import cut_microbatches
 from utils.cli import UsageError
 from utils.dp_utils import (
     PerExampleGradients,
@@ -24,6 +23,7 @@ from utils.dp_utils import (
     ghost_norms,
     instantiates,
 )
+from utils.runs.batching import cut_microbatches
 from utils.secure_random import SecureRandom, grid_spacing
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

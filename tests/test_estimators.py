@@ -12,7 +12,7 @@ from privacy_checks.estimators import (
     one_run,
     one_run_f_dp,
 )
-from utils.accounting import SampledGaussian, compute_epsilon
+from utils.privacy.accounting import SampledGaussian, compute_epsilon
 
 DELTA, CONFIDENCE = 1e-5, 0.999
 CANARIES, GUESSES = 4000, 800

@@ -12,15 +12,16 @@ from unittest import mock
 
 import pytest
 
-from evaluation import report, report_data
+from evaluation import report
+from evaluation.page import material
 from evaluation.results import Result, Score, write_result
-from privacy_checks import report as composed_report
+from privacy_checks import composition
 from tests.report_folders import ANSWER, LEDGER, file_hashes, make_folders, read_real_rows
-from utils import privacy_plan
-from utils.accounting import SampledGaussian, compute_delta, compute_epsilon
 from utils.cli import run_cli
 from utils.files import JsonlAppender, read_jsonl, write_json
-from utils.privacy_plan import read_plan, record_histogram
+from utils.privacy import guarantee
+from utils.privacy.accounting import SampledGaussian, compute_delta, compute_epsilon
+from utils.privacy.ledger import read_plan, record_histogram
 
 CHROMIUM = "/usr/bin/chromium"
 MARKER = "PLANTED-in-a-private-file"
@@ -36,10 +37,10 @@ def _accountants_that_remember(accountant_that_remembers):
     def delta(events, *rest):
         return remembered(tuple(events), *rest)
 
-    epsilons = {name: getattr(privacy_plan, name) for name in ("compute_epsilon", "pld_epsilon")}
+    epsilons = {name: getattr(guarantee, name) for name in ("compute_epsilon", "pld_epsilon")}
     with (
-        mock.patch.multiple(composed_report, compute_delta=delta, **epsilons),
-        mock.patch.object(report_data, "compute_delta", delta),
+        mock.patch.multiple(composition, compute_delta=delta, **epsilons),
+        mock.patch.object(material, "compute_delta", delta),
     ):
         yield
 

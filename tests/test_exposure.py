@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.exposure import exposure_by_chance, exposures, told_secrets
+from evaluation.measures.exposure import exposure_by_chance, exposures, told_secrets
 
 
 def test_the_first_rank_gives_all_bits_and_the_last_none():

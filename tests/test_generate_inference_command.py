@@ -13,7 +13,7 @@ import generate_inference_command
 import inference
 from privacy_checks.tiny_model import save_tiny_model
 from utils.cli import UsageError
-from utils.prompts import write_instruction_file
+from utils.texts.prompts import write_instruction_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "generate_inference_command.py"

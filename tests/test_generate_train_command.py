@@ -10,10 +10,10 @@ import pytest
 import generate_train_command
 import train
 from tests.training import ROOT, flags, run_process, save_dataset
-from utils.arguments import module_settings
-from utils.canaries import with_canaries
-from utils.data_utils import count_train_examples, load_splits
-from utils.privacy_plan import plan_from_arguments
+from utils.command_line.training_flags import module_settings
+from utils.privacy.plan import plan_from_arguments
+from utils.texts.canaries import with_canaries
+from utils.texts.data_sets import count_train_examples, load_splits
 
 ARENA = (
     "--dataset_name chatbot_arena_instructions_train180k --model_name yahma/llama-13b-hf "

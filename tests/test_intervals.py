@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.intervals import bootstrap, mean_and_spread, over_examples, ratio_of_sums
+from evaluation.measures.intervals import bootstrap, mean_and_spread, over_examples, ratio_of_sums
 
 
 @pytest.mark.parametrize("count", [400, 20_000])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
 
-from evaluation import lexical
+from evaluation.measures import lexical
 
 
 def grams(text, n=1):

@@ -5,11 +5,11 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-import utils.losses
+import utils.models.losses
 from privacy_checks.tiny_model import tiny_llama
 from tests.helpers import random_examples
-from utils.losses import normalise, token_losses
-from utils.modeling import LanguageModel
+from utils.models.language_model import LanguageModel
+from utils.models.losses import normalise, token_losses
 
 SIZES = {
     "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -32,7 +32,7 @@ def own_losses(model, data):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 10_000])
 def test_values_and_gradients_do_not_depend_on_the_chunk(chunk_tokens, monkeypatch):
-    monkeypatch.setattr(utils.losses, "CHUNK_ELEMENTS", 259 * chunk_tokens)
+    monkeypatch.setattr(utils.models.losses, "CHUNK_ELEMENTS", 259 * chunk_tokens)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 259, bias=False)
     targets = torch.randint(259, (40,))

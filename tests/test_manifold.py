@@ -6,8 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from evaluation import manifold
-from evaluation.manifold import (
+from evaluation.measures import manifold
+from evaluation.measures.manifold import (
     mean_similarity,
     nearest_similarity,
     overlap,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate
 
-from evaluation.mauve import frontier_area, mauve
+from evaluation.measures.mauve import frontier_area, mauve
 from tests.resampling import unit_vectors
 
 P = np.array([0.5, 0.3, 0.2, 0.0])

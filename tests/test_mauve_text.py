@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from evaluation.mauve import FRONTIER_POINTS, mauve
+from evaluation.measures.mauve import FRONTIER_POINTS, mauve
 from tests.resampling import unit_vectors
 
 NUM_SEEDS, ROWS, CLUSTERS = 5, 1000, 100

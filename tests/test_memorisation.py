@@ -9,15 +9,15 @@ from accelerate.state import AcceleratorState
 
 import train
 from evaluation import memorisation
-from evaluation.exposure import exposure_by_chance
+from evaluation.measures.exposure import exposure_by_chance
+from evaluation.measures.overlap import Reference, make_reference
 from evaluation.memorisation import MORE, canary_scores, compared, distinct, main, read_run
-from evaluation.overlap import Reference, make_reference
 from privacy_checks.observed_run import signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
 from tests.resampling import save_tiny_encoder
 from tests.training import flags, save_dataset
-from utils.canaries import secrets
 from utils.cli import UsageError
+from utils.texts.canaries import secrets
 
 NUM_HELD_OUT, NUM_TRAINING, NUM_SYNTHETIC, NUM_COPIES = 120, 130, 120, 60
 WORDS = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "um")]

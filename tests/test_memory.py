@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-import utils.memory
+import utils.models.memory
 from utils.cli import UsageError
-from utils.memory import MOST_SEQUENCES, PeakMemory, fitting_sequences
+from utils.models.memory import MOST_SEQUENCES, PeakMemory, fitting_sequences
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MODEL, SEQUENCE = 1000, 50
@@ -18,9 +18,9 @@ class Device:
 
     def __init__(self, monkeypatch, memory: int, truly_fits: int = 10**9):
         self.truly_fits, self.tried = truly_fits, []
-        monkeypatch.setattr(utils.memory, "PeakMemory", lambda _device: self)
-        monkeypatch.setattr(utils.memory, "_in_use", lambda _device: MODEL)
-        monkeypatch.setattr(utils.memory, "_available", lambda _device: memory - MODEL)
+        monkeypatch.setattr(utils.models.memory, "PeakMemory", lambda _device: self)
+        monkeypatch.setattr(utils.models.memory, "_in_use", lambda _device: MODEL)
+        monkeypatch.setattr(utils.models.memory, "_available", lambda _device: memory - MODEL)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def step(self, sequences: int) -> None:
@@ -70,9 +70,9 @@ def test_the_peak_of_a_block_is_measured_though_it_was_higher_before():
 
     peaks = []
     for mebibytes in (600, 100, 300):
-        before = utils.memory._in_use(CPU)
+        before = utils.models.memory._in_use(CPU)
         with PeakMemory(CPU) as memory:
             work(mebibytes)
         peaks.append((memory.peak - before) / 2**20)
     assert [round(peak, -2) for peak in peaks] == [600, 100, 300]
-    assert utils.memory._available(CPU) > 1 << 28
+    assert utils.models.memory._available(CPU) > 1 << 28

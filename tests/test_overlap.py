@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.overlap import (
+from evaluation.measures.overlap import (
     MOST_PARTS,
     PARTS,
     exact_matches,

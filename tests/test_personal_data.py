@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from evaluation.personal_data import KINDS, find, iban, luhn
+from evaluation.measures.personal_data import KINDS, find, iban, luhn
 
 NAMES = list(KINDS)
 RIGHT = {

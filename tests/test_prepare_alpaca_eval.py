@@ -10,7 +10,7 @@ import pytest
 
 from data.prepare_alpaca_eval import NUM_INSTRUCTIONS, main
 from utils.cli import UsageError
-from utils.prompts import read_instruction_file
+from utils.texts.prompts import read_instruction_file
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,7 +4,7 @@ import pytest
 
 from privacy_checks.tiny_model import byte_tokenizer
 from utils.cli import UsageError
-from utils.prompts import (
+from utils.texts.prompts import (
     PROMPT_STYLES,
     TEMPLATES,
     UNCONDITIONAL,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from privacy_checks.report import composed_report
+from privacy_checks.composition import composed_report
 from tests.training import ROOT
-from utils.accounting import ADD_REMOVE
 from utils.files import read_jsonl
+from utils.privacy.accounting import ADD_REMOVE
 
 
 @pytest.mark.slow

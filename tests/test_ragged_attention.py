@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from utils.ragged_attention import ragged_attention
+from utils.sampling.ragged_attention import ragged_attention
 
 
 class Cache:

@@ -18,7 +18,7 @@ from privacy_checks.observed_run import signal_handlers_restored
 from tests.annotation_server import Server, judge
 from tests.resampling import save_tiny_encoder
 from tests.training import ROOT
-from utils.prompts import write_instruction_file
+from utils.texts.prompts import write_instruction_file
 
 README = (ROOT / "README.md").read_text()
 # This suite; what has tests of its own that take minutes; what only a shell does.

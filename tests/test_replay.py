@@ -6,7 +6,7 @@ import pytest
 
 from privacy_checks import replay
 from tests.mutated_train import observe_mutated_train
-from utils.prompts import UNCONDITIONAL
+from utils.texts.prompts import UNCONDITIONAL
 
 EXAMPLES = 8
 TYPE_A, TYPE_C = (UNCONDITIONAL, False, 1.4), ("vicuna", True, 1.4)

@@ -8,26 +8,20 @@ from unittest import mock
 
 import pytest
 
-from privacy_checks import report
-from utils.accounting import (
+from privacy_checks import composition, report
+from utils.cli import UsageError, run_cli
+from utils.files import write_json
+from utils.privacy import guarantee
+from utils.privacy.accounting import (
     ADD_REMOVE,
     REPLACE,
     SampledGaussian,
     compute_delta,
     compute_epsilon,
 )
-from utils.cli import UsageError, run_cli
-from utils.files import write_json
-from utils.privacy_plan import (
-    HISTOGRAM,
-    LEDGER_FILE,
-    Ledger,
-    PrivacyPlan,
-    build_report,
-    read_ledger,
-    record_histogram,
-    write_report,
-)
+from utils.privacy.guarantee import build_report, write_report
+from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, Ledger, read_ledger, record_histogram
+from utils.privacy.plan import PrivacyPlan
 
 PLAN = PrivacyPlan(
     num_examples=500, expected_batch_size=10, steps=20, clip_norm=1.0, clip_function="flat",
@@ -74,10 +68,8 @@ def histogram(tmp_path):
 @pytest.fixture(autouse=True)
 def _accountant_that_remembers(accountant_that_remembers):
     """The report asks the accountant through the same memory as plans do."""
-    from utils import privacy_plan
-
     with mock.patch.multiple(
-        report, compute_epsilon=privacy_plan.compute_epsilon, pld_epsilon=privacy_plan.pld_epsilon
+        composition, compute_epsilon=guarantee.compute_epsilon, pld_epsilon=guarantee.pld_epsilon
     ):
         yield
 

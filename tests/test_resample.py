@@ -7,14 +7,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from privacy_checks.report import composed_report
+from privacy_checks.composition import composed_report
 from resample_with_dp_histogram import resample
 from tests.resampling import save_embeddings, unit_vectors
 from tests.training import run_process
-from utils.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
 from utils.cli import UsageError
 from utils.files import read_jsonl, write_json
-from utils.privacy_plan import LEDGER_FILE, Ledger, PrivacyPlan, read_ledger, record_histogram
+from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
+from utils.privacy.ledger import LEDGER_FILE, Ledger, read_ledger, record_histogram
+from utils.privacy.plan import PrivacyPlan
 
 POOL, PRIVATE, BINS = 400, 120, 8
 TEXTS = [f"instruction {number}" for number in range(POOL)]

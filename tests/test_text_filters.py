@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.text_filters import comparison_form, split_rows
+from utils.texts.text_filters import comparison_form, split_rows
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from utils.cli import UsageError
-from utils.text_inputs import read_instructions, read_pickled_strings
+from utils.texts.text_inputs import read_instructions, read_pickled_strings
 
 TEXTS = ["one", "two\nlines", "Grüße, 你好 😀", "### BOI", "x" * 300, "one"]
 

@@ -30,10 +30,10 @@ from tests.training import (
     run_until_killed,
     save_dataset,
 )
-from utils.canaries import canary, secrets
 from utils.cli import UsageError, run_cli
-from utils.privacy_plan import LEDGER_FILE, read_plan
-from utils.run_folder import RELEASABLE
+from utils.privacy.ledger import LEDGER_FILE, read_plan
+from utils.runs.run_folder import RELEASABLE
+from utils.texts.canaries import canary, secrets
 
 FIXED = "--insecure_fixed_noise_seed=1"
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from tests.test_generation import GREEDY, SAMPLING
-from utils import vllm_engine
+from tests.test_engines import GREEDY, SAMPLING
 from utils.cli import UsageError
-from utils.decoding import Completion, Request
-from utils.generation import complete
-from utils.vllm_engine import ModelFolder, sample_seed
+from utils.sampling import vllm_engine
+from utils.sampling.decoding import Completion, Request
+from utils.sampling.engines import complete
+from utils.sampling.vllm_engine import ModelFolder, sample_seed
 
 
 class FakeEngine:

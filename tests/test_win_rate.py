@@ -5,8 +5,8 @@ import pytest
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
-from evaluation.intervals import bootstrap
-from evaluation.win_rate import (
+from evaluation.measures.intervals import bootstrap
+from evaluation.measures.win_rate import (
     RIDGE,
     contradictions,
     length_controlled,

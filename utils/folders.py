@@ -1,11 +1,14 @@
 """Output folders that appear whole or not at all."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
+from utils.cli import UsageError
 from utils.files import fsync_folder, write_json
 
 # How a prepared folder was made.
@@ -79,3 +82,25 @@ def save_dataset(
             }
         ).save_to_disk(folder)
         write_json(folder / PREPARATION_FILE, preparation)
+
+
+def lock_folder(folder: Path, *, shared: bool) -> TextIO:
+    """Keep other runs out of `folder` until what is returned is closed, or the process ends.
+
+    The first process of a run takes the lock for itself, and shares it with the others once the
+    folder is in order. A run's lock lasts as long as any of its processes.
+
+    Raises:
+        UsageError: another run has the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115 (the caller holds it)
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UsageError(
+            f"another run is sampling into {folder}; wait for its end, stop it, or use another "
+            "--job_sess"
+        ) from None
+    return lock

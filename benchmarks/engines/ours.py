@@ -9,7 +9,7 @@ import torch
 import train
 from benchmarks.jobs import Job
 from benchmarks.workload import padded_tokens
-from utils.memory import PeakMemory
+from utils.models.memory import PeakMemory
 
 
 def run(job: Job) -> dict:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from benchmarks.jobs import Job
-from utils.memory import PeakMemory
+from utils.models.memory import PeakMemory
 
 NOISE_MULTIPLIER, CLIP_NORM, LEARNING_RATE = 1.0, 1.0, 1e-4
 

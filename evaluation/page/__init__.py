@@ -1,0 +1,1 @@
+"""The page of results: what it is made of, its sections, its charts."""

@@ -1,0 +1,421 @@
+"""What runs and histograms of one private data set spent together, read from their ledgers."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.cli import UsageError
+from utils.privacy.accounting import (
+    ADD_REMOVE,
+    MAX_DELTA,
+    MIN_DELTA,
+    SampledGaussian,
+    compute_delta,
+    compute_epsilon,
+    pld_epsilon,
+)
+from utils.privacy.guarantee import COVERED, NOT_COVERED, UNIT
+from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, read_ledger, read_plan, require_head
+from utils.privacy.plan import PrivacyPlan
+from utils.runs.run_folder import CONFIG_FILE, holds_run
+
+HISTOGRAM_MECHANISM = "Gaussian histogram"
+
+
+STEPS = ("steps_planned", "steps_taken", "steps_lost")
+
+
+# Factors between delta and the other deltas of the table.
+OTHER_DELTAS = (10, 0.1, 0.01)
+
+
+CURVE_POINTS = 24
+
+
+# The claim in privacy_report.json may come from another version of the accountant.
+CLAIM_TOLERANCE = 0.02
+
+
+def composed_report(
+    runs: Path | Sequence[Path],
+    histograms: Sequence[Path] = (),
+    delta: float | None = None,
+    epsilon: float | None = None,
+    relations: Sequence[str] = (ADD_REMOVE,),
+) -> dict:
+    """Read the ledgers of runs and of histograms, check them, and compose them.
+
+    Several runs are composed as if each read the same private rows: adding or removing one row
+    then moves every one of them, so the result is an upper bound for rows that only some read.
+
+    Args:
+        runs: a run's folder or several, or copies that hold what may be released of them.
+        histograms: ledgers of histograms of the same private data.
+        delta, epsilon: where to evaluate the privacy curve. If None: the plans' delta, on which
+            all runs must agree since a guarantee has one; the plans' largest target epsilon.
+        relations: ADD_REMOVE, REPLACE or both.
+
+    Returns:
+        A JSON-able dict.
+
+    Raises:
+        UsageError: a ledger was edited, truncated or is another run's or another dataset's; a run
+            is named twice; the runs' deltas differ and none is given; or no accountant can be
+            trusted with the values.
+    """
+    runs = [_read_run(run) for run in ([runs] if isinstance(runs, Path) else runs)]
+    for run in runs:
+        if run.plan is None:
+            return _no_guarantee(run)
+    _require_distinct(runs)
+    events = _histograms(histograms, [run.private_rows for run in runs])
+    for run in runs:
+        if run.without_guarantee:
+            return _no_guarantee(run)
+    if any(event["insecure"] for event in events):
+        why = "a histogram's noise came from a known seed (a test)"
+        return _no_guarantee(*runs, why=why)
+    for run in runs:
+        _require_claim(run)
+    training = [run.mechanism(run.steps, len(runs) > 1) for run in runs]
+    recorded = [run.mechanism(run.steps_recorded, len(runs) > 1) for run in runs]
+    facts = [run.facts() for run in runs]
+    not_covered = [
+        *NOT_COVERED,
+        "other runs and histograms of the same private dataset, whose ledgers are not named here: "
+        "every one of them adds to epsilon",
+    ]
+    reserved = {run.plan.reserved_histogram_sigma for run in runs if run.plan.reserved}
+    if reserved and not events:
+        not_covered += [
+            f"the histogram of sigma {sigma:g} that the run's target also pays for: name its "
+            "ledger with --histogram once it is made"
+            for sigma in sorted(reserved)
+        ]
+    return {
+        "guarantee": True,
+        "run": _names(runs),
+        "unit": UNIT,
+        "neighbouring_relations": list(relations),
+        **(facts[0] if len(runs) == 1 else {"runs": facts}),
+        "mechanisms": [*training, *events],
+        **{name: sum(run[name] for run in facts) for name in STEPS},
+        **_costs(
+            [*training, *events],
+            [*recorded, *events] if recorded != training else None,
+            _common_delta(runs) if delta is None else delta,
+            max(run.plan.target_epsilon for run in runs) if epsilon is None else epsilon,
+            relations,
+        ),
+        "checks": [
+            f"{run.folder}: {check}" if len(runs) > 1 else check
+            for run in runs
+            for check in run.checks
+        ],
+        "covered": COVERED + [f"the noisy histogram in {event['ledger']}" for event in events],
+        "not_covered": not_covered,
+    }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run's folder says: nothing but `without_guarantee` where it was trained without DP.
+
+    Attributes:
+        without_guarantee: why there is no guarantee; "" if there is one.
+        num_canary_rows: rows of N that are canaries, which only training reads.
+        steps, steps_recorded: those in the released model, and in the ledger.
+        ledger_end: its last chain value; chains begin with a random run id.
+    """
+
+    folder: Path
+    without_guarantee: str
+    plan: PrivacyPlan | None = None
+    num_canary_rows: int = 0
+    steps: int = 0
+    steps_recorded: int = 0
+    own_report: dict | None = None
+    checks: Sequence[str] = ()
+    ledger_end: str = ""
+
+    @property
+    def private_rows(self) -> int:
+        """How many private examples the run read."""
+        return self.plan.num_examples - self.num_canary_rows
+
+    def mechanism(self, steps: int, named: bool) -> dict:
+        """`steps` of training, as an entry of the composition."""
+        training = f"training of {self.folder}" if named else "training"
+        return {
+            "mechanism": f"{training}, steps in the released model",
+            "sampling_rate": self.plan.sampling_rate,
+            "noise_multiplier": self.plan.noise_multiplier,
+            "times": steps,
+        }
+
+    def facts(self) -> dict:
+        """What the report says of this run alone."""
+        return {
+            "run": str(self.folder),
+            "num_examples": self.plan.num_examples,
+            "clip_norm": self.plan.clip_norm,
+            "steps_planned": self.plan.steps,
+            "steps_taken": self.steps,
+            "steps_lost": self.steps_recorded - self.steps,
+            "target_epsilon": self.plan.target_epsilon,
+            "target_delta": self.plan.delta,
+            "plan_hash": self.plan.digest(),
+        }
+
+
+def _names(runs: Sequence[_Run]) -> str:
+    return " and ".join(str(run.folder) for run in runs)
+
+
+def _no_guarantee(*runs: _Run, why: str = "") -> dict:
+    return {
+        "guarantee": False,
+        "why": why or runs[0].without_guarantee,
+        "run": _names(runs),
+        "covered": [],
+        "not_covered": ["everything: treat the adapter and all its outputs as private data"],
+    }
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    """Distinct numbers, for a sentence."""
+    return " and ".join(f"{number:.15g}" for number in dict.fromkeys(numbers))
+
+
+def _require_distinct(runs: Sequence[_Run]) -> None:
+    """Refuse a run that is named twice, or beside its copy."""
+    seen: dict[str, _Run] = {}
+    for run in runs:
+        if run.ledger_end in seen:
+            other = seen[run.ledger_end].folder
+            raise UsageError(f"{run.folder} and {other} hold the same run; name it once")
+        seen[run.ledger_end] = run
+
+
+def _common_delta(runs: Sequence[_Run]) -> float:
+    """The delta of all plans: a guarantee has one, and none of several is everybody's."""
+    deltas = {run.plan.delta for run in runs}
+    if len(deltas) > 1:
+        raise UsageError(
+            f"the runs were planned for the deltas {_listed(sorted(deltas))}, and a guarantee has "
+            "one; give --delta"
+        )
+    return deltas.pop()
+
+
+def _read_json(path: Path, *needed: str) -> dict:
+    """A JSON object that has the entries `needed`."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError:
+        raise UsageError(f"{path} is not JSON; restore it from a backup") from None
+    for name in needed:
+        if not isinstance(value, dict) or name not in value:
+            raise UsageError(f"{path} has no {name!r}; restore it from a backup")
+    return value
+
+
+def _read_run(folder: Path) -> _Run:
+    """Read a run, and check its ledger against all that kept the ledger's head."""
+    if not holds_run(folder):
+        raise UsageError(f"{folder} holds no run: there is no {CONFIG_FILE}")
+    arguments = _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
+    if arguments["eps"] == -1:
+        return _Run(folder, "trained without differential privacy")
+    if not (folder / LEDGER_FILE).exists():
+        raise UsageError(f"{folder} has no {LEDGER_FILE}: what its run spent is not known")
+    plan = read_plan(folder / LEDGER_FILE)
+    records = read_ledger(folder / LEDGER_FILE)
+    steps, own_report, checks = _read_heads(folder, plan, records)
+    known_seed = arguments["insecure_fixed_noise_seed"] is not None
+    insecure = known_seed or not own_report.get("guarantee", True)
+    return _Run(
+        folder=folder,
+        without_guarantee="noise and sampling came from a known seed (a test)" if insecure else "",
+        plan=plan,
+        # Runs of earlier versions have no such flags.
+        num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1),
+        steps=steps,
+        steps_recorded=len(records) - 1,
+        own_report=own_report,
+        checks=checks,
+        ledger_end=records[-1]["chain"],
+    )
+
+
+def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int, dict, list[str]]:
+    """Steps in the released model, the run's own report, and what was checked.
+
+    A checkpoint or a report keeps the ledger's head at its moment, and no step after the last of
+    these is in any model that was saved.
+    """
+    ledger, report = run / LEDGER_FILE, run / "privacy_report.json"
+    checks = [f"{ledger.name}: the hash chain of {len(records)} lines is whole"]
+    needed = ("steps_taken", "ledger", "epsilon")
+    own_report = _read_json(report, *needed) if report.exists() else {}
+    if own_report.get("plan_hash", plan.digest()) != plan.digest():
+        raise UsageError(f"{report} is of another plan than {ledger}; restore the run's own")
+    if (run / "adapter").exists() and not own_report:
+        raise UsageError(f"{run} has an adapter but no {report.name}; restore it")
+    heads = {report: (own_report["steps_taken"], own_report["ledger"])} if own_report else {}
+    for file in sorted(run.glob("checkpoints/step-*/state.json")):
+        state = _read_json(file, "step", "ledger")
+        heads[file] = (state["step"], state["ledger"])
+    for file, (step, head) in heads.items():
+        require_head(ledger, records, head)
+        if records[head["lines"] - 1].get("step", 0) != step:
+            raise UsageError(f"{file} counts {step} steps, which {ledger} does not; restore it")
+        checks.append(f"{ledger.name} continues what {file.relative_to(run)} knew of it")
+    if not heads:
+        checks.append(
+            f"nothing to compare {ledger.name} with: lines cut off its end would not be noticed, "
+            "and every step in it is taken as released"
+        )
+        return len(records) - 1, own_report, checks
+    last = max(head["lines"] for _, head in heads.values())
+    return records[last - 1].get("step", 0), own_report, checks
+
+
+def _require_claim(run: _Run) -> None:
+    """Refuse a run whose own report claims less than its ledger gives."""
+    if run.own_report.get("steps_taken") != run.steps:
+        return
+    claim = run.own_report["epsilon"]["upper"]
+    spent = compute_epsilon(run.plan.events(run.steps), run.plan.delta).upper
+    if claim < spent - CLAIM_TOLERANCE:
+        raise UsageError(
+            f"{run.folder / 'privacy_report.json'} claims epsilon {claim}, but its ledger gives "
+            f"{spent:.3f}: the report was edited"
+        )
+
+
+def _histograms(paths: Sequence[Path], sizes: Sequence[int]) -> list[dict]:
+    """The mechanisms in ledgers of histograms of what the runs read: `sizes` examples each."""
+    events: dict[str, dict] = {}
+    for path in paths:
+        records = read_ledger(path) if path.is_file() else []
+        if not records or records[0]["kind"] != HISTOGRAM:
+            raise UsageError(f"no ledger of histograms at {path}")
+        for record in records:
+            if record["num_examples"] not in sizes:
+                theirs = "the run's has" if len(sizes) == 1 else "the runs' have"
+                raise UsageError(
+                    f"{path} is of a private dataset of {record['num_examples']} examples, "
+                    f"{theirs} {_listed(sizes)}: what is spent on two datasets does not compose; "
+                    "make one report for each"
+                )
+            # Chains begin with a random run id, so equal ones are copies.
+            if record["chain"] in events:
+                other = events[record["chain"]]["ledger"]
+                raise UsageError(f"{path} and {other} hold the same histogram; name it once")
+            events[record["chain"]] = {
+                "mechanism": HISTOGRAM_MECHANISM,
+                "sampling_rate": 1.0,
+                "noise_multiplier": record["noise_multiplier"] / record["sensitivity"],
+                "times": 1,
+                "ledger": str(path),
+                "insecure": record["insecure"],
+            }
+    return list(events.values())
+
+
+def events_of(mechanisms: list[dict]) -> list[SampledGaussian]:
+    """What an accountant composes, of a report's "mechanisms"."""
+    return [
+        SampledGaussian(entry["sampling_rate"], entry["noise_multiplier"], entry["times"])
+        for entry in mechanisms
+    ]
+
+
+def _costs(
+    mechanisms: list[dict],
+    with_lost_steps: list[dict] | None,
+    delta: float,
+    epsilon: float,
+    relations: Sequence[str],
+) -> dict:
+    """Epsilon at `delta` and at others, and delta at `epsilon`, by relation."""
+    events = events_of(mechanisms)
+    others = [delta * factor for factor in OTHER_DELTAS]
+    return {
+        "delta": delta,
+        "epsilon": {name: _epsilons(events, delta, name) for name in relations},
+        "epsilon_if_lost_steps_were_seen": with_lost_steps
+        and {name: _epsilons(events_of(with_lost_steps), delta, name) for name in relations},
+        "epsilon_at_other_deltas": {
+            name: [
+                {"delta": other, "epsilon": compute_epsilon(events, other, name).upper}
+                for other in others
+                if MIN_DELTA <= other <= MAX_DELTA
+            ]
+            for name in relations
+        },
+        "delta_at_epsilon": {
+            name: {"epsilon": epsilon, "delta": compute_delta(events, epsilon, name)}
+            for name in relations
+        },
+    }
+
+
+def _epsilons(events: list[SampledGaussian], delta: float, relation: str) -> dict:
+    bounds = compute_epsilon(events, delta, relation)
+    pld = pld_epsilon(events, delta, relation)
+    return {
+        "lower": bounds.lower,
+        "estimate": bounds.estimate,
+        "upper": bounds.upper,
+        "pld": pld if math.isfinite(pld) else None,
+        "accountant": bounds.accountant,
+    }
+
+
+def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
+    """Epsilon of all mechanisms together after some of the steps that were taken.
+
+    Several runs count one after the other, in the order in which they were named.
+
+    Args:
+        report: of `composed_report`; its first relation and its delta are used.
+        points: at most this many, evenly spaced.
+
+    Returns:
+        One {"step", "epsilon"} a point; upper bounds.
+    """
+    training, histograms = _by_kind(report["mechanisms"])
+    relation = report["neighbouring_relations"][0]
+    taken = sum(entry["times"] for entry in training)
+    count = min(points - 1, taken)
+    curve = []
+    for step in sorted({round(taken * i / max(1, count)) for i in range(count + 1)}):
+        events = events_of([*_first_steps(training, step), *histograms])
+        # PLD is an upper bound too, and the quicker one of the two.
+        epsilon = pld_epsilon(events, report["delta"], relation)
+        if not math.isfinite(epsilon):
+            epsilon = compute_epsilon(events, report["delta"], relation).upper
+        curve.append({"step": step, "epsilon": epsilon})
+    return curve
+
+
+def _by_kind(mechanisms: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Training runs and histograms."""
+    kinds = ([], [])
+    for entry in mechanisms:
+        kinds[entry["mechanism"] == HISTOGRAM_MECHANISM].append(entry)
+    return kinds
+
+
+def _first_steps(training: list[dict], steps: int) -> list[dict]:
+    """The runs after `steps` steps of all of them, one run after the other."""
+    taken = []
+    for entry in training:
+        times = min(entry["times"], steps)
+        taken.append(entry | {"times": times})
+        steps -= times
+    return taken

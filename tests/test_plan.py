@@ -1,0 +1,215 @@
+"""The plan, the ledger and the report."""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+from utils.cli import UsageError
+from utils.privacy.guarantee import build_report, report_markdown, write_report
+from utils.privacy.ledger import Ledger, read_plan
+from utils.privacy.plan import PrivacyPlan, num_steps, plan_from_arguments
+
+
+def small_plan(**changes) -> PrivacyPlan:
+    """A plan of 20 steps of 10 out of 500 examples, epsilon about 1.2."""
+    values = {
+        "num_examples": 500, "expected_batch_size": 10, "steps": 20, "clip_norm": 1.0,
+        "clip_function": "flat", "loss_normalization": "tokens", "noise_multiplier": 1.0,
+        "delta": 1e-5, "target_epsilon": 2.0,
+    }  # fmt: skip
+    return PrivacyPlan(**(values | changes))
+
+
+def arguments(**changes) -> argparse.Namespace:
+    values = {
+        "dataset_name": "x", "eps": 8.0, "delta": 1e-5, "clip": 1.0, "clip_function": "flat",
+        "loss_normalization": "max_seq_len", "noise_multiplier": None, "total_bs": 64,
+        "num_epochs": 3.0, "reserve_histogram_sigma": None,
+    }  # fmt: skip
+    return argparse.Namespace(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "examples", "batch", "steps"),
+    [(10, 180_000, 4096, 439), (3, 10, 10, 3), (0.1, 10, 10, 1), (0.3, 100, 10, 3), (1, 99, 10, 9)],
+)
+def test_steps_are_the_floor_in_exact_arithmetic(epochs, examples, batch, steps):
+    assert num_steps(epochs, examples, batch) == steps
+
+
+def test_the_plan_is_calibrated_below_its_target():
+    plan, warnings = plan_from_arguments(arguments(), 5000)
+    assert warnings == []
+    assert (plan.steps, plan.sampling_rate) == (234, 64 / 5000)
+    report = build_report(plan, steps_taken=plan.steps, steps_recorded=plan.steps)
+    assert 7.9 < report["epsilon"]["upper"] <= 8.0
+    again, _ = plan_from_arguments(arguments(noise_multiplier=plan.noise_multiplier), 5000)
+    assert again == plan
+
+
+def test_a_reserved_histogram_is_paid_for_by_the_same_target():
+    alone, _ = plan_from_arguments(arguments(eps=3.0), 5000)
+    both, _ = plan_from_arguments(arguments(eps=3.0, reserve_histogram_sigma=10.0), 5000)
+    assert both.noise_multiplier > alone.noise_multiplier
+    epsilon = build_report(both, steps_taken=both.steps, steps_recorded=both.steps)["epsilon"]
+    assert epsilon["upper"] < epsilon["with_reserved_histogram"] <= 3.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total_bs": 5001}, r"--total_bs 5001 exceeds the 5000"),
+        ({"delta": 1 / 5000}, r"--delta 0.0002: must be below 1/N"),
+        ({"delta": 0.5}, "must be below 1/N"),
+        ({"noise_multiplier": 0.4}, r"--noise_multiplier 0.4 gives epsilon .* above --eps 8"),
+    ],
+)
+def test_meaningless_plans_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        plan_from_arguments(arguments(**changes), 5000)
+
+
+def test_a_large_delta_is_warned_about():
+    _, warnings = plan_from_arguments(arguments(delta=5e-5), 5000)
+    assert "above 1/(10 N)" in warnings[0]
+
+
+def test_without_privacy_there_is_no_plan_and_no_epsilon():
+    assert plan_from_arguments(arguments(eps=-1), 5000) == (None, [])
+    report = build_report(None)
+    assert report["guarantee"] is False
+    assert set(report["epsilon"].values()) == {None}
+    assert "no privacy guarantee" in report_markdown(report)
+
+
+def test_the_report_says_what_the_contract_asks(tmp_path):
+    plan = small_plan()
+    report = build_report(plan, steps_taken=plan.steps, steps_recorded=plan.steps)
+    assert {
+        "unit", "neighbouring_relation", "num_examples", "sampling_rate", "expected_batch_size",
+        "steps_planned", "steps_taken", "noise_multiplier", "clip_norm", "delta", "sampler",
+        "noise_source", "covered", "not_covered",
+    } <= report.keys()  # fmt: skip
+    epsilon = report["epsilon"]
+    assert epsilon["lower"] <= epsilon["estimate"] <= epsilon["upper"] <= epsilon["target"]
+    assert abs(epsilon["pld"] - epsilon["estimate"]) < 0.02
+    write_report(tmp_path, report)
+    assert json.loads((tmp_path / "privacy_report.json").read_text()) == report
+    page = (tmp_path / "privacy_report.md").read_text()
+    assert f"({epsilon['upper']:.3f}, {plan.delta:g})-differentially private" in page
+
+
+def test_lost_steps_are_counted_apart_and_cost_what_they_would():
+    plan = small_plan()
+    report = build_report(plan, steps_taken=plan.steps, steps_recorded=plan.steps + 5)
+    assert (report["steps_taken"], report["steps_lost"]) == (plan.steps, 5)
+    watched = report["epsilon_if_lost_steps_were_seen"]["upper"]
+    assert watched > report["epsilon"]["upper"]
+    assert f"epsilon would be {watched:.3f}" in report_markdown(report)
+
+
+def test_known_noise_gives_no_epsilon():
+    report = build_report(small_plan(), steps_taken=3, steps_recorded=3, insecure=True)
+    assert report["guarantee"] is False
+    assert report["epsilon"]["upper"] is None
+    assert report["covered"] == []
+    assert "no privacy guarantee" in report_markdown(report)
+
+
+# ---------------------------------------------------------------------------------- the ledger
+
+
+@pytest.fixture
+def ledger_file(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, small_plan())
+    for step in range(1, 6):
+        ledger.record_step(step)
+    ledger.close()
+    return path
+
+
+def reopen(path, plan=None):
+    return Ledger(path, plan or small_plan())
+
+
+def test_a_ledger_counts_steps_across_process_starts(ledger_file):
+    ledger = reopen(ledger_file)
+    assert ledger.steps_recorded == 5
+    ledger.record_step(6)
+    assert reopen(ledger_file).steps_recorded == 6
+    assert read_plan(ledger_file) == small_plan()
+
+
+def test_a_torn_last_line_is_a_step_not_taken(ledger_file):
+    whole = ledger_file.read_bytes()
+    ledger_file.write_bytes(whole[:-9])
+    ledger = reopen(ledger_file)
+    assert ledger.steps_recorded == 4
+    ledger.record_step(5)
+    assert ledger_file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [*lines[:2], *lines[3:]],  # a line dropped from the middle
+        lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],  # two lines swapped
+        lambda lines: [*lines[:2], lines[2].replace('"step": 2', '"step": 9'), *lines[3:]],
+        lambda lines: (
+            [lines[0].replace('"noise_multiplier": 1.0', '"noise_multiplier": 2.0')] + lines[1:]
+        ),
+        lambda lines: lines + lines[-1:],  # a line repeated
+        lambda lines: lines[1:],  # without the plan
+    ],
+)
+def test_an_edited_ledger_is_refused(ledger_file, damage):
+    lines = ledger_file.read_text().splitlines(keepends=True)
+    damaged = damage(lines)
+    assert damaged != lines
+    ledger_file.write_text("".join(damaged))
+    with pytest.raises(UsageError, match="edited or mixed"):
+        reopen(ledger_file)
+
+
+def test_a_line_of_another_run_of_the_same_plan_is_refused(ledger_file, tmp_path):
+    other = Ledger(tmp_path / "other.jsonl", small_plan())
+    for step in range(1, 7):
+        other.record_step(step)
+    last = (tmp_path / "other.jsonl").read_text().splitlines(keepends=True)[-1]
+    ledger_file.write_text(ledger_file.read_text() + last)
+    with pytest.raises(UsageError, match="edited or mixed"):
+        reopen(ledger_file)
+
+
+def test_a_truncated_or_foreign_ledger_does_not_fit_its_checkpoint(ledger_file, tmp_path):
+    head = reopen(ledger_file).head
+    reopen(ledger_file).require_head(head)
+    lines = ledger_file.read_text().splitlines(keepends=True)
+    ledger_file.write_text("".join(lines[:-1]))
+    with pytest.raises(UsageError, match="truncated"):
+        reopen(ledger_file).require_head(head)
+    other = Ledger(tmp_path / "other.jsonl", small_plan())
+    for step in range(1, 9):
+        other.record_step(step)
+    with pytest.raises(UsageError, match="another run's"):
+        other.require_head(head)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("noise_multiplier", 0.9), ("clip_norm", 2.0), ("num_examples", 999), ("delta", 1e-7),
+     ("steps", 99), ("expected_batch_size", 11), ("clip_function", "automatic")],
+)  # fmt: skip
+def test_another_plan_is_refused_naming_the_field(ledger_file, field, value):
+    with pytest.raises(UsageError, match=f"privacy plan has {field}"):
+        reopen(ledger_file, dataclasses.replace(small_plan(), **{field: value}))
+
+
+def test_the_digest_sees_every_field():
+    plan = small_plan()
+    for field in dataclasses.fields(plan):
+        changed = dataclasses.replace(plan, **{field.name: "changed"})
+        assert changed.digest() != plan.digest(), field.name

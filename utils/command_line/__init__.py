@@ -1,0 +1,1 @@
+"""Flags and launch lines; only scripts and commands import this."""

@@ -1,0 +1,95 @@
+"""Parsers that say what is wrong in one line, and the types of flags."""
+
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import NoReturn
+
+from utils.cli import EXIT_USAGE, say
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the line breaks of a script's docstring."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one line, without the screen of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"error: {message}; --help explains every flag")
+        self.exit(EXIT_USAGE)
+
+
+def make_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser that takes full flag names only, so that a typing error is never guessed at."""
+    return Parser(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def to_argv(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Flags that make `parser` give `args` again; those at their default are left out."""
+    argv = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if action.dest == "help" or (value == action.default and not action.required):
+            continue
+        flag = action.option_strings[0]
+        if action.nargs == 0:
+            argv.append(flag)
+        elif action.nargs == "+":
+            argv += [flag, *map(str, value)]
+        else:
+            text = f"{value:.15g}" if isinstance(value, float) else str(value)
+            # A value that begins with a dash would be read as a flag.
+            argv += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return argv
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Where the run is written."""
+    return Path(args.output_dir) / args.job_sess
+
+
+def job_name(text: str) -> str:
+    """A name that is one folder, and no hidden one."""
+    if not re.fullmatch(r"[^\s./\\][^/\\\x00-\x1f]{0,199}", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a folder name: no slash, no leading dot or space, at most 200 long"
+        )
+    return text
+
+
+def positive_int(text: str) -> int:
+    """A whole number of 1 or more."""
+    return _int_from(1, text)
+
+
+def batch_size(text: str) -> int | str:
+    """A whole number of 1 or more, or `auto`."""
+    return text if text == "auto" else positive_int(text)
+
+
+def natural_int(text: str) -> int:
+    """A whole number of 0 or more."""
+    return _int_from(0, text)
+
+
+def _int_from(lowest: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = lowest - 1
+    if value < lowest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {lowest} or more")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

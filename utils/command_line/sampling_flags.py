@@ -1,0 +1,190 @@
+"""Flags of sampling, shared by `inference.py` and its generator; no torch."""
+
+import argparse
+import math
+from pathlib import Path
+
+from utils.cli import UsageError
+from utils.command_line.parser import natural_int, positive_int
+from utils.command_line.training_flags import add_job_argument, add_model_arguments
+from utils.models.adapter_info import read_adapter_info
+from utils.texts.prompts import UNCONDITIONAL, Instruction, read_instruction_file
+
+ENGINE_NAMES = ("continuous", "static", "vllm")
+LOWEST_TEMPERATURE = 1e-4  # below it, logits would overflow
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every flag of `inference.py`."""
+    parser.add_argument(
+        "--instruction_file",
+        required=True,
+        help="blocks of a line `### BOI ### COUNT`, a text, a line `### EOI ###`; with "
+        f"{UNCONDITIONAL} the text is the number of samples",
+    )
+    add_model_arguments(parser)
+    add_job_argument(parser)
+    parser.add_argument(
+        "--perdevice_bs",
+        type=positive_int,
+        default=None,
+        help="sequences of max_seq_len tokens on a device at once; left out: what a GPU's memory "
+        "holds; an eighth of a CPU's memory, at most 64",
+    )
+    parser.add_argument("--seed", type=natural_int, default=0, help="what is drawn; a sample's "
+                        "text depends on this and its id")  # fmt: skip
+    parser.add_argument("--adapter_path", default=None, help="folder of a LoRA adapter; the base "
+                        "model alone if left out")  # fmt: skip
+    parser.add_argument(
+        "--no_merge",
+        action="store_true",
+        help="keep the adapter apart from the base's weights: slower, exact in bfloat16",
+    )
+    parser.add_argument(
+        "--output_dir", default="inference_outputs", help="samples are written to its JOB_SESS"
+    )
+    parser.add_argument("--engine", choices=ENGINE_NAMES, default="continuous", help="continuous: "
+                        "a finished text makes room for the next one at once; static: a batch "
+                        "waits for its longest text; vllm: needs an environment of its own, see "
+                        "the README")  # fmt: skip
+
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--no_sample", action="store_true", help="always take the likeliest token")
+    group.add_argument("--top_k", type=natural_int, default=0, help="draw among the k likeliest "
+                       "tokens; 0: among all")  # fmt: skip
+    group.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw among the fewest tokens that together have this probability",
+    )
+    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
+    group.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="divides the positive logits of tokens in the text so far, multiplies the negative",
+    )
+    group.add_argument(
+        "--max_new_tokens",
+        type=positive_int,
+        default=None,
+        help="longest text in tokens; what the prompt leaves of max_seq_len if left out",
+    )
+    group.add_argument("--num_samples", type=positive_int, default=None, help="overrides the "
+                       f"number in the instruction file of {UNCONDITIONAL}")  # fmt: skip
+
+
+def check_sampling_arguments(args: argparse.Namespace) -> list[str]:
+    """Refuse values that no run can mean, before anything is read.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        UsageError: see its message.
+    """
+    if not 0 < args.top_p <= 1:
+        raise UsageError(f"--top_p {args.top_p}: must be above 0 and at most 1 (1: off)")
+    if not (math.isfinite(args.temperature) and args.temperature >= LOWEST_TEMPERATURE):
+        raise UsageError(
+            f"--temperature {args.temperature}: must be a number of {LOWEST_TEMPERATURE} or more; "
+            "use --no_sample for the likeliest token"
+        )
+    if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
+        raise UsageError(
+            f"--repetition_penalty {args.repetition_penalty}: must be above 0 (1: off)"
+        )
+    if args.num_samples is not None and args.prompt_style != UNCONDITIONAL:
+        raise UsageError(
+            f"--num_samples {args.num_samples} goes with --prompt_style {UNCONDITIONAL}; with "
+            f"{args.prompt_style} the instruction file's COUNT says how many"
+        )
+    if args.no_merge and args.adapter_path is None:
+        raise UsageError("--no_merge needs --adapter_path: there is no adapter to keep apart")
+    warnings = []
+    if args.no_sample:
+        without_effect = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+        for name, default in without_effect.items():
+            if getattr(args, name) != default:
+                warnings.append(f"--no_sample: --{name} {getattr(args, name)} has no effect")
+    if args.engine == "continuous" and args.repetition_penalty != 1:
+        args.engine = "static"
+        warnings.append("--repetition_penalty: the continuous engine has none; --engine static")
+    return warnings
+
+
+def check_adapter(adapter_path: str | None, prompt_style: str) -> list[str]:
+    """Refuse an adapter that is not there, or was trained with another prompt style.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        UsageError: see its message.
+    """
+    if adapter_path is None:
+        return []
+    info = read_adapter_info(adapter_path)
+    adapter_weights(adapter_path)
+    style = info.get("prompt_style")
+    if style is None:
+        return [f"{adapter_path} does not say which prompt style it was trained with"]
+    if style != prompt_style:
+        raise UsageError(
+            f"--prompt_style {prompt_style}, but the adapter {adapter_path!r} was "
+            f"trained with {style}; use --prompt_style {style}"
+        )
+    return []
+
+
+def adapter_weights(folder: str) -> Path:
+    """The file with an adapter's weights.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for name in ADAPTER_WEIGHTS:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise UsageError(f"the adapter {folder!r} has no weights: {ADAPTER_WEIGHTS[0]} is missing")
+
+
+def read_instructions(args: argparse.Namespace) -> list[Instruction]:
+    """What to sample: texts, each with its number of samples.
+
+    Raises:
+        UsageError: the file is missing or does not fit the prompt style.
+    """
+    blocks = read_instruction_file(args.instruction_file)
+    if args.prompt_style != UNCONDITIONAL:
+        return blocks
+    number = args.num_samples
+    if number is None:
+        text = blocks[0].text.strip()
+        if len(blocks) > 1 or not (text.isascii() and text.isdigit() and int(text) > 0):
+            raise UsageError(
+                f"{args.instruction_file}: with --prompt_style {UNCONDITIONAL} its one block holds "
+                f"the number of samples, found {text[:40]!r}; add --num_samples, or use the "
+                "prompt style of these instructions"
+            )
+        number = int(text) * blocks[0].count
+    if args.no_sample and number > 1:
+        raise UsageError(
+            f"--no_sample draws {number:,} times the same text from an empty prompt; leave it "
+            "out, or add --num_samples 1"
+        )
+    return [Instruction("", number)]
+
+
+def describe_decoding(args: argparse.Namespace) -> str:
+    """The decoding flags in words."""
+    if args.no_sample:
+        parts = ["the likeliest token"]
+    else:
+        parts = [f"temperature {args.temperature:g}"]
+        parts += [f"top-k {args.top_k}"] * (args.top_k > 0)
+        parts += [f"top-p {args.top_p:g}"] * (args.top_p < 1)
+    parts += [f"repetition penalty {args.repetition_penalty:g}"] * (args.repetition_penalty != 1)
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""Base models, adapters, losses, memory; imports nothing of privacy, texts, sampling or runs."""

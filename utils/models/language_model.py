@@ -1,0 +1,97 @@
+"""A causal language model cut into decoder and head, for per-example losses."""
+
+import torch
+from transformers import (
+    PreTrainedModel,
+)
+
+from utils.cli import say
+from utils.models.losses import example_losses
+
+# Architectures for which a right-padded batch without an attention mask is shown, by test, to
+# give real tokens the same logits as with one: their attention is causal and nothing else.
+MASK_FREE_MODEL_TYPES = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox",
+    "olmo2",
+}  # fmt: skip
+
+
+class LanguageModel:
+    """A causal LM cut into decoder and frozen head, for per-example losses of padded batches.
+
+    The head carries the scalings that configurations name: a factor (Cohere), a divisor
+    (Granite), a soft-cap (Gemma). A model whose own logits the two parts do not reproduce keeps
+    its own head, with a line on stderr that says so.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.needs_mask = model.config.model_type not in MASK_FREE_MODEL_TYPES
+        self._own_head = False
+        if not self._parts_are_exact():
+            say(f"{model.config.model_type}: its own head is used, so all logits are held at once")
+            self._own_head = True
+
+    def example_losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed token losses (float32) and numbers of tokens with loss, both [examples].
+
+        Args:
+            batch: `input_ids` [examples, tokens], right-padded; `lengths` and `loss_starts`
+                [examples].
+        """
+        mask = None
+        if self.needs_mask:
+            positions = torch.arange(batch["input_ids"].shape[1], device=batch["lengths"].device)
+            mask = (positions < batch["lengths"][:, None]).long()
+        hidden = self._decode(batch["input_ids"], mask)
+        return example_losses(
+            hidden, batch["input_ids"], batch["loss_starts"], batch["lengths"],
+            self._head, self.vocabulary,
+        )  # fmt: skip
+
+    def public_batch(self, examples: int, tokens: int = 4) -> dict[str, torch.Tensor]:
+        """A batch of arbitrary tokens that no data went into, for passes that only check."""
+        ids = torch.arange(examples * tokens, device=self.model.device) * 7919 % self.vocabulary
+        lengths = torch.full((examples,), tokens, device=ids.device)
+        return {
+            "input_ids": ids.view(examples, tokens),
+            "lengths": lengths,
+            "loss_starts": torch.zeros_like(lengths),
+        }
+
+    def idle_pass(self) -> None:
+        """A forward and a backward pass that add nothing.
+
+        With a sharded base, a rank that has no microbatch left keeps pace with the others, whose
+        layers it holds a part of.
+        """
+        losses, _ = self.example_losses(self.public_batch(1))
+        (0 * losses.sum()).backward()
+
+    def _decode(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        part = self.model if self._own_head else self.model.base_model
+        return part(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._own_head:
+            return hidden
+        config = self.model.config.get_text_config()
+        factor = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        cap = getattr(config, "final_logit_softcapping", None)
+        logits = self.model.get_output_embeddings()(hidden)
+        if factor != divisor:
+            logits = logits * (factor / divisor)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @torch.no_grad()
+    def _parts_are_exact(self, tokens: int = 16) -> bool:
+        """Compare with the model's own logits on arbitrary (public) tokens."""
+        ids = self.public_batch(1, tokens)["input_ids"]
+        training = self.model.training
+        self.model.eval()
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        parts = self._head(self._decode(ids, None)).float()
+        self.model.train(training)
+        return torch.allclose(own, parts, rtol=1e-4, atol=1e-4 * own.abs().max().item())

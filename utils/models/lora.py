@@ -1,0 +1,139 @@
+"""LoRA adapters: attach them to a base, read them back, merge them."""
+
+import os
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from utils.cli import UsageError, in_one_line
+from utils.models.adapter_info import read_adapter_info
+from utils.models.loading import load_base_model, model_fingerprint
+
+# The attention projections under the names that architectures give them. A model's default targets
+# are the first group of which it has every name.
+ATTENTION_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),  # LLaMA, Mistral, Qwen, Gemma, OLMo, Cohere, ...
+    ("qkv_proj", "o_proj"),  # Phi-3
+    ("query_key_value", "attention.dense"),  # GPT-NeoX
+    ("query_key_value", "self_attention.dense"),  # Falcon, BLOOM
+    ("c_attn", "attn.c_proj"),  # GPT-2, GPT-BigCode
+    ("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, GPT-J
+    ("q_proj", "k_proj", "v_proj", "self_attn.dense"),  # Phi
+    ("Wqkv", "out_proj"),  # MPT
+)
+
+
+def default_target_modules(model: PreTrainedModel) -> list[str]:
+    """The attention projections of an architecture, all of them, under the names it gives them.
+
+    Raises:
+        UsageError: none of the known names; the message lists the candidates.
+    """
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    for group in ATTENTION_PROJECTIONS:
+        if all(any(_names(target, name) for name in linear) for target in group):
+            return list(group)
+    head = model.get_output_embeddings()
+    candidates = {name.rpartition(".")[2] for name in linear if modules[name] is not head}
+    model_type = model.config.model_type
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    raise UsageError(
+        f"no default --target_modules for {model_type}; its Linear layers are "
+        f"{', '.join(sorted(candidates))}{f', of which PEFT adapts {known}' if known else ''}; "
+        "name some, or use all-linear"
+    )
+
+
+def _names(target: str, module_name: str) -> bool:
+    """Whether PEFT takes `module_name` for the target module `target`."""
+    return module_name == target or module_name.endswith(f".{target}")
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str] | str,
+    gradient_checkpointing: bool,
+    *,
+    use_rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+) -> PeftModel:
+    """Freeze `model` and add LoRA adapters in float32 without biases, the only trainable tensors.
+
+    Args:
+        target_modules: names of Linear layers, or "all-linear".
+        use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski, 2023).
+        rank_pattern: ranks of layers that differ, by name; alpha_pattern: likewise.
+
+    Raises:
+        UsageError: the model has none of the target modules, or a pattern names no adapted layer.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        use_rslora=use_rslora,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+    )
+    model.config.use_cache = False
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        reason = in_one_line(error, 200)
+        raise UsageError(f"--target_modules {target_modules}: {reason}") from None
+    adapted = [n for n, module in peft_model.named_modules() if isinstance(module, LoraLayer)]
+    for flag, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
+        for target in pattern or {}:
+            if not any(_names(target, name) for name in adapted):
+                raise UsageError(
+                    f"--{flag}_pattern {target}: no adapted layer has that name; they are "
+                    f"{', '.join(sorted({name.rpartition('.')[2] for name in adapted}))}"
+                )
+    if gradient_checkpointing:
+        # Non-reentrant (the default): it recomputes under autograd, so hooks run again.
+        model.activation_checkpointing_enable()
+    return peft_model
+
+
+def load_adapted(
+    model_name: str, adapter_path: str | os.PathLike, dtype: torch.dtype, *, merge: bool
+) -> PreTrainedModel:
+    """Load a base model with a LoRA adapter.
+
+    Args:
+        merge: add the adapter to the base's weights (in float32, then cast); else keep it apart,
+            in float32 beside a base of `dtype`.
+
+    Raises:
+        UsageError: no adapter there, or one that was trained on another base.
+    """
+    info = read_adapter_info(adapter_path)
+    model = load_base_model(model_name, torch.float32 if merge else dtype)
+    trained_on = info.get("base_model_fingerprint")
+    if trained_on not in (None, model_fingerprint(model)):
+        raise UsageError(
+            f"the adapter {str(adapter_path)!r} was trained on {info.get('base_model')!r}, "
+            f"which differs from --model_name {model_name!r}"
+        )
+    try:
+        model = PeftModel.from_pretrained(model, str(adapter_path))
+    except (RuntimeError, ValueError) as error:
+        reason = in_one_line(error, 200)
+        raise UsageError(
+            f"the adapter {str(adapter_path)!r} does not fit --model_name {model_name!r}: {reason}"
+        ) from None
+    return model.merge_and_unload().to(dtype) if merge else model.get_base_model()

@@ -1,0 +1,135 @@
+"""The plan that alone decides privacy, the ledger of what was done, and the report of both.
+
+Generator, sampler, noise, ledger and report all read one frozen `PrivacyPlan`. No torch.
+"""
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+
+from utils.cli import UsageError
+from utils.privacy.accounting import (
+    ADD_REMOVE,
+    SampledGaussian,
+    calibrate_noise_multiplier,
+    compute_epsilon,
+)
+
+
+def num_steps(num_epochs: float, num_examples: int, batch_size: int) -> int:
+    """T = floor(num_epochs · N / total_bs), at least 1, in exact arithmetic."""
+    return max(1, int(Fraction(str(num_epochs)) * num_examples / batch_size))
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """All that decides the guarantee of a DP training run; every field is a public constant.
+
+    Attributes:
+        num_examples: N.
+        expected_batch_size: total_bs; the sampling rate is total_bs / N, and the divisor total_bs.
+        steps: T, logical steps.
+        clip_norm: C.
+        noise_multiplier: sigma; the noise has deviation sigma · C per coordinate.
+        delta, target_epsilon: the guarantee aimed at.
+        reserved_histogram_sigma: noise of a histogram that the target also pays for, or None.
+    """
+
+    num_examples: int
+    expected_batch_size: int
+    steps: int
+    clip_norm: float
+    clip_function: str
+    loss_normalization: str
+    noise_multiplier: float
+    delta: float
+    target_epsilon: float
+    reserved_histogram_sigma: float | None = None
+    neighbouring_relation: str = ADD_REMOVE
+    sampler: str = "poisson"
+
+    @property
+    def sampling_rate(self) -> float:
+        return self.expected_batch_size / self.num_examples
+
+    @property
+    def reserved(self) -> list[SampledGaussian]:
+        """The mechanisms beside training that the target epsilon pays for."""
+        sigma = self.reserved_histogram_sigma
+        return [] if sigma is None else [SampledGaussian(1.0, sigma, 1)]
+
+    def events(self, steps: int) -> list[SampledGaussian]:
+        """The mechanisms of `steps` logical steps of training."""
+        return [SampledGaussian(self.sampling_rate, self.noise_multiplier, steps)]
+
+    def digest(self) -> str:
+        """A hash of every field, which ties ledger and checkpoints to this plan."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def require_same(self, other: "PrivacyPlan", where: str) -> None:
+        """Raise a UsageError that names the first field in which `other` differs."""
+        for field in fields(self):
+            ours, theirs = getattr(self, field.name), getattr(other, field.name)
+            if ours != theirs:
+                raise UsageError(
+                    f"{where} holds a run whose privacy plan has {field.name} {theirs}, not "
+                    f"{ours}; use that value or another --job_sess"
+                )
+
+
+def plan_from_arguments(
+    args: argparse.Namespace, num_examples: int
+) -> tuple[PrivacyPlan | None, list[str]]:
+    """Make the plan of a run from its flags and N; calibrate sigma where no flag gives it.
+
+    Returns:
+        The plan (None for a run without privacy) and warnings, one line each.
+
+    Raises:
+        UsageError: a value that gives no or a meaningless guarantee.
+    """
+    if args.total_bs > num_examples:
+        raise UsageError(
+            f"--total_bs {args.total_bs} exceeds the {num_examples} training examples of "
+            f"{args.dataset_name}"
+        )
+    if args.eps == -1:
+        return None, []
+    warnings = []
+    if args.delta >= 1 / num_examples:
+        raise UsageError(
+            f"--delta {args.delta}: must be below 1/N = {1 / num_examples:.2e}, or a mechanism "
+            f"that publishes one example may pass; use {1 / (100 * num_examples):.0e}"
+        )
+    if args.delta > 1 / (10 * num_examples):
+        warnings.append(f"--delta {args.delta} is above 1/(10 N) = {1 / (10 * num_examples):.1e}")
+    steps = num_steps(args.num_epochs, num_examples, args.total_bs)
+    sampling_rate = args.total_bs / num_examples
+    histogram = args.reserve_histogram_sigma
+    reserved = [] if histogram is None else [SampledGaussian(1.0, histogram, 1)]
+    sigma = args.noise_multiplier
+    if sigma is None:
+        sigma = calibrate_noise_multiplier(args.eps, args.delta, sampling_rate, steps, reserved)
+    plan = PrivacyPlan(
+        num_examples=num_examples,
+        expected_batch_size=args.total_bs,
+        steps=steps,
+        clip_norm=args.clip,
+        clip_function=args.clip_function,
+        loss_normalization=args.loss_normalization,
+        noise_multiplier=sigma,
+        delta=args.delta,
+        target_epsilon=args.eps,
+        reserved_histogram_sigma=histogram,
+    )
+    if args.noise_multiplier is not None:
+        spent = compute_epsilon(plan.events(steps) + plan.reserved, plan.delta).upper
+        if spent > args.eps:
+            raise UsageError(
+                f"--noise_multiplier {sigma} gives epsilon {spent:.3f} in {steps} steps, above "
+                f"--eps {args.eps}; leave it out to have it calibrated"
+            )
+    return plan, warnings

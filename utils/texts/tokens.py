@@ -1,0 +1,170 @@
+"""Token ids of a split: made once, mapped by every process, collated."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.cli import UsageError
+from utils.texts.prompts import UNCONDITIONAL, training_ids
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenisedExamples:
+    """A split as one flat array of token ids; example i is ids[offsets[i]:offsets[i + 1]].
+
+    Attributes:
+        ids: int32 [tokens]; may be a memory map.
+        offsets: int64 [examples + 1].
+        loss_starts: int32 [examples], index in the example of the first token with loss.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    loss_starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.loss_starts)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [examples], tokens per example."""
+        return np.diff(self.offsets)
+
+    def fingerprint(self) -> str:
+        """A hash of every token. Computed from private data: for `private/` alone."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.offsets, self.loss_starts):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
+    def collate(
+        self, indices: np.ndarray, pad_id: int, device: "torch.device | str" = "cpu"
+    ) -> dict[str, "torch.Tensor"]:
+        """Right-pad a microbatch: `input_ids` [examples, tokens], `lengths`, `loss_starts`."""
+        import torch
+
+        lengths = self.lengths[indices]
+        positions = np.arange(int(lengths.max()))
+        is_token = positions < lengths[:, None]
+        input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
+        input_ids[is_token] = self.ids[(self.offsets[indices, None] + positions)[is_token]]
+        arrays = {
+            "input_ids": input_ids,
+            "lengths": lengths,
+            "loss_starts": self.loss_starts[indices].astype(np.int64),
+        }
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+# Rows that are tokenised, and written, at once.
+ROWS_AT_ONCE = 1000
+
+
+TOKEN_FILES = {"ids": np.int32, "lengths": np.int32, "loss_starts": np.int32}
+
+
+def tokenise(
+    rows: Iterable[dict],
+    tokenizer: "PreTrainedTokenizerBase",
+    style: str,
+    max_seq_len: int,
+    folder: Path,
+) -> None:
+    """Tokenise every row of a split once, into files in `folder` for `open_tokens`.
+
+    The memory that this takes does not depend on the number of rows.
+
+    Args:
+        rows, style: see `_token_arrays`.
+        folder: made if it is not there; files in it are replaced. What it holds is as private as
+            the rows are.
+
+    Raises:
+        UsageError: see `_token_arrays`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in TOKEN_FILES}
+        for arrays in _token_arrays(rows, tokenizer, style, max_seq_len):
+            for name, file in files.items():
+                file.write(arrays[name])
+
+
+def open_tokens(folder: Path) -> TokenisedExamples:
+    """What `tokenise` wrote to `folder`; the token ids, by far the largest part, stay on disk.
+
+    Once this has returned, the files may be deleted.
+    """
+    return _examples(
+        ids=np.memmap(folder / "ids", dtype=TOKEN_FILES["ids"], mode="r"),
+        lengths=np.fromfile(folder / "lengths", dtype=TOKEN_FILES["lengths"]),
+        loss_starts=np.fromfile(folder / "loss_starts", dtype=TOKEN_FILES["loss_starts"]),
+    )
+
+
+def tokenised(
+    rows: Iterable[dict], tokenizer: "PreTrainedTokenizerBase", style: str, max_seq_len: int
+) -> TokenisedExamples:
+    """Tokenise the rows of a split that is small enough for memory; nothing reaches the disk.
+
+    Args:
+        rows, style: see `_token_arrays`.
+
+    Raises:
+        UsageError: see `_token_arrays`.
+    """
+    parts = list(_token_arrays(rows, tokenizer, style, max_seq_len))
+    return _examples(
+        **{name: np.concatenate([part[name] for part in parts]) for name in TOKEN_FILES}
+    )
+
+
+def _examples(ids: np.ndarray, lengths: np.ndarray, loss_starts: np.ndarray) -> TokenisedExamples:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return TokenisedExamples(ids, offsets, loss_starts)
+
+
+def _token_arrays(
+    rows: Iterable[dict], tokenizer: "PreTrainedTokenizerBase", style: str, max_seq_len: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of `TOKEN_FILES` for some rows after others.
+
+    Args:
+        rows: objects with `instruction` and, for any style but `uncond_generation`, `answer`.
+
+    Raises:
+        UsageError: a value is not a string, or no example has a token that carries loss.
+    """
+    columns = ["instruction"] if style == UNCONDITIONAL else ["instruction", "answer"]
+    rows, done, with_loss = iter(rows), 0, False
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        for number, row in enumerate(some, start=done):
+            for column in columns:
+                if not isinstance(row[column], str):
+                    kind = type(row[column]).__name__
+                    raise UsageError(f"row {number}, column {column!r}: {kind}, not str")
+        done += len(some)
+        texts = [[row[column] for row in some] for column in columns]
+        examples = training_ids(tokenizer, style, *texts, max_seq_len=max_seq_len)
+        with_loss = with_loss or any(start < len(ids) for ids, start in examples)
+        values = {
+            "ids": np.concatenate([ids for ids, _ in examples]),
+            "lengths": [len(ids) for ids, _ in examples],
+            "loss_starts": [start for _, start in examples],
+        }
+        yield {name: np.asarray(values[name], dtype) for name, dtype in TOKEN_FILES.items()}
+    if not with_loss:
+        raise UsageError(
+            f"every example is longer than --max_seq_len {max_seq_len} before its answer begins"
+        )
