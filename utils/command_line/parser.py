@@ -4,9 +4,12 @@ import argparse
 import math
 import re
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from utils.cli import EXIT_USAGE, say
+
+
+Settings = TypeVar("Settings")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -24,6 +27,21 @@ class Parser(argparse.ArgumentParser):
 def make_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser that takes full flag names only, so that a typing error is never guessed at."""
     return Parser(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def parse(
+    parser: argparse.ArgumentParser, settings: type[Settings], argv: list[str] | None
+) -> Settings:
+    """The flags in `argv` as a frozen dataclass that has a field for each of them.
+
+    Args:
+        settings: the dataclass; its fields have the flags' names.
+        argv: those of the process if None.
+
+    Raises:
+        TypeError: a flag has no field, or a field no flag.
+    """
+    return settings(**vars(parser.parse_args(argv)))
 
 
 def to_argv(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
