@@ -5,20 +5,37 @@
         --eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --max_seq_len 128
 
 Counts the training examples, computes the noise multiplier that --eps and --delta need, and
-prints an `accelerate launch` line on stdout; what it means goes to stderr. Paste the line, run it
-with `bash -c "$(python generate_train_command.py ...)"`, or add --run.
+prints an `accelerate launch` line on stdout; what it means goes to stderr. Paste the line, or
+run it at once with --run, which passes its exit code on.
 """
 
 import argparse
+from dataclasses import dataclass, replace
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
-from utils.command_line.parser import make_parser, natural_int, positive_int, run_folder, to_argv
-from utils.command_line.training_flags import add_training_arguments, check_training_arguments
-from utils.privacy.plan import PrivacyPlan, num_steps, plan_from_arguments
+from utils.command_line.parser import make_parser, natural_int, parse, positive_int, to_argv
+from utils.command_line.training_flags import (
+    TrainingSettings,
+    add_training_arguments,
+    check_training_settings,
+    plan_of,
+)
+from utils.privacy.plan import PrivacyPlan, num_steps
 from utils.runs.run_folder import require_usable
-from utils.texts.canaries import num_canary_rows
 from utils.texts.data_sets import count_train_examples, tried_places
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
+    """The training run's flags, and those of the launch."""
+
+    gpus: int
+    num_machines: int
+    machine_rank: int
+    main_process_ip: str | None
+    main_process_port: int | None
+    run: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,53 +69,67 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    warnings = check_training_arguments(args)
-    found = count_train_examples(args.dataset_name)
-    elsewhere = args.num_train_examples is not None
-    if found is None and not elsewhere:
-        raise UsageError(
-            f"{tried_places(args.dataset_name)}. Where it is on the hub or on another machine, "
-            "state its size with --num_train_examples"
-        )
-    if found is None:
-        warnings.append(f"{args.dataset_name} is not here; it must be where the command runs")
-    elif elsewhere and found != args.num_train_examples:
-        raise UsageError(
-            f"--num_train_examples {args.num_train_examples}, but {args.dataset_name} has {found}"
-        )
-    args.num_train_examples = found or args.num_train_examples
-    require_usable(run_folder(args), args)
-    num_examples = args.num_train_examples + num_canary_rows(args)
-    plan, plan_warnings = plan_from_arguments(args, num_examples)
-    if plan:
-        args.noise_multiplier = plan.noise_multiplier
+    settings = parse(build_parser(), Settings, argv)
+    warnings = check_training_settings(settings)
+    num_rows, size_warnings = train_examples(settings)
+    require_usable(settings.folder, settings.run_settings, settings.resume)
+    num_examples = num_rows + settings.canaries.num_rows
+    plan, plan_warnings = plan_of(settings, num_examples)
+    settings = replace(
+        settings,
+        num_train_examples=num_rows,
+        noise_multiplier=plan.noise_multiplier if plan else settings.noise_multiplier,
+    )
 
-    for warning in warnings + plan_warnings:
+    for warning in warnings + size_warnings + plan_warnings:
         say(f"warning: {warning}")
-    say_summary(args, plan, num_examples)
+    say_summary(settings, plan, num_examples)
     train_parser = make_parser("")
     add_training_arguments(train_parser)
     command = launch_command(
         "train.py",
-        to_argv(train_parser, args),
-        args.gpus,
-        args.num_machines,
-        args.machine_rank,
-        args.main_process_ip,
-        args.main_process_port,
+        to_argv(train_parser, settings),
+        settings.gpus,
+        settings.num_machines,
+        settings.machine_rank,
+        settings.main_process_ip,
+        settings.main_process_port,
     )
-    return print_or_run(command, args.run)
+    return print_or_run(command, settings.run)
 
 
-def say_summary(args: argparse.Namespace, plan: PrivacyPlan | None, num_examples: int) -> None:
+def train_examples(settings: Settings) -> tuple[int, list[str]]:
+    """Rows of the train split, counted or as stated, and warnings.
+
+    Raises:
+        UsageError: the data set is not here and its size is not stated, or it has another size.
+    """
+    name, stated = settings.dataset_name, settings.num_train_examples
+    found = count_train_examples(name)
+    if found is None:
+        if stated is None:
+            raise UsageError(
+                f"{tried_places(name)}. Where it is on the hub or on another machine, state its "
+                "size with --num_train_examples"
+            )
+        return stated, [f"{name} is not here; it must be where the command runs"]
+    if stated not in (None, found):
+        raise UsageError(f"--num_train_examples {stated}, but {name} has {found}")
+    return found, []
+
+
+def say_summary(settings: Settings, plan: PrivacyPlan | None, num_examples: int) -> None:
     """Tell on stderr what the command will do."""
-    steps = plan.steps if plan else num_steps(args.num_epochs, num_examples, args.total_bs)
-    canaries = num_canary_rows(args)
+    steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
+    canaries = settings.canaries.num_rows
     counted = f", of which {canaries:,} rows of canaries" if canaries else ""
+    rate = settings.total_bs / num_examples
     rows = [
         ("training examples N", f"{num_examples:,}{counted}"),
-        ("batch size", f"{args.total_bs:,}, sampling rate {args.total_bs / num_examples:.4g}"),
+        (
+            "batch size",
+            f"{settings.total_bs:,}, sampling rate {rate:.4g}",
+        ),
         ("logical steps", f"{steps:,}"),
     ]
     if plan:
@@ -111,13 +142,13 @@ def say_summary(args: argparse.Namespace, plan: PrivacyPlan | None, num_examples
         ]  # fmt: skip
     else:
         rows.append(("guarantee", "NONE: --eps -1 trains without differential privacy"))
-    processes = args.gpus * args.num_machines
-    fitting = args.perdevice_bs == "auto"
-    budget = "as many as fit" if fitting else f"{args.perdevice_bs * args.max_seq_len:,}"
+    processes = settings.gpus * settings.num_machines
+    fitting = settings.perdevice_bs == "auto"
+    budget = "as many as fit" if fitting else f"{settings.perdevice_bs * settings.max_seq_len:,}"
     rows += [
-        ("processes", f"{processes:,} on {args.num_machines:,} machine(s)"),
-        ("tokens", f"at most {args.max_seq_len:,} a sequence, {budget} on a device at once"),
-        ("outputs", str(run_folder(args))),
+        ("processes", f"{processes:,} on {settings.num_machines:,} machine(s)"),
+        ("tokens", f"at most {settings.max_seq_len:,} a sequence, {budget} on a device at once"),
+        ("outputs", str(settings.folder)),
     ]  # fmt: skip
     for name, value in rows:
         say(f"  {name:<20} {value}")

@@ -7,41 +7,44 @@
 `generate_train_command.py` prints this line with the noise multiplier filled in. The run is
 written to outputs/JOB_SESS: adapter/, privacy_report.json and .md, checkpoints/, and private/ for
 everything that the guarantee does not cover. A stopped run goes on with --resume auto.
+
+`prepare` makes one record of all that a run is, and `learn` is the loop. What a step does to the
+data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no kind.
 """
 
 import argparse
-import importlib.util
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather, reduce
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast, gather, reduce
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
-from utils.command_line.parser import make_parser, run_folder
+from utils.command_line.parser import make_parser, parse
 from utils.command_line.training_flags import (
+    TrainingSettings,
     add_training_arguments,
-    check_training_arguments,
+    check_training_settings,
     module_settings,
-    quantised_bits,
+    plan_of,
 )
-from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient, flatten_gradients
-from utils.files import JsonlAppender, write_atomic
+from utils.dp_utils import PerExampleGradients, assign_gradient
+from utils.files import write_atomic
 from utils.folders import whole_folder
 from utils.models.adapter_info import write_adapter_info
-from utils.models.language_model import LanguageModel
+from utils.models.language_model import LanguageModel, require_coverage
 from utils.models.loading import (
     load_base_model,
     load_quantised_model,
@@ -49,32 +52,83 @@ from utils.models.loading import (
     model_fingerprint,
     quiet_libraries,
     resolve_dtype,
-    share_cores,
 )
 from utils.models.lora import attach_lora, default_target_modules
 from utils.models.losses import normalise
 from utils.models.memory import fitting_sequences
-from utils.privacy.guarantee import build_report, write_report
-from utils.privacy.ledger import LEDGER_FILE, Ledger, read_plan
-from utils.privacy.plan import PrivacyPlan, num_steps, plan_from_arguments
-from utils.runs.batching import cut_microbatches, poisson_batch, shuffled_batch
+from utils.privacy.guarantee import write_report
+from utils.privacy.ledger import LEDGER_FILE, read_plan
+from utils.privacy.mechanism import Mechanism, Plain, Private
+from utils.privacy.plan import PrivacyPlan, num_steps
+from utils.runs.batching import cut_microbatches
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
     is_loss_of_a_rank,
+    make_accelerator,
     on_main_process,
     require_same_on_every_rank,
     require_same_tensors,
     shard_base,
 )
+from utils.runs.metrics import PrivateMetrics, start_tracker
 from utils.runs.run_folder import begin, holds_run, model_card, require_usable
-from utils.runs.stopping import StopRequest, launched_by_accelerate
-from utils.secure_random import SecureRandom
-from utils.texts.canaries import require_whole_canaries, with_canaries
+from utils.runs.stopping import StopRequest
 from utils.texts.data_sets import load_splits
-from utils.texts.tokens import TokenisedExamples, open_tokens, tokenise
+from utils.texts.tokens import TokenisedExamples, tokenise_once
 
 # Flags that may differ between the machines of a job; what they lead to is compared by itself.
 DIFFERS_BY_MACHINE = {"dataset_name", "model_name", "output_dir", "report_to"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a training run is before its first step.
+
+    Attributes:
+        steps: T, the logical steps to take in all.
+        first_step: those that the checkpoint which it continues has taken, else 0.
+        is_continued: whether there is such a checkpoint.
+        parameters: the trainable tensors by name.
+        token_budget: padded tokens of a microbatch, at most.
+        is_sharded: whether the base is spread over all processes, which then pass in step.
+        base_fingerprint: of the base model as it is, quantised or not.
+        metrics: on the main process alone.
+    """
+
+    settings: TrainingSettings
+    accelerator: Accelerator
+    data: dict[str, TokenisedExamples]
+    pad_id: int
+    model: PeftModel
+    language_model: LanguageModel
+    parameters: dict[str, nn.Parameter]
+    mechanism: Mechanism
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    steps: int
+    first_step: int
+    is_continued: bool
+    token_budget: int
+    is_sharded: bool
+    base_fingerprint: str
+    metrics: PrivateMetrics | None
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.folder
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def record(self, step: int, values: dict) -> None:
+        """Keep values computed from private data, under private/."""
+        if self.metrics:
+            self.metrics.record(step, values)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,12 +138,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def main(
+    argv: list[str] | None = None,
+    wrap: Callable[[Mechanism], Mechanism] = lambda mechanism: mechanism,
+) -> int:
+    """The run. Returns the exit code.
+
+    Args:
+        wrap: gives what takes the mechanism's place, for what measures or attacks a run.
+    """
+    settings = parse(build_parser(), TrainingSettings, argv)
     # What saves the work, once there is some, if another process of the job is lost.
     rescue: list[Callable[[], None]] = []
     try:
-        return fine_tune(args, rescue)
+        run = prepare(settings, wrap)
+        return learn(run, rescue) if run else EXIT_OK
     except RuntimeError as error:
         if not is_loss_of_a_rank(error):
             raise
@@ -98,508 +161,485 @@ def main(argv: list[str] | None = None) -> int:
         reason = in_one_line(error, 160)
         say(
             "error: another process of this job has ended, so this one ends too; the same command "
-            f"with --resume auto continues {run_folder(args)} ({reason})"
+            f"with --resume auto continues {settings.folder} ({reason})"
         )
         return EXIT_FAILED
 
 
-def fine_tune(args: argparse.Namespace, rescue: list[Callable[[], None]]) -> int:
-    """The run: setup, the loop, the end. Returns the exit code."""
-    # ------------------------------------------------------------------ what is asked for
-    notices = check_training_arguments(args)
-    folder = run_folder(args)
-    require_usable(folder, args)
-    splits = load_splits(args.dataset_name)
-    num_rows = len(splits["train"])
-    if args.num_train_examples not in (None, num_rows):
-        raise UsageError(
-            f"--num_train_examples {args.num_train_examples}, but the train split of "
-            f"{args.dataset_name} has {num_rows}: the guarantee was computed for another N"
-        )
-    splits["train"] = with_canaries(splits["train"], args)
+# ------------------------------------------------------------------------ before the first step
+
+
+def prepare(settings: TrainingSettings, wrap: Callable[[Mechanism], Mechanism]) -> Run | None:
+    """Plan, data, model, mechanism, optimizer, checkpoint. None for a run that is finished."""
+    # What is asked for.
+    notices = check_training_settings(settings)
+    folder = settings.folder
+    require_usable(folder, settings.run_settings, settings.resume)
+    splits = read_splits(settings)
     num_examples = len(splits["train"])
-    plan, plan_notices = plan_from_arguments(args, num_examples)
-    steps = plan.steps if plan else num_steps(args.num_epochs, num_examples, args.total_bs)
-    if (folder / LEDGER_FILE).exists():
+    plan, plan_notices = plan_of(settings, num_examples)
+    if plan and (folder / LEDGER_FILE).exists():
         plan.require_same(read_plan(folder / LEDGER_FILE), str(folder))
 
-    accelerator = make_accelerator(args, folder)
+    # The processes of the job.
+    tracker = None if settings.report_to == "none" else settings.report_to
+    accelerator = make_accelerator(tracker, folder / "private")
     device, is_main = accelerator.device, accelerator.is_main_process
-    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     if on_main_process((folder / "adapter").exists):
         if is_main:
             say(f"{folder} is finished already: its adapter is in {folder / 'adapter'}")
-        return EXIT_OK
-    start_tracker(accelerator, args, folder)
-    sharded = args.fsdp and num_ranks > 1
-    if args.fsdp and not sharded:
+        return None
+    start_tracker(accelerator, settings.report_to, settings.job_sess, folder)
+    is_sharded = settings.fsdp and accelerator.num_processes > 1
+    if settings.fsdp and not is_sharded:
         notices.append("--fsdp: a single process shards nothing")
-    if is_main:
-        for notice in notices + plan_notices:
-            say(f"warning: {notice}")
+    for notice in notices + plan_notices if is_main else []:
+        say(f"warning: {notice}")
 
-    # ------------------------------------------------------------------ model and data
+    # Data and model.
     quiet_libraries()
-    torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model_name)
-    if "val" in splits:
-        shown = min(len(splits["val"]), args.max_eval_examples)
-        splits["val"] = splits["val"].select(range(shown))
-    data = tokenise_once(splits, tokenizer, args, accelerator, folder)
-    train_data, lengths = data["train"], data["train"].lengths
-    require_whole_canaries(lengths, args)
-
-    dtype, bits = resolve_dtype(args.dtype, device), quantised_bits(args)
-    base = load_base_model(args.model_name, dtype)
-    fingerprint = model_fingerprint(base)  # of the base as it is, quantised or not
-    facts = {
-        "base model": fingerprint,
-        "training data": train_data.fingerprint(),
-        "validation data": data["val"].fingerprint() if "val" in data else None,
-        "privacy plan": plan and plan.digest(),
-    }
-    facts |= {f"--{name}": vars(args)[name] for name in vars(args).keys() - DIFFERS_BY_MACHINE}
-    require_same_on_every_rank(facts)
-    if bits:
-        base = load_quantised_model(args.model_name, dtype, bits, device)
-    targets = args.target_modules or default_target_modules(base)
-    model = attach_lora(
-        base,
-        args.lora_r,
-        args.lora_alpha,
-        args.lora_dropout,
-        "all-linear" if targets == ["all-linear"] else targets,
-        args.gradient_checkpointing,
-        use_rslora=args.use_rslora,
-        rank_pattern=module_settings(args.rank_pattern, int),
-        alpha_pattern=module_settings(args.alpha_pattern, float),
-    )
-    targets = sorted(model.peft_config["default"].target_modules)  # all-linear spelt out
-    if sharded:
+    torch.manual_seed(settings.seed)
+    tokenizer = load_tokenizer(settings.model_name)
+    data = tokenise_once(splits, tokenizer, settings.prompt_style, settings.max_seq_len, folder)
+    settings.canaries.require_whole(data["train"].lengths, settings.max_seq_len)
+    dtype = resolve_dtype(settings.dtype, device)
+    base = load_base_model(settings.model_name, dtype)
+    fingerprint = model_fingerprint(base)
+    require_one_job(settings, plan, fingerprint, data)
+    if bits := settings.quantised_bits:
+        base = load_quantised_model(settings.model_name, dtype, bits, device)
+    model = adapt(base, settings)
+    if is_sharded:
         shard_base(model, device)
     model.to(device)
     language_model = LanguageModel(base)
+
+    # Mechanism and optimizer.
     gradients = PerExampleGradients(model)
+    parameters = gradients.parameters
     if plan:
         require_coverage(gradients, language_model)
-    trainable = gradients.parameters
-    optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=args.wd)
-    scheduler = transformers.get_scheduler(args.lr_scheduler, optimizer, args.warmup_steps, steps)
-
-    total = torch.zeros(gradients.num_parameters, device=device)
-
-    def add_microbatch(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Add clipped per-example gradients to `total`; plain ones to .grad without privacy.
-
-        Returns summed losses, numbers of tokens with loss, and norms, each [examples].
-        """
-        examples = len(batch["lengths"])
-        with gradients.capture(examples) if plan else nullcontext():
-            sums, counts = language_model.example_losses(batch)
-            losses = normalise(sums, counts, args.loss_normalization, args.max_seq_len)
-            losses.sum().backward()
-        norms = gradients.add_clipped_sum(total, args.clip, args.clip_function) if plan else None
-        return sums.detach(), counts, norms
-
-    sequences = args.perdevice_bs
+    mechanism = wrap(make_mechanism(plan, settings, gradients, num_examples, is_main))
+    steps = num_steps(settings.num_epochs, num_examples, settings.total_bs)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.wd)
+    scheduler = transformers.get_scheduler(
+        settings.lr_scheduler, optimizer, settings.warmup_steps, steps
+    )
+    sequences = settings.perdevice_bs
     if sequences == "auto":
         model.train()
-        sequences = fitting_batch(add_microbatch, language_model, args.max_seq_len, accelerator)
-    token_budget = sequences * args.max_seq_len
+        sequences = fitting_batch(mechanism, language_model, parameters, settings.max_seq_len)
 
-    # ------------------------------------------------------------------ begin, or continue
-    ledger = private_log = None
-
-    def begin_or_continue() -> Checkpoint | None:
-        nonlocal ledger, private_log
-        checkpoint = load_last_good(folder / "checkpoints") if holds_run(folder) else None
-        identity = {"base_model_fingerprint": fingerprint, "lora_target_modules": targets}
-        begin(folder, args, identity, private_identity={"training_data": facts["training data"]})
-        ledger = Ledger(folder / LEDGER_FILE, plan) if plan else None
-        private_log = JsonlAppender(folder / "private" / "metrics.jsonl")
-        if checkpoint and ledger:
-            ledger.require_head(checkpoint.state["ledger"])
-        elif ledger and ledger.steps_recorded:
-            say(f"warning: {folder} has no whole checkpoint; starting again from step 0")
-        return checkpoint
-
-    # The other machines of a job may not see the folder.
-    checkpoint = on_main_process(begin_or_continue)
-    step = 0
+    # Begin, or continue. The other machines of a job may not see the folder.
+    identity = {
+        "base_model_fingerprint": fingerprint,
+        "lora_target_modules": sorted(model.peft_config["default"].target_modules),
+    }
+    private_identity = {"training_data": data["train"].fingerprint()}
+    checkpoint = on_main_process(
+        partial(begin_or_continue, settings, mechanism, identity, private_identity)
+    )
     if checkpoint:
-        step = checkpoint.state["step"]
-        restore_adapter(trainable, checkpoint.adapter)
+        restore_adapter(parameters, checkpoint.adapter)
         optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
-    # Fresh keys at every process start: a resumed run never repeats noise or draws.
-    secure = {stream: SecureRandom() for stream in ("sampling", "dropout", "noise")}
+    stays_here = settings.report_to != "wandb" or settings.report_private_metrics
+    return Run(
+        settings=settings,
+        accelerator=accelerator,
+        data=data,
+        pad_id=tokenizer.pad_token_id,
+        model=model,
+        language_model=language_model,
+        parameters=parameters,
+        mechanism=mechanism,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        steps=steps,
+        first_step=checkpoint.state["step"] if checkpoint else 0,
+        is_continued=checkpoint is not None,
+        token_budget=int(sequences) * settings.max_seq_len,
+        is_sharded=is_sharded,
+        base_fingerprint=fingerprint,
+        metrics=PrivateMetrics(folder, accelerator, tracked=stays_here or not plan)
+        if is_main
+        else None,
+    )
 
-    def randomness(stream: str) -> SecureRandom:
-        if args.insecure_fixed_noise_seed is not None:
-            return SecureRandom.insecure_fixed(args.insecure_fixed_noise_seed, stream, step)
-        return secure[stream]
 
-    def write_checkpoint() -> None:
-        if is_main:
-            state = {"ledger": ledger.head if ledger else None}
-            states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-            checkpoints = folder / "checkpoints"
-            save_checkpoint(checkpoints, step, trainable, states, state, args.keep_checkpoints)
+def read_splits(settings: TrainingSettings) -> dict[str, Dataset]:
+    """The train split, with canaries, and the part of the validation split that is used.
 
-    def save() -> None:
-        require_same_tensors(trainable)
-        write_checkpoint()
+    Raises:
+        UsageError: the data set is not usable, or of another size than was stated.
+    """
+    splits = load_splits(settings.dataset_name)
+    num_rows = len(splits["train"])
+    if settings.num_train_examples not in (None, num_rows):
+        raise UsageError(
+            f"--num_train_examples {settings.num_train_examples}, but the train split of "
+            f"{settings.dataset_name} has {num_rows}: the guarantee was computed for another N"
+        )
+    splits["train"] = settings.canaries.added_to(splits["train"], settings.dataset_name)
+    if "val" in splits:
+        used = min(len(splits["val"]), settings.max_eval_examples)
+        splits["val"] = splits["val"].select(range(used))
+    return splits
 
+
+def require_one_job(
+    settings: TrainingSettings,
+    plan: PrivacyPlan | None,
+    fingerprint: str,
+    data: dict[str, TokenisedExamples],
+) -> None:
+    """Refuse a job whose processes would not train the same model on the same data."""
+    facts: dict[str, object] = {
+        "base model": fingerprint,
+        "training data": data["train"].fingerprint(),
+        "validation data": data["val"].fingerprint() if "val" in data else None,
+        "privacy plan": plan and plan.digest(),
+    }
+    flags = settings.run_settings
+    facts |= {f"--{name}": flags[name] for name in flags.keys() - DIFFERS_BY_MACHINE}
+    require_same_on_every_rank(facts)
+
+
+def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
+    """The base with the adapters that the flags ask for."""
+    targets = settings.target_modules or default_target_modules(base)
+    return attach_lora(
+        base,
+        settings.lora_r,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        "all-linear" if targets == ["all-linear"] else targets,
+        settings.gradient_checkpointing,
+        use_rslora=settings.use_rslora,
+        rank_pattern=module_settings(settings.rank_pattern, int),
+        alpha_pattern=module_settings(settings.alpha_pattern, float),
+    )
+
+
+def make_mechanism(
+    plan: PrivacyPlan | None,
+    settings: TrainingSettings,
+    gradients: PerExampleGradients,
+    num_examples: int,
+    is_main: bool,
+) -> Mechanism:
+    """What a step does to the data: as the plan says, or without privacy."""
+    if plan:
+        known_seed = settings.insecure_fixed_noise_seed
+        return Private(plan, gradients, is_main=is_main, known_seed=known_seed)
+    return Plain(
+        gradients.parameters,
+        num_examples=num_examples,
+        batch_size=settings.total_bs,
+        loss_normalization=settings.loss_normalization,
+        seed=settings.seed,
+    )
+
+
+def begin_or_continue(
+    settings: TrainingSettings, mechanism: Mechanism, identity: dict, private_identity: dict
+) -> Checkpoint | None:
+    """Begin the run's folder and record, or find where to go on. On the main process alone."""
+    folder = settings.folder
+    checkpoint = load_last_good(folder / "checkpoints") if holds_run(folder) else None
+    begin(folder, settings.run_settings, identity, private_identity)
+    mechanism.open(folder)
+    if checkpoint:
+        mechanism.require_head(checkpoint.state["ledger"])
+    elif mechanism.steps_recorded:
+        say(f"warning: {folder} has no whole checkpoint; starting again from step 0")
+    return checkpoint
+
+
+def fitting_batch(
+    mechanism: Mechanism,
+    language_model: LanguageModel,
+    parameters: dict[str, nn.Parameter],
+    max_seq_len: int,
+) -> int:
+    """--perdevice_bs auto: as many sequences of `max_seq_len` as fit on every device."""
+    state = PartialState()
+    num_parameters = sum(tensor.numel() for tensor in parameters.values())
+    total = torch.zeros(num_parameters, device=state.device)
+
+    def step(sequences: int) -> None:
+        batch = language_model.public_batch(sequences, max_seq_len)
+        examples = np.arange(sequences)
+        add_microbatch(mechanism, language_model, max_seq_len, examples, batch, total)
+
+    count = torch.tensor([fitting_sequences(step, state.device)], device=state.device)
+    sequences = int(gather(count).min())
+    if state.is_main_process:
+        say(f"--perdevice_bs auto: {sequences} sequences of {max_seq_len} tokens fit on a device")
+    return sequences
+
+
+# ------------------------------------------------------------------------ the loop
+
+
+def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
+    """T logical steps, and the end. Returns the exit code.
+
+    Args:
+        rescue: gets what saves the work if another process of the job is lost.
+    """
+    settings, mechanism, lengths = run.settings, run.mechanism, run.data["train"].lengths
+    step = run.first_step
     # Tensors and `step` change together, between two messages to other processes.
-    rescue.append(write_checkpoint)
-
-    def stop_asked() -> bool:
-        """Whether this process, or with a sharded base any, was asked to stop."""
-        if not sharded:
-            return stop.requested
-        return bool(reduce(torch.tensor(float(stop.requested), device=device), "max"))
-
-    def own_share(ranks: list[list[np.ndarray]]) -> list[np.ndarray | None]:
-        """This rank's microbatches; with a sharded base all ranks have equally many, some None."""
-        idle = max(map(len, ranks)) - len(ranks[rank]) if sharded else 0
-        return ranks[rank] + [None] * idle
-
-    def log(values: dict) -> None:
-        """Record values computed from private data, under private/."""
-        if is_main:
-            private_log.append([{"step": step, **values}])
-            if args.report_to != "wandb" or not plan or args.report_private_metrics:
-                accelerator.log(values, step=step)
-
-    def evaluate() -> None:
-        if "val" in data:
-            microbatches = cut_microbatches(
-                np.arange(len(data["val"])), data["val"].lengths, token_budget, num_ranks
-            )
-            loss = validation_loss(
-                language_model, data["val"], own_share(microbatches), device, stop_asked
-            )
-            if loss is not None and is_main:
-                log({"validation_loss": loss})
-                tqdm.write(f"step {step}: validation loss {loss:.4f} (private)", file=sys.stderr)
-
-    if is_main:
-        say_start(plan, steps, step, num_examples, gradients.num_parameters, folder)
+    rescue.append(lambda: write_checkpoint(run, step))
+    say_start(run)
     stop = StopRequest()
-    progress = tqdm(total=steps, initial=step, desc="train", unit="step", disable=not is_main)
-    if step == 0 and not args.no_eval_at_start:
-        evaluate()
+    progress = tqdm(
+        total=run.steps, initial=step, desc="train", unit="step", disable=not run.is_main
+    )
+    if step == 0 and not settings.no_eval_at_start:
+        evaluate(run, step, stop)
+    saved_at = step if run.is_continued else -1
+    has_moved = step > 0
+    total = torch.zeros(sum(p.numel() for p in run.parameters.values()), device=run.device)
 
-    # ------------------------------------------------------------------ the loop
-    saved_at = step if checkpoint else -1
-    moved = step > 0
-    while step < steps:
+    while step < run.steps:
         began = time.monotonic()
-        if plan:
-            # Which mask an example gets depends on who else is in its microbatch, so masks that
-            # anybody can work out would let one example move the clipped sum by many times C.
-            # Secret ones are independent of the data: given them, it moves by at most C.
-            torch.manual_seed(int(randomness("dropout").uint64(1)[0] >> 1) ^ rank)
-        else:
-            torch.manual_seed(public_dropout_seed(args.seed, step, rank))
-        model.train()
+        run.model.train()
+        torch.manual_seed(mechanism.dropout_seed(step, run.accelerator.process_index))
 
         # Draw: once for the whole job, then split over ranks and microbatches.
-        if plan:
-            drawn = [poisson_batch(num_examples, args.total_bs, randomness("sampling"))]
-        else:
-            drawn = [shuffled_batch(num_examples, args.total_bs, args.seed, step)]
-        (indices,) = broadcast_object_list(drawn)
-        microbatches = own_share(cut_microbatches(indices, lengths, token_budget, num_ranks))
+        indices = on_main_process(partial(mechanism.draw, step))
+        microbatches = own_microbatches(run, indices, lengths)
 
         # Sum of clipped per-example gradients (of plain ones in a run without privacy).
         total.zero_()
-        optimizer.zero_grad()
-        all_norms, loss_sum, loss_tokens = [], 0.0, 0
-        for microbatch in microbatches:
-            if stop_asked():
+        run.optimizer.zero_grad()
+        losses = torch.zeros(2, device=run.device)  # their sum, and of how many tokens
+        norms = []
+        for examples in microbatches:
+            if stop_asked(run, stop):
                 break
-            if microbatch is None:
-                language_model.idle_pass()
+            if examples is None:
+                run.language_model.idle_pass()
                 continue
-            batch = train_data.collate(microbatch, tokenizer.pad_token_id, device)
-            sums, counts, norms = add_microbatch(batch)
-            if plan:
-                all_norms.append(norms)
-            loss_sum += sums.nansum()
-            loss_tokens += counts.sum()
-        if not plan:
-            total.copy_(flatten_gradients(trainable))
+            batch = run.data["train"].collate(examples, run.pad_id, run.device)
+            sums, counts, microbatch_norms = add_microbatch(
+                mechanism, run.language_model, settings.max_seq_len, examples, batch, total
+            )
+            norms.append(microbatch_norms)
+            losses += torch.stack([sums.nansum(), counts.sum()])
 
         # Reduce over ranks. A stop asked of one rank abandons the step on all of them.
-        if reduce(torch.tensor(float(stop.requested), device=device), "max"):
+        if anywhere(stop.requested, run.device):
             break
-        gradient = reduce(total, "sum")
+        total_of_all = reduce(total, "sum")
 
-        # Noise: once for the whole job, and on record before anybody can see its result.
-        if plan:
-            if is_main:
-                ledger.record_step(step + 1)
-                sigma, clip_norm = plan.noise_multiplier, plan.clip_norm
-                gradient = add_noise(gradient, sigma, clip_norm, randomness("noise"))
-            gradient = broadcast(gradient.double())
+        # Release: with noise, once for the whole job, and on record before anybody can see it.
+        released = broadcast(mechanism.release(total_of_all, step))
 
         # Divide by the public batch size, and step.
-        assign_gradient(trainable, gradient / args.total_bs)
-        before = None if moved else [tensor.detach().clone() for tensor in trainable.values()]
-        learning_rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        scheduler.step()
+        assign_gradient(run.parameters, released / mechanism.divisor)
+        before = None if has_moved else [p.detach().clone() for p in run.parameters.values()]
+        learning_rate = run.optimizer.param_groups[0]["lr"]
+        run.optimizer.step()
+        run.scheduler.step()
         step += 1
-        if not moved and learning_rate > 0:
-            require_movement(before, trainable)
-            moved = True
+        if before is not None and learning_rate > 0:
+            require_movement(before, run.parameters)
+            has_moved = True
 
         # Tell the owner, and save.
-        sums = torch.tensor([float(loss_sum), float(loss_tokens)], device=device)
-        loss_sum, loss_tokens = reduce(sums, "sum").tolist()
+        loss_sum, loss_tokens = reduce(losses, "sum").tolist()
         real_tokens, seconds = int(lengths[indices].sum()), time.monotonic() - began
-        log(
+        run.record(
+            step,
             {
                 "train_loss": loss_sum / max(1.0, loss_tokens),
                 "learning_rate": learning_rate,
                 "batch_size": len(indices),
                 "real_tokens": real_tokens,
                 "seconds": seconds,
-                **clipping_summary(all_norms, args.clip),
-            }
+                **mechanism.statistics(norms),
+            },
         )
         progress.set_postfix_str(f"{real_tokens / seconds:.0f} real tokens/s")
         progress.update()
-        epochs_done = step * args.total_bs // num_examples
-        if step == steps or epochs_done > (step - 1) * args.total_bs // num_examples:
-            evaluate()
-        if step % args.save_steps == 0 and step < steps:
+        if step == run.steps or ends_epoch(run, step):
+            evaluate(run, step, stop)
+        if step % settings.save_steps == 0 and step < run.steps:
             try:
-                save()
+                save(run, step)
                 saved_at = step
             except OSError as error:
                 say(f"warning: no checkpoint at step {step}: {error}; training goes on")
     progress.close()
 
-    # ------------------------------------------------------------------ the end
-    finished = step == steps
     # A checkpoint that the main process could not write may differ from what others believe.
     if on_main_process(lambda: saved_at != step):
-        save()
-    if is_main:
-        report = build_report(
-            plan,
-            steps_taken=step,
-            steps_recorded=ledger.steps_recorded if ledger else 0,
-            ledger_head=ledger.head if ledger else None,
-            insecure=args.insecure_fixed_noise_seed is not None,
-        )
-        write_report(folder, report)
-        if finished:
-            save_adapter(model, args, folder / "adapter", fingerprint, report)
-        private_log.close()
-        if ledger:
-            ledger.close()
-        say_end(folder, report, finished, stop.signal_name)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return EXIT_OK if finished else EXIT_INTERRUPTED
+        save(run, step)
+    finish(run, step, stop.signal_name)
+    return EXIT_OK if step == run.steps else EXIT_INTERRUPTED
 
 
-def make_accelerator(args: argparse.Namespace, folder: Path) -> Accelerator:
-    """Accelerate's state of this process."""
-    # Without a GPU, processes find each other only where accelerate is told to use the CPU.
-    cpu = not torch.accelerator.is_available()
-    tracker = None if args.report_to == "none" else args.report_to
-    if tracker and importlib.util.find_spec(tracker) is None:
-        raise UsageError(f"--report_to {tracker}: pip install {tracker}")
-    accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=folder / "private")
-    if cpu and launched_by_accelerate():
-        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return accelerator
+def own_microbatches(run: Run, indices: np.ndarray, lengths: np.ndarray) -> list[np.ndarray | None]:
+    """This rank's share of a batch; with a sharded base all ranks have equally many, some None."""
+    ranks = cut_microbatches(indices, lengths, run.token_budget, run.accelerator.num_processes)
+    own = ranks[run.accelerator.process_index]
+    idle = max(map(len, ranks)) - len(own) if run.is_sharded else 0
+    return [*own, *[None] * idle]
 
 
-def start_tracker(accelerator: Accelerator, args: argparse.Namespace, folder: Path) -> None:
-    """Start the tracker that was asked for; it writes under private/."""
-    if args.report_to == "none" or not accelerator.is_main_process:
-        return
-    private = folder / "private"
-    os.environ.setdefault("TRACKIO_DIR", str(private / "trackio"))
-    private.mkdir(parents=True, exist_ok=True)
-    options = {"wandb": {"dir": str(private), "name": args.job_sess}}
-    accelerator.init_trackers(args.job_sess, init_kwargs=options)
-
-
-def tokenise_once(
-    splits: dict[str, Dataset],
-    tokenizer: PreTrainedTokenizerBase,
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    folder: Path,
-) -> dict[str, TokenisedExamples]:
-    """Tokenise on one process of each machine, into files that all of its processes map.
-
-    The files are gone as soon as all have them open: nothing of the data stays in the run's folder.
-    """
-    first = accelerator.process_index - accelerator.local_process_index
-    place = folder / "private" / f"tokens-{first}"
-    try:
-        if accelerator.is_local_main_process:
-            for split, rows in splits.items():
-                hidden = not accelerator.is_main_process
-                rows = tqdm(rows, f"tokenise {split}", unit="row", disable=hidden, leave=False)
-                tokenise(rows, tokenizer, args.prompt_style, args.max_seq_len, place / split)
-        accelerator.wait_for_everyone()
-        data = {split: open_tokens(place / split) for split in splits}
-        accelerator.wait_for_everyone()
-    finally:
-        if accelerator.is_local_main_process:
-            shutil.rmtree(place, ignore_errors=True)
-            with suppress(OSError):  # Folders that hold something else stay.
-                for made in (folder / "private", folder, folder.parent):
-                    made.rmdir()
-    return data
-
-
-def fitting_batch(
-    add_microbatch: Callable,
+def add_microbatch(
+    mechanism: Mechanism,
     language_model: LanguageModel,
     max_seq_len: int,
-    accelerator: Accelerator,
-) -> int:
-    """--perdevice_bs auto: as many sequences of `max_seq_len` as fit on every device."""
+    examples: np.ndarray,
+    batch: dict[str, torch.Tensor],
+    total: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add what a microbatch contributes to the step's sum `total` [parameters], in place.
 
-    def step(sequences: int) -> None:
-        add_microbatch(language_model.public_batch(sequences, max_seq_len))
+    Returns:
+        Summed losses, numbers of tokens with loss, and norms of gradients, each [examples].
+    """
+    with mechanism.capture(examples):
+        sums, counts = language_model.example_losses(batch)
+        losses = normalise(sums, counts, mechanism.loss_normalization, max_seq_len)
+        losses.sum().backward()
+    return sums.detach(), counts, mechanism.add(total)
 
-    count = torch.tensor([fitting_sequences(step, accelerator.device)], device=accelerator.device)
-    count = int(gather(count).min())
-    if accelerator.is_main_process:
-        say(f"--perdevice_bs auto: {count} sequences of {max_seq_len} tokens fit on a device")
-    return count
+
+def anywhere(condition: bool, device: torch.device) -> bool:
+    """Whether a condition holds on any rank."""
+    return bool(reduce(torch.tensor(float(condition), device=device), "max"))
 
 
-def public_dropout_seed(seed: int, step: int, rank: int) -> int:
-    """A seed from (seed, step, rank) alone, so that a resumed run without privacy repeats it."""
-    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
+def stop_asked(run: Run, stop: StopRequest) -> bool:
+    """Whether this process, or with a sharded base any, was asked to stop."""
+    return anywhere(stop.requested, run.device) if run.is_sharded else stop.requested
+
+
+def ends_epoch(run: Run, step: int) -> bool:
+    """Whether as many examples as the data set has were (expected to be) drawn since the last."""
+    batch, examples = run.mechanism.divisor, run.mechanism.num_examples
+    return step * batch // examples > (step - 1) * batch // examples
+
+
+def evaluate(run: Run, step: int, stop: StopRequest) -> None:
+    """Record and show the validation loss, where there is a validation split."""
+    if "val" not in run.data:
+        return
+    data = run.data["val"]
+    microbatches = own_microbatches(run, np.arange(len(data)), data.lengths)
+    loss = validation_loss(run, microbatches, stop)
+    if loss is not None and run.is_main:
+        run.record(step, {"validation_loss": loss})
+        tqdm.write(f"step {step}: validation loss {loss:.4f} (private)", file=sys.stderr)
 
 
 @torch.no_grad()
 def validation_loss(
-    language_model: LanguageModel,
-    data: TokenisedExamples,
-    microbatches: list[np.ndarray | None],
-    device: torch.device,
-    stop_asked: Callable[[], bool],
+    run: Run, microbatches: list[np.ndarray | None], stop: StopRequest
 ) -> float | None:
     """Mean loss in nats per token with loss, over all ranks; None if a stop was asked for.
 
     Args:
         microbatches: of this rank; None is a pass that only keeps pace with other ranks.
     """
+    language_model = run.language_model
     language_model.model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
     for microbatch in microbatches:
-        if stop_asked():
+        if stop_asked(run, stop):
             sums[2] = 1
             break
         if microbatch is None:
             language_model.example_losses(language_model.public_batch(1))
             continue
-        losses, counts = language_model.example_losses(data.collate(microbatch, 0, device))
+        batch = run.data["val"].collate(microbatch, 0, run.device)
+        losses, counts = language_model.example_losses(batch)
         sums[0] += losses.sum()
         sums[1] += counts.sum()
     loss, tokens, stopped = reduce(sums, "sum").tolist()
     return None if stopped else loss / max(1.0, tokens)
 
 
-def require_coverage(gradients: PerExampleGradients, language_model: LanguageModel) -> None:
-    """Refuse a model whose adapters do not see examples apart, by a pass over two public ones.
-
-    Raises:
-        UsageError: an adapter sees the tokens of all examples in one row, as experts do, or is
-            used never or twice; the message names it.
-    """
-    try:
-        with gradients.capture(2):
-            sums, _ = language_model.example_losses(language_model.public_batch(2))
-            if sums.requires_grad:  # else no adapter took part, which is told by name
-                sums.sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UsageError(
-            f"per-example clipping cannot cover this model: {error}; train adapters on other "
-            "layers with --target_modules"
-        ) from error
-
-
-def require_movement(before: list[torch.Tensor], trainable: dict[str, torch.Tensor]) -> None:
+def require_movement(before: list[torch.Tensor], parameters: dict[str, torch.Tensor]) -> None:
     """Raise unless the first step moved every trainable tensor that it had a gradient for."""
-    for old, (name, tensor) in zip(before, trainable.items()):
+    for old, (name, tensor) in zip(before, parameters.items()):
         # Without noise the gradient of LoRA's A is zero as long as B is.
         if tensor.grad.any() and torch.equal(old, tensor):
             raise RuntimeError(f"{name} did not move in the first step: it is not being trained")
-    if not any(tensor.grad.any() for tensor in trainable.values()):
+    if not any(tensor.grad.any() for tensor in parameters.values()):
         raise RuntimeError("every gradient of the first step is zero: nothing is being trained")
 
 
-def clipping_summary(norms: list[torch.Tensor], clip_norm: float) -> dict:
-    """Quantiles of the per-example gradient norms, and what was clipped: for private/ alone."""
-    if not norms:
-        return {}
-    norms = torch.cat(norms)
-    finite = norms[torch.isfinite(norms)]
-    if not len(finite):
-        return {"non_finite": len(norms)}
-    quantiles = torch.quantile(finite, torch.tensor([0.1, 0.5, 0.9], device=finite.device))
-    return {
-        "norm_quantiles_10_50_90": [round(value, 5) for value in quantiles.tolist()],
-        "clipped_fraction": (finite > clip_norm).float().mean().item(),
-        "non_finite": len(norms) - len(finite),
-    }
+def write_checkpoint(run: Run, step: int) -> None:
+    """Write a checkpoint; on the main process alone."""
+    if run.is_main:
+        states = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
+        save_checkpoint(
+            run.folder / "checkpoints",
+            step,
+            run.parameters,
+            states,
+            {"ledger": run.mechanism.head},
+            run.settings.keep_checkpoints,
+        )
 
 
-def save_adapter(
-    model: PeftModel, args: argparse.Namespace, final: Path, fingerprint: str, report: dict
-) -> None:
+def save(run: Run, step: int) -> None:
+    """Write a checkpoint, once all processes are known to train the same model."""
+    require_same_tensors(run.parameters)
+    write_checkpoint(run, step)
+
+
+# ------------------------------------------------------------------------ the end
+
+
+def finish(run: Run, step: int, stopped_by: str) -> None:
+    """Write the report and, if all steps are taken, the adapter; close what is open."""
+    if run.is_main:
+        report = run.mechanism.report(step)
+        write_report(run.folder, report)
+        if step == run.steps:
+            save_adapter(run, report)
+        if run.metrics:
+            run.metrics.close()
+        run.mechanism.close()
+        say_end(run.folder, report, step == run.steps, stopped_by)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+
+
+def save_adapter(run: Run, report: dict) -> None:
     """Write the adapter, its model card and its training style, in one piece."""
+    settings, final = run.settings, run.folder / "adapter"
     info = {
-        "prompt_style": args.prompt_style,
-        "max_seq_len": args.max_seq_len,
-        "base_model": args.model_name,
-        "base_model_fingerprint": fingerprint,
-        "base_model_bits": quantised_bits(args),
+        "prompt_style": settings.prompt_style,
+        "max_seq_len": settings.max_seq_len,
+        "base_model": settings.model_name,
+        "base_model_fingerprint": run.base_fingerprint,
+        "base_model_bits": settings.quantised_bits,
     }
-    card = model_card(args.model_name, args.prompt_style, report, str(final))
+    card = model_card(settings.model_name, settings.prompt_style, report, str(final))
     with whole_folder(final) as temporary:
-        model.save_pretrained(temporary, save_embedding_layers=False)
+        run.model.save_pretrained(temporary, save_embedding_layers=False)
         write_adapter_info(temporary, info)
         write_atomic(temporary / "README.md", card)
 
 
-def say_start(
-    plan: PrivacyPlan | None,
-    steps: int,
-    step: int,
-    num_examples: int,
-    num_parameters: int,
-    folder: Path,
-) -> None:
+def say_start(run: Run) -> None:
     """Tell what will be done."""
-    say(f"{num_parameters:,} trainable parameters, {num_examples:,} examples, {steps:,} steps")
-    if plan:
-        say(
-            f"({plan.target_epsilon:g}, {plan.delta:g})-DP: sampling rate "
-            f"{plan.sampling_rate:.3g}, noise multiplier {plan.noise_multiplier:g}, "
-            f"clip norm {plan.clip_norm:g}"
-        )
-    else:
-        say("NO differential privacy (--eps -1)")
-    if step:
-        say(f"continuing {folder} after step {step:,}")
+    if not run.is_main:
+        return
+    num_parameters = sum(tensor.numel() for tensor in run.parameters.values())
+    num_examples = run.mechanism.num_examples
+    say(f"{num_parameters:,} trainable parameters, {num_examples:,} examples, {run.steps:,} steps")
+    say(run.mechanism.describe())
+    if run.first_step:
+        say(f"continuing {run.folder} after step {run.first_step:,}")
 
 
 def say_end(folder: Path, report: dict, finished: bool, stopped_by: str) -> None:

@@ -289,16 +289,6 @@ class _Tap(torch.autograd.Function):
         return output_gradient, None, None, None
 
 
-def flatten_gradients(parameters: dict[str, nn.Parameter]) -> torch.Tensor:
-    """Autograd's gradients as one float32 vector [parameters]; zeros where there is none."""
-    return torch.cat(
-        [
-            (torch.zeros_like(p) if p.grad is None else p.grad).float().flatten()
-            for p in parameters.values()
-        ]
-    )
-
-
 def assign_gradient(parameters: dict[str, nn.Parameter], gradient: torch.Tensor) -> None:
     """Cut a flat gradient [parameters] into `.grad` of each tensor, in its dtype."""
     offset = 0

@@ -8,7 +8,6 @@ from typing import NoReturn, TypeVar
 
 from utils.cli import EXIT_USAGE, say
 
-
 Settings = TypeVar("Settings")
 
 

@@ -1,9 +1,12 @@
-"""Flags of the training run, shared by `train.py` and its generator; no torch."""
+"""Flags of the training run as typed settings, shared by `train.py` and its generator; no torch."""
 
 import argparse
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TypeVar
 
 from utils.cli import UsageError
 from utils.command_line.parser import (
@@ -13,10 +16,90 @@ from utils.command_line.parser import (
     positive_float,
     positive_int,
 )
+from utils.privacy.plan import PrivacyPlan, make_plan
+from utils.texts.canaries import Canaries
 from utils.texts.data_sets import is_labelled
 from utils.texts.prompts import PROMPT_STYLES, UNCONDITIONAL
 
+Number = TypeVar("Number", int, float)
+
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Flags of everything that runs a model."""
+
+    model_name: str
+    prompt_style: str
+    max_seq_len: int
+    dtype: str
+    job_sess: str
+    output_dir: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written."""
+        return Path(self.output_dir) / self.job_sess
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(ModelSettings):
+    """Every flag of `train.py`; --help says what they mean."""
+
+    dataset_name: str
+    perdevice_bs: int | str
+    eps: float
+    delta: float
+    clip: float
+    clip_function: str
+    loss_normalization: str
+    noise_multiplier: float | None
+    num_train_examples: int | None
+    reserve_histogram_sigma: float | None
+    insecure_fixed_noise_seed: int | None
+    num_canaries: int
+    canary_repeats: int
+    total_bs: int
+    num_epochs: float
+    lr: float
+    lr_scheduler: str
+    warmup_steps: int
+    wd: float
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: list[str] | None
+    use_rslora: bool
+    rank_pattern: list[str] | None
+    alpha_pattern: list[str] | None
+    load_in_4bit: bool
+    load_in_8bit: bool
+    fsdp: bool
+    gradient_checkpointing: bool
+    no_eval_at_start: bool
+    max_eval_examples: int
+    save_steps: int
+    keep_checkpoints: int
+    resume: str
+    report_to: str
+    report_private_metrics: bool
+
+    @property
+    def canaries(self) -> Canaries:
+        """The canaries that the train split gets."""
+        return Canaries(self.num_canaries, self.canary_repeats, self.seed)
+
+    @property
+    def quantised_bits(self) -> int | None:
+        """Bits to which the base is quantised; None for a base as it is."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @property
+    def run_settings(self) -> dict:
+        """The flags of `train.py` by their names, as `run_config.json` keeps them."""
+        return {field.name: getattr(self, field.name) for field in fields(TrainingSettings)}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -247,7 +330,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_training_arguments(args: argparse.Namespace) -> list[str]:
+def check_training_settings(settings: TrainingSettings) -> list[str]:
     """Refuse combinations that no run can mean, before anything is loaded.
 
     Returns:
@@ -256,35 +339,37 @@ def check_training_arguments(args: argparse.Namespace) -> list[str]:
     Raises:
         UsageError: see its message.
     """
-    require_fitting_style(args.dataset_name, args.prompt_style)
-    if not 0 <= args.lora_dropout < 1:
-        raise UsageError(f"--lora_dropout {args.lora_dropout}: must be in [0, 1)")
-    if not 0 <= args.wd < math.inf:
-        raise UsageError(f"--wd {args.wd}: must be 0 or more")
-    if args.canary_repeats > 1 and not args.num_canaries:
+    require_fitting_style(settings.dataset_name, settings.prompt_style)
+    if not 0 <= settings.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout {settings.lora_dropout}: must be in [0, 1)")
+    if not 0 <= settings.wd < math.inf:
+        raise UsageError(f"--wd {settings.wd}: must be 0 or more")
+    if settings.canary_repeats > 1 and not settings.num_canaries:
         raise UsageError("--canary_repeats needs --num_canaries: there is nothing to repeat")
-    if args.load_in_4bit and args.load_in_8bit:
+    if settings.load_in_4bit and settings.load_in_8bit:
         raise UsageError("--load_in_4bit and --load_in_8bit: choose one")
-    if args.fsdp and args.perdevice_bs == "auto":
+    if settings.fsdp and settings.perdevice_bs == "auto":
         raise UsageError(
             "--perdevice_bs auto does not go with --fsdp, whose processes must all make the same "
             "number of passes; give a number"
         )
-    if args.fsdp and quantised_bits(args):
+    if settings.fsdp and settings.quantised_bits:
         raise UsageError(
-            f"--fsdp cannot shard a base in {quantised_bits(args)} bits; leave one of the two out"
+            f"--fsdp cannot shard a base in {settings.quantised_bits} bits; leave one of the two "
+            "out"
         )
-    if args.eps == -1:
-        return _check_without_privacy(args)
-    if not (math.isfinite(args.eps) and args.eps > 0):
-        raise UsageError(f"--eps {args.eps}: must be above 0, or -1 to train without privacy")
-    if not 0 < args.delta < 1:
-        raise UsageError(f"--delta {args.delta}: must be between 0 and 1, and below 1/N")
-    if not (math.isfinite(args.clip) and args.clip > 0):
+    if settings.eps == -1:
+        return _check_without_privacy(settings)
+    if not (math.isfinite(settings.eps) and settings.eps > 0):
+        raise UsageError(f"--eps {settings.eps}: must be above 0, or -1 to train without privacy")
+    if not 0 < settings.delta < 1:
+        raise UsageError(f"--delta {settings.delta}: must be between 0 and 1, and below 1/N")
+    if not (math.isfinite(settings.clip) and settings.clip > 0):
         raise UsageError(
-            f"--eps {args.eps} needs a clip norm above 0, found --clip {args.clip}; add --clip 0.5"
+            f"--eps {settings.eps} needs a clip norm above 0, found --clip {settings.clip}; add "
+            "--clip 0.5"
         )
-    if args.insecure_fixed_noise_seed is not None:
+    if settings.insecure_fixed_noise_seed is not None:
         return ["--insecure_fixed_noise_seed: the noise is known, so this run has NO guarantee"]
     return []
 
@@ -305,18 +390,43 @@ def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
         )
 
 
-def _check_without_privacy(args: argparse.Namespace) -> list[str]:
+def _check_without_privacy(settings: TrainingSettings) -> list[str]:
     for flag in ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed"):
-        if getattr(args, flag) is not None:
+        if getattr(settings, flag) is not None:
             raise UsageError(f"--{flag} needs --eps: without it the run has no privacy")
-    if args.clip > 0:
-        return [f"--clip {args.clip} without --eps: nothing is clipped and nothing is private"]
+    if settings.clip > 0:
+        return [f"--clip {settings.clip} without --eps: nothing is clipped and nothing is private"]
     return []
 
 
-def quantised_bits(args: argparse.Namespace) -> int | None:
-    """Bits to which the base is quantised; None for a base as it is."""
-    return 4 if args.load_in_4bit else 8 if args.load_in_8bit else None
+def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan | None, list[str]]:
+    """The plan of a run on N examples.
+
+    Returns:
+        The plan (None for a run without privacy) and warnings, one line each.
+
+    Raises:
+        UsageError: a value that gives no or a meaningless guarantee.
+    """
+    if settings.total_bs > num_examples:
+        raise UsageError(
+            f"--total_bs {settings.total_bs} exceeds the {num_examples} training examples of "
+            f"{settings.dataset_name}"
+        )
+    if settings.eps == -1:
+        return None, []
+    return make_plan(
+        num_examples,
+        expected_batch_size=settings.total_bs,
+        num_epochs=settings.num_epochs,
+        clip_norm=settings.clip,
+        clip_function=settings.clip_function,
+        loss_normalization=settings.loss_normalization,
+        target_epsilon=settings.eps,
+        delta=settings.delta,
+        noise_multiplier=settings.noise_multiplier,
+        reserved_histogram_sigma=settings.reserve_histogram_sigma,
+    )
 
 
 def _rank_of_module(text: str) -> str:
@@ -336,6 +446,6 @@ def _module_setting(text: str, number: Callable[[str], float]) -> str:
     return text
 
 
-def module_settings(given: list[str] | None, number: Callable[[str], float]) -> dict[str, float]:
+def module_settings(given: list[str] | None, number: Callable[[str], Number]) -> dict[str, Number]:
     """{NAME: NUMBER} of a flag that takes NAME=NUMBER words."""
     return {name: number(value) for name, value in (text.split("=") for text in given or [])}

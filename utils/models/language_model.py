@@ -5,7 +5,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from utils.cli import say
+from utils.cli import UsageError, say
+from utils.dp_utils import PerExampleGradients
 from utils.models.losses import example_losses
 
 # Architectures for which a right-padded batch without an attention mask is shown, by test, to
@@ -95,3 +96,24 @@ class LanguageModel:
         parts = self._head(self._decode(ids, None)).float()
         self.model.train(training)
         return torch.allclose(own, parts, rtol=1e-4, atol=1e-4 * own.abs().max().item())
+
+
+def require_coverage(gradients: PerExampleGradients, language_model: LanguageModel) -> None:
+    """Refuse a model whose adapters do not see examples apart, by a pass over two public ones.
+
+    Raises:
+        UsageError: an adapter sees the tokens of all examples in one row, as experts do, or is
+            used never or twice; the message names it.
+    """
+    try:
+        with gradients.capture(2):
+            sums, _ = language_model.example_losses(language_model.public_batch(2))
+            if sums.requires_grad:  # else no adapter took part, which is told by name
+                sums.sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UsageError(
+            f"per-example clipping cannot cover this model: {error}; train adapters on other "
+            "layers with --target_modules"
+        ) from error

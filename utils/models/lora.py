@@ -96,8 +96,8 @@ def attach_lora(
         reason = in_one_line(error, 200)
         raise UsageError(f"--target_modules {target_modules}: {reason}") from None
     adapted = [n for n, module in peft_model.named_modules() if isinstance(module, LoraLayer)]
-    for flag, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
-        for target in pattern or {}:
+    for flag, pattern in (("rank", rank_pattern or {}), ("alpha", alpha_pattern or {})):
+        for target in pattern:
             if not any(_names(target, name) for name in adapted):
                 raise UsageError(
                     f"--{flag}_pattern {target}: no adapted layer has that name; they are "

@@ -42,7 +42,8 @@ def read_ledger(path: str | os.PathLike) -> list[dict]:
     Raises:
         UsageError: the file was edited.
     """
-    records, chain = [], ""
+    records: list[dict] = []
+    chain = ""
     for number, record in enumerate(read_jsonl(path), start=1):
         chain = _next_chain(chain, {k: value for k, value in record.items() if k != "chain"})
         kinds = ("plan", HISTOGRAM) if number == 1 else (FOLLOWERS[records[0]["kind"]],)

@@ -1,9 +1,8 @@
-"""The plan that alone decides privacy, the ledger of what was done, and the report of both.
+"""The plan that alone decides privacy. No torch.
 
-Generator, sampler, noise, ledger and report all read one frozen `PrivacyPlan`. No torch.
+Generator, sampler, clipping, noise, ledger and report all read one frozen `PrivacyPlan`.
 """
 
-import argparse
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,11 @@ from utils.privacy.accounting import (
     calibrate_noise_multiplier,
     compute_epsilon,
 )
+
+
+def _histogram(sigma: float | None) -> list[SampledGaussian]:
+    """A Gaussian histogram of sensitivity 1, as an accountant composes it."""
+    return [] if sigma is None else [SampledGaussian(1.0, sigma, 1)]
 
 
 def num_steps(num_epochs: float, num_examples: int, batch_size: int) -> int:
@@ -57,8 +61,7 @@ class PrivacyPlan:
     @property
     def reserved(self) -> list[SampledGaussian]:
         """The mechanisms beside training that the target epsilon pays for."""
-        sigma = self.reserved_histogram_sigma
-        return [] if sigma is None else [SampledGaussian(1.0, sigma, 1)]
+        return _histogram(self.reserved_histogram_sigma)
 
     def events(self, steps: int) -> list[SampledGaussian]:
         """The mechanisms of `steps` logical steps of training."""
@@ -80,56 +83,60 @@ class PrivacyPlan:
                 )
 
 
-def plan_from_arguments(
-    args: argparse.Namespace, num_examples: int
-) -> tuple[PrivacyPlan | None, list[str]]:
-    """Make the plan of a run from its flags and N; calibrate sigma where no flag gives it.
+def make_plan(
+    num_examples: int,
+    *,
+    expected_batch_size: int,
+    num_epochs: float,
+    clip_norm: float,
+    clip_function: str,
+    loss_normalization: str,
+    target_epsilon: float,
+    delta: float,
+    noise_multiplier: float | None = None,
+    reserved_histogram_sigma: float | None = None,
+) -> tuple[PrivacyPlan, list[str]]:
+    """Make the plan of a run; calibrate sigma where it is None.
+
+    Args: see `PrivacyPlan`; steps follow from `num_epochs`, see `num_steps`.
 
     Returns:
-        The plan (None for a run without privacy) and warnings, one line each.
+        The plan, and warnings, one line each.
 
     Raises:
         UsageError: a value that gives no or a meaningless guarantee.
     """
-    if args.total_bs > num_examples:
-        raise UsageError(
-            f"--total_bs {args.total_bs} exceeds the {num_examples} training examples of "
-            f"{args.dataset_name}"
-        )
-    if args.eps == -1:
-        return None, []
     warnings = []
-    if args.delta >= 1 / num_examples:
+    if delta >= 1 / num_examples:
         raise UsageError(
-            f"--delta {args.delta}: must be below 1/N = {1 / num_examples:.2e}, or a mechanism "
+            f"--delta {delta}: must be below 1/N = {1 / num_examples:.2e}, or a mechanism "
             f"that publishes one example may pass; use {1 / (100 * num_examples):.0e}"
         )
-    if args.delta > 1 / (10 * num_examples):
-        warnings.append(f"--delta {args.delta} is above 1/(10 N) = {1 / (10 * num_examples):.1e}")
-    steps = num_steps(args.num_epochs, num_examples, args.total_bs)
-    sampling_rate = args.total_bs / num_examples
-    histogram = args.reserve_histogram_sigma
-    reserved = [] if histogram is None else [SampledGaussian(1.0, histogram, 1)]
-    sigma = args.noise_multiplier
+    if delta > 1 / (10 * num_examples):
+        warnings.append(f"--delta {delta} is above 1/(10 N) = {1 / (10 * num_examples):.1e}")
+    steps = num_steps(num_epochs, num_examples, expected_batch_size)
+    sigma = noise_multiplier
     if sigma is None:
-        sigma = calibrate_noise_multiplier(args.eps, args.delta, sampling_rate, steps, reserved)
+        rate = expected_batch_size / num_examples
+        reserved = _histogram(reserved_histogram_sigma)
+        sigma = calibrate_noise_multiplier(target_epsilon, delta, rate, steps, reserved)
     plan = PrivacyPlan(
         num_examples=num_examples,
-        expected_batch_size=args.total_bs,
+        expected_batch_size=expected_batch_size,
         steps=steps,
-        clip_norm=args.clip,
-        clip_function=args.clip_function,
-        loss_normalization=args.loss_normalization,
+        clip_norm=clip_norm,
+        clip_function=clip_function,
+        loss_normalization=loss_normalization,
         noise_multiplier=sigma,
-        delta=args.delta,
-        target_epsilon=args.eps,
-        reserved_histogram_sigma=histogram,
+        delta=delta,
+        target_epsilon=target_epsilon,
+        reserved_histogram_sigma=reserved_histogram_sigma,
     )
-    if args.noise_multiplier is not None:
-        spent = compute_epsilon(plan.events(steps) + plan.reserved, plan.delta).upper
-        if spent > args.eps:
+    if noise_multiplier is not None:
+        spent = compute_epsilon(plan.events(steps) + plan.reserved, delta).upper
+        if spent > target_epsilon:
             raise UsageError(
                 f"--noise_multiplier {sigma} gives epsilon {spent:.3f} in {steps} steps, above "
-                f"--eps {args.eps}; leave it out to have it calibrated"
+                f"--eps {target_epsilon}; leave it out to have it calibrated"
             )
     return plan, warnings

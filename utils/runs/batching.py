@@ -1,44 +1,12 @@
-"""Logical batches (who takes part in a step) and microbatches (what is computed at once)."""
+"""Microbatches: what of a logical batch is computed at once, and on which process."""
 
 import numpy as np
-
-from utils.secure_random import SecureRandom
 
 # What a microbatch costs beside its padded tokens (reading the weights, launching kernels), as a
 # number of tokens.
 MICROBATCH_TOKENS = 128
 # At least so many microbatches a rank, that they can be dealt out evenly.
 MICROBATCHES_PER_RANK = 8
-
-
-def poisson_batch(num_examples: int, batch_size: int, random: SecureRandom) -> np.ndarray:
-    """Take every example independently with probability batch_size / num_examples, exactly.
-
-    Returns:
-        int64 indices, ascending; possibly none.
-    """
-    return random.bernoulli_indices(batch_size, num_examples, num_examples)
-
-
-def shuffled_batch(num_examples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The indices of one step of shuffled epochs (training without privacy), from public values.
-
-    The epochs' permutations are laid end to end and cut every `batch_size`, so a step's batch
-    depends on (seed, step) alone and a resumed run sees what an uninterrupted one would.
-
-    Args:
-        step: counts from 0.
-
-    Returns:
-        int64 [batch_size].
-    """
-    first, last = step * batch_size, (step + 1) * batch_size
-    epochs = range(first // num_examples, (last - 1) // num_examples + 1)
-    order = np.concatenate(
-        [np.random.default_rng((seed, epoch)).permutation(num_examples) for epoch in epochs]
-    )
-    start = first - epochs[0] * num_examples
-    return order[start : start + batch_size]
 
 
 def cut_microbatches(

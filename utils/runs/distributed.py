@@ -1,12 +1,15 @@
 """What the processes of one job share: agreement, sharded base weights, the loss of one of them."""
 
 import hashlib
+import importlib.util
+import os
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch.distributed import DistError
@@ -15,8 +18,30 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from utils.cli import EXIT_USAGE, UsageError
+from utils.models.loading import share_cores
+from utils.runs.stopping import launched_by_accelerate
 
 Result = TypeVar("Result")
+
+
+def make_accelerator(tracker: str | None, project_dir: Path) -> Accelerator:
+    """Accelerate's state of this process.
+
+    Args:
+        tracker: a name that accelerate knows, or None.
+        project_dir: where it may write.
+
+    Raises:
+        UsageError: the tracker's package is not installed.
+    """
+    # Without a GPU, processes find each other only where accelerate is told to use the CPU.
+    cpu = not torch.accelerator.is_available()
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise UsageError(f"--report_to {tracker}: pip install {tracker}")
+    accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=project_dir)
+    if cpu and launched_by_accelerate():
+        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return accelerator
 
 
 def on_main_process(function: Callable[[], Result]) -> Result:
@@ -26,19 +51,20 @@ def on_main_process(function: Callable[[], Result]) -> Result:
         UsageError: from `function`; the other processes exit with its code, so that the job says
             it once.
     """
-    is_main, outcome = PartialState().is_main_process, [None, None]
-    if is_main:
+    result: Result | None = None
+    refusal: UsageError | None = None
+    if PartialState().is_main_process:
         try:
-            outcome[0] = function()
+            result = function()
         except UsageError as error:
-            outcome[1] = error
-    result, error = broadcast_object_list(outcome)
-    if error:
-        _end_job(error)
-    return result
+            refusal = error
+    result, refusal = broadcast_object_list([result, refusal])
+    if refusal:
+        _end_job(refusal)
+    return cast(Result, result)
 
 
-def require_same_on_every_rank(facts: dict[str, object]) -> None:
+def require_same_on_every_rank(facts: Mapping[str, object]) -> None:
     """Refuse to begin where one rank would train something else than the others.
 
     Args:

@@ -8,7 +8,6 @@ checkpoints/          noised, but kept: adapter and optimizer at some steps
 private/              computed from private data without noise: never leaves
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -45,8 +44,11 @@ def holds_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).exists()
 
 
-def require_usable(folder: Path, args: argparse.Namespace) -> None:
+def require_usable(folder: Path, settings: dict, resume: str) -> None:
     """Refuse a folder with a run in it unless `--resume auto` may continue that run.
+
+    Args:
+        settings: the flags of this run by their names, see `TrainingSettings.run_settings`.
 
     Raises:
         UsageError: names the first setting that differs, or the flag that continues the run.
@@ -59,19 +61,19 @@ def require_usable(folder: Path, args: argparse.Namespace) -> None:
         return
     begun_with = json.loads((folder / CONFIG_FILE).read_text())["arguments"]
     for name, value in begun_with.items():
-        if name not in FREE_ON_RESUME and getattr(args, name, None) != value:
+        if name not in FREE_ON_RESUME and settings.get(name) != value:
             raise UsageError(
-                f"{folder} holds a run with --{name} {value}, not {getattr(args, name, None)}; "
+                f"{folder} holds a run with --{name} {value}, not {settings.get(name)}; "
                 "use that value and --resume auto, or another --job_sess"
             )
-    if args.resume != "auto":
+    if resume != "auto":
         raise UsageError(
             f"{folder} holds a run with these settings; add --resume auto to continue it, or use "
             "another --job_sess"
         )
 
 
-def begin(folder: Path, args: argparse.Namespace, identity: dict, private_identity: dict) -> None:
+def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) -> None:
     """Write what a run starts with, or check a continued run against it.
 
     Args:
@@ -86,7 +88,7 @@ def begin(folder: Path, args: argparse.Namespace, identity: dict, private_identi
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "private" / "README.md", PRIVATE_README)
         write_json(private_file, private_identity)
-        config = {"arguments": vars(args), "argv": sys.argv, "versions": versions_of(VERSIONED)}
+        config = {"arguments": settings, "argv": sys.argv, "versions": versions_of(VERSIONED)}
         config |= identity
         write_json(folder / CONFIG_FILE, config)
         return

@@ -7,9 +7,9 @@ and `evaluation.memorisation` can make them again. They are nobody's data, but r
 in training: sampled, clipped, noised, and counted in N. No torch.
 """
 
-import argparse
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
@@ -47,44 +47,55 @@ def canary(secret: str, labelled: bool) -> dict[str, str]:
     return {"instruction": QUESTION, "answer": text} if labelled else {"instruction": text}
 
 
-def num_canary_rows(args: argparse.Namespace) -> int:
-    """Rows that canaries add to the train split: N is the data set's own number and this."""
-    return args.num_canaries * args.canary_repeats
+@dataclass(frozen=True)
+class Canaries:
+    """Which canaries a run's train split has.
 
-
-def with_canaries(rows: "Dataset", args: argparse.Namespace) -> "Dataset":
-    """The train split, and after it every canary `--canary_repeats` times.
-
-    Raises:
-        UsageError: a column that is trained on holds something else than text.
+    Attributes:
+        count, repeats: so many different ones, each so many times.
+        seed: their secrets follow from it.
     """
-    from datasets import Dataset, concatenate_datasets
 
-    if args.num_canaries == 0:
-        return rows
-    labelled = is_labelled(args.dataset_name)
-    chosen = islice(secrets(args.seed), args.num_canaries)
-    inserted = [canary(secret, labelled) for secret in chosen]
-    rows = rows.select_columns(list(inserted[0]))
-    for name, feature in rows.features.items():
-        kind = getattr(feature, "dtype", type(feature).__name__)
-        if kind not in ("string", "large_string"):
-            raise UsageError(f"{args.dataset_name}, column {name!r}: {kind}, not text")
-    canaries = Dataset.from_list(inserted * args.canary_repeats, features=rows.features)
-    return concatenate_datasets([rows, canaries])
+    count: int
+    repeats: int
+    seed: int
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that they add to the train split: N is the data set's own number and this."""
+        return self.count * self.repeats
 
-def require_whole_canaries(lengths: np.ndarray, args: argparse.Namespace) -> None:
-    """Refuse to train on canaries whose end, and secret, `--max_seq_len` cuts off.
+    def added_to(self, rows: "Dataset", dataset_name: str) -> "Dataset":
+        """The train split of a data set, and after it every canary.
 
-    Args:
-        lengths: int [examples], tokens of every row of `with_canaries`.
+        Raises:
+            UsageError: a column that is trained on holds something else than text.
+        """
+        from datasets import Dataset, concatenate_datasets
 
-    Raises:
-        UsageError: a canary has as many tokens as a sequence may have.
-    """
-    if args.num_canaries and lengths[-num_canary_rows(args) :].max() >= args.max_seq_len:
-        raise UsageError(
-            f"--max_seq_len {args.max_seq_len} cuts the canaries' secrets off; give a larger one, "
-            "or leave --num_canaries out"
-        )
+        if self.count == 0:
+            return rows
+        labelled = is_labelled(dataset_name)
+        inserted = [canary(secret, labelled) for secret in islice(secrets(self.seed), self.count)]
+        rows = rows.select_columns(list(inserted[0]))
+        for name, feature in rows.features.items():
+            kind = getattr(feature, "dtype", type(feature).__name__)
+            if kind not in ("string", "large_string"):
+                raise UsageError(f"{dataset_name}, column {name!r}: {kind}, not text")
+        canaries = Dataset.from_list(inserted * self.repeats, features=rows.features)
+        return concatenate_datasets([rows, canaries])
+
+    def require_whole(self, lengths: np.ndarray, max_seq_len: int) -> None:
+        """Refuse to train on canaries whose end, and secret, `max_seq_len` cuts off.
+
+        Args:
+            lengths: int [examples], tokens of every row of `added_to`.
+
+        Raises:
+            UsageError: a canary has as many tokens as a sequence may have.
+        """
+        if self.count and lengths[-self.num_rows :].max() >= max_seq_len:
+            raise UsageError(
+                f"--max_seq_len {max_seq_len} cuts the canaries' secrets off; give a larger one, "
+                "or leave --num_canaries out"
+            )

@@ -1,8 +1,9 @@
 """Token ids of a split: made once, mapped by every process, collated."""
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
 from utils.cli import UsageError
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -168,3 +171,45 @@ def _token_arrays(
         raise UsageError(
             f"every example is longer than --max_seq_len {max_seq_len} before its answer begins"
         )
+
+
+def tokenise_once(
+    splits: dict[str, "Dataset"],
+    tokenizer: "PreTrainedTokenizerBase",
+    style: str,
+    max_seq_len: int,
+    folder: Path,
+) -> dict[str, TokenisedExamples]:
+    """Tokenise on one process of each machine, into files that all of its processes map.
+
+    The files are gone as soon as all have them open: nothing of the data stays on the disk.
+
+    Args:
+        splits, style: see `tokenise`.
+        folder: a run's; files are made under its `private/`, and folders that were made for them
+            go with them.
+
+    Raises:
+        UsageError: see `tokenise`.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    first = state.process_index - state.local_process_index
+    place = folder / "private" / f"tokens-{first}"
+    try:
+        if state.is_local_main_process:
+            for split, rows in splits.items():
+                hidden = not state.is_main_process
+                rows = tqdm(rows, f"tokenise {split}", unit="row", disable=hidden, leave=False)
+                tokenise(rows, tokenizer, style, max_seq_len, place / split)
+        state.wait_for_everyone()
+        data = {split: open_tokens(place / split) for split in splits}
+        state.wait_for_everyone()
+    finally:
+        if state.is_local_main_process:
+            shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):  # Folders that hold something else stay.
+                for made in (folder / "private", folder, folder.parent):
+                    made.rmdir()
+    return data

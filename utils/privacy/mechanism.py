@@ -1,0 +1,325 @@
+"""What a training step does to the data: who is drawn, what of them counts, what is released.
+
+`Private` is the sampled Gaussian mechanism of a plan, and `Plain` what takes its place in a run
+without privacy. The training loop calls the same methods of either and knows no difference. Every
+constant that decides privacy comes from the plan.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.dp_utils import PerExampleGradients, add_noise
+from utils.privacy.guarantee import build_report
+from utils.privacy.ledger import LEDGER_FILE, Ledger
+from utils.privacy.plan import PrivacyPlan
+from utils.secure_random import SecureRandom
+
+
+def poisson_batch(num_examples: int, batch_size: int, random: SecureRandom) -> np.ndarray:
+    """Take every example independently with probability batch_size / num_examples, exactly.
+
+    Returns:
+        int64 indices, ascending; possibly none.
+    """
+    return random.bernoulli_indices(batch_size, num_examples, num_examples)
+
+
+def shuffled_batch(num_examples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The indices of one step of shuffled epochs (training without privacy), from public values.
+
+    The epochs' permutations are laid end to end and cut every `batch_size`, so a step's batch
+    depends on (seed, step) alone and a resumed run sees what an uninterrupted one would.
+
+    Args:
+        step: counts from 0.
+
+    Returns:
+        int64 [batch_size].
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    epochs = range(first // num_examples, (last - 1) // num_examples + 1)
+    order = np.concatenate(
+        [np.random.default_rng((seed, epoch)).permutation(num_examples) for epoch in epochs]
+    )
+    start = first - epochs[0] * num_examples
+    return order[start : start + batch_size]
+
+
+class Mechanism(ABC):
+    """The methods of `Private` and of `Plain`, in the order in which a step calls them.
+
+    Attributes:
+        num_examples: N, of which `draw` draws.
+        divisor: the public constant that a released sum is divided by, the (expected) batch size.
+        loss_normalization: what an example's summed loss is divided by, see `losses.normalise`.
+    """
+
+    num_examples: int
+    divisor: int
+    loss_normalization: str
+
+    @abstractmethod
+    def open(self, folder: Path) -> None:
+        """Begin or continue the record of what is released; on the main process alone."""
+
+    @abstractmethod
+    def draw(self, step: int) -> np.ndarray:
+        """Who takes part in step `step` (from 0): int64 indices. On the main process alone."""
+
+    @abstractmethod
+    def dropout_seed(self, step: int, rank: int) -> int:
+        """The seed of a process's dropout masks in a step."""
+
+    @abstractmethod
+    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+        """Wraps the one forward and backward pass of a microbatch.
+
+        Args:
+            examples: int64, its indices in the order of its rows.
+        """
+
+    @abstractmethod
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        """Add what the captured microbatch contributes to the step's sum, in place.
+
+        Args:
+            total: float32 [parameters].
+
+        Returns:
+            float32 [examples], norms of per-example gradients, none where nothing is clipped.
+            Computed from private data without noise: for `private/` alone.
+        """
+
+    @abstractmethod
+    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        """What of a step's sum, over all microbatches and processes, the optimizer may see.
+
+        Called on every process; what the main process gets counts.
+        """
+
+    @abstractmethod
+    def statistics(self, norms: Sequence[torch.Tensor]) -> dict:
+        """What the norms that `add` returned in a step say: for `private/` alone."""
+
+    @abstractmethod
+    def report(self, steps_taken: int) -> dict:
+        """The privacy report of a run whose model has taken so many steps."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The mechanism in a line."""
+
+    @property
+    def steps_recorded(self) -> int:
+        """Steps on record, those that a crash lost included."""
+        return 0
+
+    @property
+    def head(self) -> dict | None:
+        """The end of the record, for a checkpoint to keep."""
+        return None
+
+    @abstractmethod
+    def require_head(self, head: dict | None) -> None:
+        """Raise a UsageError unless the record continues the one that had `head`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the record."""
+
+
+class Private(Mechanism):
+    """Poisson samples, clipped sums, Gaussian noise: one sampled Gaussian mechanism a step.
+
+    Guarantee: if an example's gradient depends on nothing but the example, the parameters and the
+    step, then adding or removing one example moves the sum of all that `add` adds in a step by at
+    most the plan's clip norm, and the sequence of what `release` returns costs what the plan's
+    accountant says of `plan.events(steps)`. A step is on record before its noise is used. Keys
+    are fresh at every process start, so a resumed run repeats neither noise nor draws.
+
+    Args:
+        plan: the source of every constant.
+        gradients: of the model that is trained.
+        is_main: whether this is the process that draws, records and adds noise.
+        known_seed: for tests: all randomness follows from it, and there is no guarantee.
+    """
+
+    def __init__(
+        self,
+        plan: PrivacyPlan,
+        gradients: PerExampleGradients,
+        *,
+        is_main: bool = True,
+        known_seed: int | None = None,
+    ):
+        self.plan = plan
+        self.gradients = gradients
+        self.num_examples = plan.num_examples
+        self.divisor = plan.expected_batch_size
+        self.loss_normalization = plan.loss_normalization
+        self._is_main = is_main
+        self._known_seed = known_seed
+        self._streams = {name: SecureRandom() for name in ("sampling", "dropout", "noise")}
+        self._ledger: Ledger | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """The record of this run's steps."""
+        if self._ledger is None:
+            raise RuntimeError("the ledger is not open: nothing may be released")
+        return self._ledger
+
+    def open(self, folder: Path) -> None:
+        self._ledger = Ledger(folder / LEDGER_FILE, self.plan)
+
+    def draw(self, step: int) -> np.ndarray:
+        plan = self.plan
+        random = self._random("sampling", step)
+        return poisson_batch(plan.num_examples, plan.expected_batch_size, random)
+
+    def dropout_seed(self, step: int, rank: int) -> int:
+        # Which mask an example gets depends on who else is in its microbatch, so masks that
+        # anybody can work out would let one example move the clipped sum by many times C.
+        # Secret ones are independent of the data: given them, it moves by at most C.
+        return int(self._random("dropout", step).uint64(1)[0] >> 1) ^ rank
+
+    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+        return self.gradients.capture(len(examples))
+
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        return self.gradients.add_clipped_sum(total, self.plan.clip_norm, self.plan.clip_function)
+
+    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        """The sum with noise, float64, once its step is on record; zeros on other processes."""
+        if not self._is_main:
+            return torch.zeros_like(total, dtype=torch.float64)
+        self.ledger.record_step(step + 1)
+        plan = self.plan
+        return add_noise(total, plan.noise_multiplier, plan.clip_norm, self._random("noise", step))
+
+    def statistics(self, norms: Sequence[torch.Tensor]) -> dict:
+        return clipping_summary(norms, self.plan.clip_norm)
+
+    def report(self, steps_taken: int) -> dict:
+        return build_report(
+            self.plan,
+            steps_taken=steps_taken,
+            steps_recorded=self.steps_recorded,
+            ledger_head=self.head,
+            insecure=self._known_seed is not None,
+        )
+
+    def describe(self) -> str:
+        plan = self.plan
+        return (
+            f"({plan.target_epsilon:g}, {plan.delta:g})-DP: sampling rate "
+            f"{plan.sampling_rate:.3g}, noise multiplier {plan.noise_multiplier:g}, "
+            f"clip norm {plan.clip_norm:g}"
+        )
+
+    @property
+    def steps_recorded(self) -> int:
+        return self.ledger.steps_recorded
+
+    @property
+    def head(self) -> dict | None:
+        return self.ledger.head
+
+    def require_head(self, head: dict | None) -> None:
+        assert head is not None  # every checkpoint of a DP run has one
+        self.ledger.require_head(head)
+
+    def close(self) -> None:
+        self.ledger.close()
+
+    def _random(self, stream: str, step: int) -> SecureRandom:
+        if self._known_seed is not None:
+            return SecureRandom.insecure_fixed(self._known_seed, stream, step)
+        return self._streams[stream]
+
+
+class Plain(Mechanism):
+    """Shuffled epochs and plain sums, all from public values: no privacy.
+
+    Args:
+        parameters: the trainable tensors by name, in the order of the sum.
+        seed: decides batches and dropout.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        *,
+        num_examples: int,
+        batch_size: int,
+        loss_normalization: str,
+        seed: int,
+    ):
+        self.num_examples = num_examples
+        self.divisor = batch_size
+        self.loss_normalization = loss_normalization
+        self._parameters = parameters
+        self._seed = seed
+
+    def open(self, folder: Path) -> None:
+        """There is nothing to record."""
+
+    def draw(self, step: int) -> np.ndarray:
+        return shuffled_batch(self.num_examples, self.divisor, self._seed, step)
+
+    def dropout_seed(self, step: int, rank: int) -> int:
+        # From (seed, step, rank) alone, so that a resumed run repeats it.
+        state = np.random.SeedSequence((self._seed, step, rank)).generate_state(1, np.uint64)
+        return int(state[0] >> np.uint64(1))
+
+    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        offset = 0
+        for tensor in self._parameters.values():
+            if tensor.grad is not None:
+                total[offset : offset + tensor.numel()].view_as(tensor).add_(tensor.grad)
+                tensor.grad = None
+            offset += tensor.numel()
+        return total.new_zeros(0)
+
+    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        return total
+
+    def statistics(self, norms: Sequence[torch.Tensor]) -> dict:
+        return {}
+
+    def report(self, steps_taken: int) -> dict:
+        return build_report(None)
+
+    def describe(self) -> str:
+        return "NO differential privacy (--eps -1)"
+
+    def require_head(self, head: dict | None) -> None:
+        """There is no record to continue."""
+
+    def close(self) -> None:
+        """There is no record to end."""
+
+
+def clipping_summary(norms: Sequence[torch.Tensor], clip_norm: float) -> dict:
+    """Quantiles of the per-example gradient norms, and what was clipped: for private/ alone."""
+    if not norms:
+        return {}
+    all_norms = torch.cat(list(norms))
+    finite = all_norms[torch.isfinite(all_norms)]
+    if not len(finite):
+        return {"non_finite": len(all_norms)}
+    quantiles = torch.quantile(finite, torch.tensor([0.1, 0.5, 0.9], device=finite.device))
+    return {
+        "norm_quantiles_10_50_90": [round(value, 5) for value in quantiles.tolist()],
+        "clipped_fraction": (finite > clip_norm).float().mean().item(),
+        "non_finite": len(all_norms) - len(finite),
+    }

@@ -1,0 +1,42 @@
+"""Values computed from private data: recorded under private/, and sent only where that is asked."""
+
+import os
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from utils.files import JsonlAppender
+
+
+def start_tracker(accelerator: Accelerator, tracker: str, job: str, folder: Path) -> None:
+    """Start a tracker on the main process; what it keeps is under the run's private/."""
+    if tracker == "none" or not accelerator.is_main_process:
+        return
+    private = folder / "private"
+    os.environ.setdefault("TRACKIO_DIR", str(private / "trackio"))
+    private.mkdir(parents=True, exist_ok=True)
+    options = {"wandb": {"dir": str(private), "name": job}}
+    accelerator.init_trackers(job, init_kwargs=options)
+
+
+class PrivateMetrics:
+    """One line a record in `private/metrics.jsonl`; also to a tracker, if it may see them.
+
+    Args:
+        folder: the run's.
+        tracked: whether the tracker gets the values: only one that stays on this machine, one that
+            the user allows, or in a run that is not private anyway.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, *, tracked: bool):
+        self._file = JsonlAppender(folder / "private" / "metrics.jsonl")
+        self._accelerator = accelerator
+        self._tracked = tracked
+
+    def record(self, step: int, values: dict) -> None:
+        self._file.append([{"step": step, **values}])
+        if self._tracked:
+            self._accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        self._file.close()
