@@ -140,18 +140,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(
     argv: list[str] | None = None,
-    wrap: Callable[[Mechanism], Mechanism] = lambda mechanism: mechanism,
+    private: type[Private] = Private,
+    plain: type[Plain] = Plain,
 ) -> int:
     """The run. Returns the exit code.
 
     Args:
-        wrap: gives what takes the mechanism's place, for what measures or attacks a run.
+        private, plain: the mechanism of a run with or without privacy; what measures or attacks
+            training hands in its own.
     """
     settings = parse(build_parser(), TrainingSettings, argv)
     # What saves the work, once there is some, if another process of the job is lost.
     rescue: list[Callable[[], None]] = []
     try:
-        run = prepare(settings, wrap)
+        run = prepare(settings, private, plain)
         return learn(run, rescue) if run else EXIT_OK
     except RuntimeError as error:
         if not is_loss_of_a_rank(error):
@@ -169,7 +171,7 @@ def main(
 # ------------------------------------------------------------------------ before the first step
 
 
-def prepare(settings: TrainingSettings, wrap: Callable[[Mechanism], Mechanism]) -> Run | None:
+def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plain]) -> Run | None:
     """Plan, data, model, mechanism, optimizer, checkpoint. None for a run that is finished."""
     # What is asked for.
     notices = check_training_settings(settings)
@@ -217,9 +219,15 @@ def prepare(settings: TrainingSettings, wrap: Callable[[Mechanism], Mechanism]) 
     # Mechanism and optimizer.
     gradients = PerExampleGradients(model)
     parameters = gradients.parameters
+    mechanism: Mechanism
     if plan:
+        known_seed = settings.insecure_fixed_noise_seed
+        mechanism = private(plan, gradients, is_main=is_main, known_seed=known_seed)
         require_coverage(gradients, language_model)
-    mechanism = wrap(make_mechanism(plan, settings, gradients, num_examples, is_main))
+    else:
+        mechanism = plain(
+            parameters, num_examples, settings.total_bs, settings.loss_normalization, settings.seed
+        )
     steps = num_steps(settings.num_epochs, num_examples, settings.total_bs)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.wd)
     scheduler = transformers.get_scheduler(
@@ -318,26 +326,6 @@ def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
         use_rslora=settings.use_rslora,
         rank_pattern=module_settings(settings.rank_pattern, int),
         alpha_pattern=module_settings(settings.alpha_pattern, float),
-    )
-
-
-def make_mechanism(
-    plan: PrivacyPlan | None,
-    settings: TrainingSettings,
-    gradients: PerExampleGradients,
-    num_examples: int,
-    is_main: bool,
-) -> Mechanism:
-    """What a step does to the data: as the plan says, or without privacy."""
-    if plan:
-        known_seed = settings.insecure_fixed_noise_seed
-        return Private(plan, gradients, is_main=is_main, known_seed=known_seed)
-    return Plain(
-        gradients.parameters,
-        num_examples=num_examples,
-        batch_size=settings.total_bs,
-        loss_normalization=settings.loss_normalization,
-        seed=settings.seed,
     )
 
 

@@ -14,15 +14,15 @@ caught. Exit code 0 if everything passes, else 1.
 """
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
 import tempfile
 import time
-from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,22 +32,15 @@ from privacy_checks import randomness
 from privacy_checks.estimators import correct_guesses, gaussian_pair, gdp, one_run, one_run_f_dp
 from privacy_checks.observed_run import NUM_PARAMETERS, Observation, observe, save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, positive_float, positive_int
-from utils.dp_utils import PerExampleGradients, add_noise
+from utils.command_line.parser import make_parser, parse, positive_float, positive_int
+from utils.dp_utils import _Instantiated
 from utils.files import write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
 from utils.privacy.ledger import LEDGER_FILE, read_plan
+from utils.privacy.mechanism import Private, shuffled_batch
 from utils.privacy.plan import PrivacyPlan
-from utils.runs.batching import cut_microbatches, shuffled_batch
 from utils.secure_random import SecureRandom, grid_spacing
 
-BREAKS = {
-    "noise_half": "half of the noise that is accounted for",
-    "clip_double": "every example clipped to twice the clip norm",
-    "no_clip": "no clipping",
-    "reuse_noise": "the same noise in every step",
-    "shuffle": "shuffled epochs in place of Poisson samples",
-}
 CONFIDENCE = 0.999
 POWER = 0.6
 # Each test of the randomness raises a false alarm this often.
@@ -57,12 +50,14 @@ CLIP_NORM = 1.0
 PUSH = 1e7
 # Rounding of float32, and the examples' own gradients.
 CLIP_TOLERANCE = 1e-3
+# Rounding of float32.
+UPDATE_TOLERANCE = 1e-6
 # Scores are 1 on average for a canary that was in, and 0 for another.
 THRESHOLDS = np.linspace(-0.5, 1.5, 9)
 # The one-run estimators guess the clearest fifth of the canaries.
 GUESSED = 5
 # The second run: Poisson samples of a fifth of the examples.
-SAMPLED = {"examples": 100, "batch": 20, "steps": 100, "noise_multiplier": 1.0}
+SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE = 100, 20, 100, 1.0
 
 
 @dataclass(frozen=True)
@@ -83,20 +78,37 @@ class Run:
     report: dict
 
     @property
-    def noised_sums(self) -> np.ndarray:
-        """float64 [steps, parameters], as the optimizer saw them."""
-        return np.array(self.seen.gradients) * self.plan.expected_batch_size
+    def updates(self) -> np.ndarray:
+        """float64 [steps, parameters], what the optimizer was given, as sums."""
+        return np.array(self.seen.updates, dtype=np.float64) * self.plan.expected_batch_size
 
     @property
-    def noised_once(self) -> bool:
-        """Whether noise was added once for every update."""
-        return len(self.seen.clipped_sums) == len(self.seen.gradients)
+    def released(self) -> np.ndarray:
+        """float64 [releases, parameters]."""
+        return np.array(self.seen.released).reshape(-1, NUM_PARAMETERS)
+
+    @property
+    def released_once(self) -> bool:
+        """Whether there was one release for every update."""
+        return len(self.seen.released) == len(self.seen.updates)
 
     @property
     def noise(self) -> np.ndarray:
-        """float64 [steps, parameters], in units of the noise that the plan accounts for."""
+        """float64 [releases, parameters], in units of the noise that the plan accounts for."""
         deviation = self.plan.noise_multiplier * self.plan.clip_norm
-        return (self.noised_sums - np.array(self.seen.clipped_sums)) / deviation
+        return (self.released - np.array(self.seen.clipped_sums)) / deviation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of the audit."""
+
+    canaries: int
+    steps: int
+    noise_multiplier: float
+    delta: float
+    broken: str | None
+    json: Path | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -114,28 +126,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if not 100 <= args.canaries <= NUM_PARAMETERS:
+    settings = parse(build_parser(), Settings, argv)
+    if not 100 <= settings.canaries <= NUM_PARAMETERS:
         raise UsageError(
-            f"--canaries {args.canaries}: must be between 100 and {NUM_PARAMETERS}, one for each "
-            "parameter of the tiny model's adapter at most"
+            f"--canaries {settings.canaries}: must be between 100 and {NUM_PARAMETERS}, one for "
+            "each parameter of the tiny model's adapter at most"
         )
     began = time.monotonic()
     # The second run is in a process of its own, so that its keys come from another start.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
-        second = pool.submit(sampled_run, args.broken)
+        sampled = pool.submit(sampled_run, settings.broken)
         inside, run = canary_run(
-            args.canaries, args.steps, args.noise_multiplier, args.delta, args.broken
+            settings.canaries,
+            settings.steps,
+            settings.noise_multiplier,
+            settings.delta,
+            settings.broken,
         )
-        second = second.result()
+        second = sampled.result()
     result = judge(inside, run, second)
-    result |= {"broken": args.broken, "seconds": round(time.monotonic() - began, 1)}
+    result |= {"broken": settings.broken, "seconds": round(time.monotonic() - began, 1)}
     print(as_text(result))
-    if args.json:
-        if args.json.exists():
-            say(f"{args.json} is replaced")
-        write_json(args.json, result)
+    if settings.json:
+        if settings.json.exists():
+            say(f"{settings.json} is replaced")
+        write_json(settings.json, result)
     return EXIT_OK if result["passed"] else EXIT_FAILED
 
 
@@ -163,10 +179,7 @@ def canary_run(
 
 def sampled_run(broken: str | None = None) -> Run:
     """Train without canaries on Poisson samples, for tests of the batches and of the noise."""
-    return _train(
-        SAMPLED["examples"], SAMPLED["batch"], SAMPLED["steps"], SAMPLED["noise_multiplier"],
-        1e3, 1e-5, broken,
-    )  # fmt: skip
+    return _train(SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE, 1e3, 1e-5, broken)
 
 
 def canary_coordinates(canaries: int) -> np.ndarray:
@@ -197,62 +210,100 @@ def _train(
             f"--clip={CLIP_NORM}", f"--noise_multiplier={noise_multiplier!r}",
             f"--total_bs={batch}", f"--num_epochs={steps * batch / examples!r}",
         ]  # fmt: skip
-        seen = observe(argv, **_broken(broken), **_canaries(coordinates, broken))
+        changes = [BREAKS[broken]] if broken else []
+        if coordinates is None:
+            seen = observe(argv, *changes)
+        else:
+            seen = observe(argv, Pushed, *changes, coordinates=coordinates)
         report = json.loads((folder / "audited" / "privacy_report.json").read_text())
         return Run(read_plan(folder / "audited" / LEDGER_FILE), seen, report)
 
 
-def _canaries(coordinates: np.ndarray | None, broken: str | None) -> dict:
-    """Stand-ins for names in `train` that push each example's gradient before it is clipped."""
-    microbatches = deque()
-    clip_factor = {"clip_double": 2.0, "no_clip": math.inf}.get(broken, 1.0)
+class Pushed(Private):
+    """Pushes each example's gradient far along a coordinate of its own before it is clipped.
 
-    def cut_and_remember(*args):
-        ranks = cut_microbatches(*args)
-        microbatches.extend(ranks[0])
-        return ranks
+    Attributes:
+        coordinates: int64 [examples].
+    """
 
-    class PushedGradients(PerExampleGradients):
-        def add_clipped_sum(self, total, clip_norm, clip_function):
-            examples = microbatches.popleft()
-            if coordinates is not None:
-                self._push(torch.from_numpy(coordinates[examples]))
-            return super().add_clipped_sum(total, clip_norm * clip_factor, clip_function)
+    coordinates: np.ndarray
 
-        def _push(self, coordinates):
-            offset = 0
-            for name, tensor in self.parameters.items():
-                ours = (coordinates >= offset) & (coordinates < offset + tensor.numel())
-                examples = ours.nonzero().squeeze(1)
-                layer = self._captured[name]  # instantiated, as eight tokens at a rank of 8 are
-                layer.gradients[examples, coordinates[examples] - offset] += PUSH * CLIP_NORM
-                layer.norms = torch.linalg.vector_norm(layer.gradients, dim=1)
-                offset += tensor.numel()
+    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+        self._examples = examples
+        return super().capture(examples)
 
-    return {"PerExampleGradients": PushedGradients, "cut_microbatches": cut_and_remember}
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        coordinates = torch.from_numpy(self.coordinates[self._examples])
+        offset = 0
+        for name, tensor in self.gradients.parameters.items():
+            ours = (coordinates >= offset) & (coordinates < offset + tensor.numel())
+            examples = ours.nonzero().squeeze(1)
+            # Instantiated, as eight tokens at a rank of 8 are.
+            layer = self.gradients._captured[name]
+            assert isinstance(layer, _Instantiated)
+            layer.gradients[examples, coordinates[examples] - offset] += PUSH * CLIP_NORM
+            layer.norms = torch.linalg.vector_norm(layer.gradients, dim=1)
+            offset += tensor.numel()
+        return super().add(total)
 
 
-def _broken(name: str | None) -> dict:
-    """Stand-ins for names in `train` that break the mechanism; clipping breaks in `_canaries`."""
+class Broken(Private):
+    """A mechanism that does in part as another plan says."""
 
-    def half(clipped_sum, noise_multiplier, *rest):
-        return add_noise(clipped_sum, noise_multiplier / 2, *rest)
+    @contextmanager
+    def _as_if(self, plan: PrivacyPlan) -> Iterator[None]:
+        honest, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = honest
 
-    def same(clipped_sum, noise_multiplier, clip_norm, _random):
-        random = SecureRandom.insecure_fixed(0, "noise")
-        return add_noise(clipped_sum, noise_multiplier, clip_norm, random)
 
-    step = itertools.count()
+class NoiseHalf(Broken):
+    """Half of the noise that is accounted for."""
 
-    def shuffled(num_examples, batch_size, _random):
-        return shuffled_batch(num_examples, batch_size, seed=0, step=next(step))
+    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        plan = replace(self.plan, noise_multiplier=self.plan.noise_multiplier / 2)
+        with self._as_if(plan):
+            return super().release(total, step)
 
-    changes = {
-        "noise_half": {"add_noise": half},
-        "reuse_noise": {"add_noise": same},
-        "shuffle": {"poisson_batch": shuffled},
-    }
-    return changes.get(name, {})
+
+class ClipDouble(Broken):
+    """Every example clipped to twice the clip norm."""
+
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        with self._as_if(replace(self.plan, clip_norm=2 * self.plan.clip_norm)):
+            return super().add(total)
+
+
+class NoClip(Broken):
+    """No clipping."""
+
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        with self._as_if(replace(self.plan, clip_norm=math.inf)):
+            return super().add(total)
+
+
+class ReuseNoise(Private):
+    """The same noise in every step."""
+
+    def _random(self, stream: str, step: int) -> SecureRandom:
+        if stream == "noise":
+            return SecureRandom.insecure_fixed(0, stream)
+        return super()._random(stream, step)
+
+
+class Shuffle(Private):
+    """Shuffled epochs in place of Poisson samples."""
+
+    def draw(self, step: int) -> np.ndarray:
+        return shuffled_batch(self.num_examples, self.divisor, seed=0, step=step)
+
+
+BREAKS = {
+    "noise_half": NoiseHalf, "clip_double": ClipDouble, "no_clip": NoClip,
+    "reuse_noise": ReuseNoise, "shuffle": Shuffle,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------ the verdict
@@ -270,7 +321,7 @@ def judge(inside: np.ndarray, run: Run, second: Run) -> dict:
         A JSON-able dict with `claimed_epsilon`, `lower_bounds`, `passed` and `checks`.
     """
     claim, delta = run.report["epsilon"]["upper"], run.plan.delta
-    scores = run.noised_sums[:, canary_coordinates(len(inside))].mean(axis=0) / run.plan.clip_norm
+    scores = run.updates[:, canary_coordinates(len(inside))].mean(axis=0) / run.plan.clip_norm
     groups = scores[inside], scores[~inside]
     guesses = len(inside) // GUESSED
     one_run_arguments = (correct_guesses(*groups, guesses), guesses, len(inside))
@@ -280,13 +331,13 @@ def judge(inside: np.ndarray, run: Run, second: Run) -> dict:
         "one_run": one_run(*one_run_arguments, delta, CONFIDENCE),
         "one_run_f_dp": one_run_f_dp(*one_run_arguments, delta, CONFIDENCE),
     }
-    best = max(bounds, key=bounds.get)
+    best = max(bounds, key=lambda name: bounds[name])
     found = f"{bounds[best]:.3f} ({best})"
     checks = [
         Check("claim", bounds[best] <= claim, f"lower bound {found}, at most {claim:.3f}"),
         Check("power", bounds[best] >= POWER * claim, f"{found}, at least {POWER * claim:.3f}"),
         *_mechanism_checks(inside, run),
-        *(_noise_checks(run, second) if run.noised_once and second.noised_once else []),
+        *(_noise_checks(run, second) if run.released_once and second.released_once else []),
         *_sampler_checks(second),
     ]
     return {
@@ -309,15 +360,20 @@ def _mechanism_checks(inside: np.ndarray, run: Run) -> list[Check]:
     sums = np.array(run.seen.clipped_sums).reshape(-1, NUM_PARAMETERS)
     pushed = sums[:, canary_coordinates(len(inside))[inside]]
     move = float(np.abs(pushed).max(initial=0.0)) / run.plan.clip_norm
-    updates, accounted = len(run.seen.gradients), run.report["steps_taken"]
-    steps = f"{updates} updates, {len(sums)} with noise, {accounted} accounted for"
-    cells = run.noised_sums / grid_spacing(run.plan.noise_multiplier * run.plan.clip_norm)
-    off_grid = float(np.abs(cells - cells.round()).max())
-    return [
+    updates, accounted = len(run.seen.updates), run.report["steps_taken"]
+    steps = f"{updates} updates, {len(sums)} releases, {accounted} accounted for"
+    cells = run.released / grid_spacing(run.plan.noise_multiplier * run.plan.clip_norm)
+    off_grid = float(np.abs(cells - cells.round()).max(initial=0.0))
+    checks = [
         Check("clip", move <= 1 + CLIP_TOLERANCE, f"an example moved the sum by {move:.6g} C"),
         Check("steps", updates == len(sums) == accounted, steps),
-        Check("grid", off_grid < 1e-4, f"noised sums are {off_grid:.1g} of a cell off the grid"),
+        Check("grid", off_grid < 1e-4, f"released sums are {off_grid:.1g} of a cell off the grid"),
     ]
+    if run.released_once:
+        other = np.abs(run.updates - run.released) / np.maximum(1.0, np.abs(run.released))
+        gap = f"the optimizer was given what was released, to {other.max():.1g}"
+        checks.append(Check("update", float(other.max()) < UPDATE_TOLERANCE, gap))
+    return checks
 
 
 def _noise_checks(run: Run, second: Run) -> list[Check]:
@@ -354,7 +410,7 @@ def as_text(result: dict) -> str:
         f"Audit of train.py with {result['canaries']} canaries, {result['canaries_inside']} of "
         f"them in the data: {result['steps']} steps, sampling rate {result['sampling_rate']:g}, "
         f"noise multiplier {result['noise_multiplier']:g}.",
-        *([f"BROKEN ON PURPOSE: {BREAKS[broken]}."] if broken else []),
+        *([f"BROKEN ON PURPOSE: {BREAKS[broken].__doc__}"] if broken else []),
         f"Claimed epsilon {result['claimed_epsilon']:.3f} at delta {result['delta']:g}.",
         f"Lower bounds at confidence {result['confidence']:.1%}:",
         *(f"  {name:<14} {bound:.3f}" for name, bound in result["lower_bounds"].items()),

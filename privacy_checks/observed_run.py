@@ -4,18 +4,21 @@ import contextlib
 import io
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.utils.logging import disable_progress_bar
 
 import train
 from privacy_checks import tiny_model
 from utils.cli import EXIT_OK
+from utils.privacy.mechanism import Private
 
 # Of the tiny model with the default LoRA: 2 layers, 4 projections, r = 8, 64 + 64 features.
 NUM_PARAMETERS = 2 * 4 * 8 * (64 + 64)
@@ -29,58 +32,69 @@ def save_tiny_model(folder: Path) -> None:
 
 @dataclass
 class Observation:
-    """What one training run drew, summed and used, step by step.
+    """What one training run drew, summed, released and used, step by step.
 
     Attributes:
         batches: int64 arrays, indices of every logical batch.
-        clipped_sums: float64 [parameters], what noise was added to; on the main process alone.
-        gradients: float64 [parameters], what the optimizer was given: noised sum over total_bs.
+        clipped_sums: float64 [parameters], what was to be released.
+        released: float64 [parameters], what was.
+        updates: float32 [parameters], what the optimizer was given.
     """
 
     batches: list[np.ndarray] = field(default_factory=list)
     clipped_sums: list[np.ndarray] = field(default_factory=list)
-    gradients: list[np.ndarray] = field(default_factory=list)
+    released: list[np.ndarray] = field(default_factory=list)
+    updates: list[np.ndarray] = field(default_factory=list)
 
 
-def observe(argv: list[str], **replacements: Callable) -> Observation:
+class Watched(Private):
+    """The mechanism, or what else comes after this class, and a record of what it does."""
+
+    seen: Observation
+
+    def draw(self, step: int) -> np.ndarray:
+        batch = super().draw(step)
+        self.seen.batches.append(batch)
+        return batch
+
+    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        self.seen.clipped_sums.append(total.double().numpy())
+        released = super().release(total, step)
+        self.seen.released.append(released.numpy().copy())
+        return released
+
+
+def observe(argv: list[str], *changes: type[Private], **settings: object) -> Observation:
     """Run `train.main(argv)` to its end in this process and record what it did.
 
     Args:
-        argv: flags of `train.py`, for a data set without a validation split.
-        replacements: functions that stand in for names in `train`; the records see their effect.
+        argv: flags of `train.py`, for a DP run on a data set without a validation split.
+        changes: subclasses of `Private` that each change a part of it, the outermost first; the
+            records see their effect.
+        settings: class attributes of what they make together.
 
     Raises:
         KeyboardInterrupt: the run was stopped.
     """
     seen = Observation()
+    bases: tuple[type, ...] = (Watched, *changes)
+    mechanism = type("Observed", bases, {"seen": seen, **settings})
+
+    def record_update(optimizer: torch.optim.Optimizer, *_) -> None:
+        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        seen.updates.append(torch.cat([tensor.grad.flatten() for tensor in tensors]).numpy())
+
     with contextlib.ExitStack() as stack:
-        for name, replacement in replacements.items():
-            stack.enter_context(mock.patch.object(train, name, replacement))
-        cut, add, assign = train.cut_microbatches, train.add_noise, train.assign_gradient
-
-        def cut_microbatches(indices, *rest):
-            seen.batches.append(indices)
-            return cut(indices, *rest)
-
-        def add_noise(clipped_sum, *rest):
-            seen.clipped_sums.append(clipped_sum.double().numpy())
-            return add(clipped_sum, *rest)
-
-        def assign_gradient(parameters, gradient):
-            seen.gradients.append(gradient.numpy().copy())
-            assign(parameters, gradient)
-
-        for recorder in (cut_microbatches, add_noise, assign_gradient):
-            stack.enter_context(mock.patch.object(train, recorder.__name__, recorder))
+        stack.callback(register_optimizer_step_pre_hook(record_update).remove)
         # On the CPU, where the audit of a machine with a GPU is the same as of one without.
         on_cpu = mock.patch.object(torch.accelerator, "is_available", return_value=False)
         stack.enter_context(on_cpu)
         # The next run in this process needs the process group that the end of this one closes.
-        stack.enter_context(mock.patch.object(train.Accelerator, "end_training"))
+        stack.enter_context(mock.patch.object(Accelerator, "end_training"))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(signal_handlers_restored())
-        if train.main(argv) != EXIT_OK:
+        if train.main(argv, private=mechanism) != EXIT_OK:
             raise KeyboardInterrupt
     return seen
 

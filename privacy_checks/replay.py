@@ -3,9 +3,9 @@
     python -m privacy_checks.replay
 
 Runs the whole of train.py twice on a tiny model, on the CPU: with every example in every batch,
-and without example k in step k. Nothing else differs: the noise is the same, and the optimizer is
-given one public vector in place of the result, so that each step starts from the same parameters.
-What it would have been given may then move by at most C(1 + 1e-5), and the same holds for every
+and without example k in step k. Nothing else differs: the optimizer is given one public vector in
+place of what is released, so that each step starts from the same parameters. The clipped sum may
+then move by at most C(1 + 1e-5), the optimizer's vector not at all, and the same holds for every
 adaptive sequence of steps. Mixed lengths; Type A (uncond_generation) and Type C (vicuna); gradient
 checkpointing off and on; a clip norm that most examples reach and one that half of them do; one
 process and two. Without dropout, whose masks depend on an example's place in its microbatch. Exit
@@ -18,16 +18,17 @@ import json
 import os
 import socket
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from privacy_checks.observed_run import observe, save_tiny_model
+from privacy_checks.observed_run import Observation, observe, save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
-from utils.command_line.parser import make_parser, positive_int
-from utils.dp_utils import assign_gradient
+from utils.command_line.parser import make_parser, parse, positive_int
 from utils.files import write_json
+from utils.privacy.mechanism import Private
 from utils.texts.prompts import UNCONDITIONAL
 
 TOLERANCE = 1e-5
@@ -45,6 +46,14 @@ RESULTS = "moves.json"
 Case = tuple[str, bool, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of the replay."""
+
+    examples: int
+    json: Path | None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the replay."""
     parser = make_parser(__doc__)
@@ -54,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    settings = parse(build_parser(), Settings, argv)
     cases = list(itertools.product(STYLES, (False, True), CLIP_NORMS))
-    results = [
+    results: list[dict] = [
         {
             "prompt_style": style,
             "gradient_checkpointing": checkpointing,
@@ -67,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         for processes in (1, 2)
         for (style, checkpointing, clip_norm), moves in zip(
-            cases, replay(cases, args.examples, processes)
+            cases, replay(cases, settings.examples, processes)
         )
     ]
     for case in results:
@@ -75,14 +84,14 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{case['prompt_style']}, checkpointing {checkpointing}, C {case['clip_norm']:g}, "
             f"{case['processes']} process(es): largest move {case['largest_move']:.8f} C, "
-            f"{case['examples_clipped']} of {args.examples} examples clipped"
+            f"{case['examples_clipped']} of {settings.examples} examples clipped"
         )
     passed = all(case["largest_move"] <= 1 + TOLERANCE for case in results)
     print(f"{'PASSED' if passed else 'FAILED'}: bound (1 + {TOLERANCE:g}) C")
-    if args.json:
-        if args.json.exists():
-            say(f"{args.json} is replaced")
-        write_json(args.json, {"passed": passed, "tolerance": TOLERANCE, "cases": results})
+    if settings.json:
+        if settings.json.exists():
+            say(f"{settings.json} is replaced")
+        write_json(settings.json, {"passed": passed, "tolerance": TOLERANCE, "cases": results})
     return EXIT_OK if passed else EXIT_FAILED
 
 
@@ -141,34 +150,39 @@ def _replay_in_process(folder: Path, cases: list[Case], examples: int) -> list[l
     torch.set_num_threads(1)
     moves = []
     for number, case in enumerate(cases):
-        with_all, without_one = (
-            _gradients(folder, f"{number}-{leave_out}", case, examples, leave_out)
-            for leave_out in (False, True)
+        whole, without_one = (
+            _run(folder, f"{number}-{leaves_out}", case, examples, leaves_out)
+            for leaves_out in (False, True)
         )
         *_, clip_norm = case
-        differences = np.linalg.norm(with_all - without_one, axis=1) * examples / clip_norm
-        moves.append(differences.tolist())
+        moved = np.array(whole.clipped_sums) - np.array(without_one.clipped_sums)
+        # Released were equal vectors: what differs in the updates came past the mechanism.
+        moved_past = np.array(whole.updates) - np.array(without_one.updates)
+        lengths = np.linalg.norm(moved, axis=1) + examples * np.linalg.norm(moved_past, axis=1)
+        moves.append((lengths / clip_norm).tolist())
     return moves
 
 
-def _gradients(folder: Path, job: str, case: Case, examples: int, leave_out: bool) -> np.ndarray:
-    """float64 [steps, parameters], what the optimizer would have been given."""
+class Replayed(Private):
+    """Draws everyone, or all but example k in step k; releases a public vector.
+
+    Each step then starts from the same parameters in both runs.
+    """
+
+    leaves_out: bool
+
+    def draw(self, step: int) -> np.ndarray:
+        everyone = np.arange(self.num_examples)
+        return np.delete(everyone, step) if self.leaves_out else everyone
+
+    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        super().release(total, step)
+        generator = torch.Generator().manual_seed(total.numel())
+        return self.divisor * torch.randn(total.numel(), generator=generator).double()
+
+
+def _run(folder: Path, job: str, case: Case, examples: int, leaves_out: bool) -> Observation:
     style, checkpointing, clip_norm = case
-    steps = itertools.count()
-
-    def draw(num_examples, _batch_size, _random):
-        everyone, step = np.arange(num_examples), next(steps)
-        return np.delete(everyone, step) if leave_out else everyone
-
-    def add_same_noise(clipped_sum, noise_multiplier, clip_norm, random):
-        # Without the grid, whose cells are wider than the moves to be seen.
-        noise = random.gaussian(clipped_sum.numel())
-        return clipped_sum.double() + noise_multiplier * clip_norm * noise
-
-    def assign_public_vector(parameters, gradient):
-        generator = torch.Generator().manual_seed(gradient.numel())
-        assign_gradient(parameters, torch.randn(gradient.numel(), generator=generator))
-
     argv = [
         f"--dataset_name={folder / DATASETS[style]}", f"--model_name={folder / 'model'}",
         f"--output_dir={folder}", f"--job_sess={job}", f"--prompt_style={style}",
@@ -178,13 +192,7 @@ def _gradients(folder: Path, job: str, case: Case, examples: int, leave_out: boo
         f"--save_steps={examples}", "--insecure_fixed_noise_seed=0",
         *(["--gradient_checkpointing"] if checkpointing else []),
     ]  # fmt: skip
-    seen = observe(
-        argv,
-        poisson_batch=draw,
-        add_noise=add_same_noise,
-        assign_gradient=assign_public_vector,
-    )
-    return np.array(seen.gradients)
+    return observe(argv, Replayed, leaves_out=leaves_out)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from privacy_checks import audit, randomness
-from tests.mutated_train import observe_mutated_train
+from tests.mutated_train import observe_mutated_training
 from utils.secure_random import SecureRandom
 
 # The same mu, and so the same claim, as the full size: sqrt(steps) / sigma = 1.
 SMALL = {"canaries": 4000, "steps": 4, "noise_multiplier": 2.0, "delta": 1e-5}
-NOISE = 'gradient = add_noise(gradient, sigma, clip_norm, randomness("noise"))'
+RELEASE = "broadcast(mechanism.release(total_of_all, step))"
 SMALL_FLAGS = ["--steps=4", "--noise_multiplier=2"]
 
 
@@ -62,15 +62,14 @@ def test_shuffled_epochs_are_caught(sound):
 
 def test_noise_that_repeats_at_another_process_start_is_caught(sound):
     inside, run, second = sound
-    run.seen.gradients[2], kept = (
-        (run.seen.clipped_sums[2] + second.noise[1] * run.plan.noise_multiplier)
-        / run.plan.expected_batch_size,
-        run.seen.gradients[2],
+    run.seen.released[2], kept = (
+        run.seen.clipped_sums[2] + second.noise[1] * run.plan.noise_multiplier,
+        run.seen.released[2],
     )
     try:
         caught = failed(audit.judge(inside, run, second))
     finally:
-        run.seen.gradients[2] = kept
+        run.seen.released[2] = kept
     assert "noise between process starts" in caught
     assert "noise between and within steps" not in caught
 
@@ -81,16 +80,17 @@ def test_noise_that_repeats_at_another_process_start_is_caught(sound):
 @pytest.mark.parametrize(
     ("old", "new", "catches"),
     [
-        ("sigma, clip_norm = plan.noise_multiplier,", "sigma, clip_norm = 1.5,", "noise scale"),
-        ("add_noise(gradient, sigma,", "add_noise(gradient / 2, sigma,", "power"),
-        (NOISE, "gradient = gradient.double()", "steps"),
-        (NOISE, f"{NOISE}; {NOISE}", "steps"),
-        (NOISE, f"{NOISE} + 1e-4", "grid"),
+        ("(total, plan.noise_multiplier,", "(total, 1.5,", "noise scale"),
+        ("(total, plan.noise_multiplier,", "(total / 2, plan.noise_multiplier,", "power"),
+        ("return add_noise(", "return 1e-4 + add_noise(", "grid"),
+        (RELEASE, "total_of_all.double()", "steps"),
+        (RELEASE, f"{RELEASE}; released = {RELEASE}", "steps"),
+        (RELEASE, f"{RELEASE} + 1e-4", "update"),
     ],
 )
 def test_a_defect_in_the_loop_is_caught(sound, monkeypatch, old, new, catches):
     *_, second = sound
-    observe_mutated_train(monkeypatch, old, new)
+    observe_mutated_training(monkeypatch, old, new)
     assert catches in failed(audit.judge(*audit.canary_run(**SMALL), second))
 
 

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from privacy_checks import replay
-from tests.mutated_train import observe_mutated_train
+from tests.mutated_train import observe_mutated_training
 from utils.texts.prompts import UNCONDITIONAL
 
 EXAMPLES = 8
+DRAW = "on_main_process(partial(mechanism.draw, step))"
 TYPE_A, TYPE_C = (UNCONDITIONAL, False, 1.4), ("vicuna", True, 1.4)
 
 
@@ -32,18 +33,18 @@ def test_so_does_one_that_two_processes_share():
     [
         ("losses.sum().backward()", "losses.mean().backward()", 0.25),
         ("losses.sum().backward()", "(sums.sum() / counts.sum()).backward()", 0.25),
-        ("gradient / args.total_bs)", "gradient / max(1, len(indices)))", 1.4),
+        ("released / mechanism.divisor", "released / max(1, len(indices))", 1.4),
         (
-            "gradients.add_clipped_sum(total, args.clip, args.clip_function)",
-            "gradients.add_clipped_sum(total, 1.01 * args.clip, args.clip_function)",
+            "add_clipped_sum(total, self.plan.clip_norm,",
+            "add_clipped_sum(total, 1.01 * self.plan.clip_norm,",
             1.4,
         ),
-        ("broadcast_object_list(drawn)", "[drawn[0][:4]]", 1.4),  # a batch of a fixed size
+        (DRAW, f"{DRAW}[:4]", 1.4),  # a batch of a fixed size
     ],
     ids=["batch mean", "token mean", "realised divisor", "loose clip", "refilled batch"],
 )
 def test_a_coupling_between_examples_shows(monkeypatch, old, new, clip_norm):
-    observe_mutated_train(monkeypatch, old, new)
+    observe_mutated_training(monkeypatch, old, new)
     (moves,) = replay.replay([(UNCONDITIONAL, False, clip_norm)], EXAMPLES)
     assert max(moves) > 1 + replay.TOLERANCE
 

@@ -3,13 +3,18 @@
 import json
 import os
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 import train
 from benchmarks.jobs import Job
 from benchmarks.workload import padded_tokens
 from utils.models.memory import PeakMemory
+from utils.privacy.mechanism import Mechanism, Plain, Private
+
+Kind = TypeVar("Kind", bound=Mechanism)
 
 
 def run(job: Job) -> dict:
@@ -25,21 +30,9 @@ def run(job: Job) -> dict:
         "--lora_dropout=0", "--loss_normalization=tokens", "--save_steps=1000000",
         "--target_modules", *job.targets, *(private if job.engine == "ours-dp" else ["--eps=-1"]),
     ]  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory, cut, report = PeakMemory(device), train.cut_microbatches, train.build_report
-
-    def first_cut(*arguments) -> list:
-        train.cut_microbatches = cut
-        memory.__enter__()
-        return cut(*arguments)
-
-    def first_report(*arguments, **options) -> dict:
-        memory.__exit__()
-        return report(*arguments, **options)
-
-    # Between the plan before the steps and the report after them: an accountant takes memory too.
-    train.cut_microbatches, train.build_report = first_cut, first_report
-    if train.main(argv):
+    memory = PeakMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    private_kind = measured(Private, memory, job.steps)
+    if train.main(argv, private_kind, measured(Plain, memory, job.steps)):
         raise RuntimeError("the run did not finish")
     lines = (output / "job" / "private" / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
@@ -48,3 +41,23 @@ def run(job: Job) -> dict:
         "processed_tokens": padded_tokens(job.lengths(), job.perdevice_bs * job.max_seq_len),
         "peak_memory": memory.peak,
     }
+
+
+def measured(kind: type[Kind], memory: PeakMemory, last_step: int) -> type[Kind]:
+    """A mechanism that watches memory from the first draw to the last release.
+
+    Not before and after: an accountant takes memory too.
+    """
+
+    def draw(self: Kind, step: int) -> np.ndarray:
+        if step == 0:
+            memory.__enter__()
+        return kind.draw(self, step)
+
+    def release(self: Kind, total: torch.Tensor, step: int) -> torch.Tensor:
+        released = kind.release(self, total, step)
+        if step == last_step:
+            memory.__exit__()
+        return released
+
+    return type(f"Measured{kind.__name__}", (kind,), {"draw": draw, "release": release})

@@ -200,8 +200,8 @@ class Private(Mechanism):
         if not self._is_main:
             return torch.zeros_like(total, dtype=torch.float64)
         self.ledger.record_step(step + 1)
-        plan = self.plan
-        return add_noise(total, plan.noise_multiplier, plan.clip_norm, self._random("noise", step))
+        plan, random = self.plan, self._random("noise", step)
+        return add_noise(total, plan.noise_multiplier, plan.clip_norm, random)
 
     def statistics(self, norms: Sequence[torch.Tensor]) -> dict:
         return clipping_summary(norms, self.plan.clip_norm)
@@ -255,7 +255,6 @@ class Plain(Mechanism):
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
-        *,
         num_examples: int,
         batch_size: int,
         loss_normalization: str,
