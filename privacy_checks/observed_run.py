@@ -64,6 +64,15 @@ class Watched(Private):
         return released
 
 
+class PublicSteps(Private):
+    """Releases one public vector: every step starts from parameters that depend on no data."""
+
+    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        super().release(total, step)
+        generator = torch.Generator().manual_seed(total.numel())
+        return self.divisor * torch.randn(total.numel(), generator=generator).double()
+
+
 def observe(argv: list[str], *changes: type[Private], **settings: object) -> Observation:
     """Run `train.main(argv)` to its end in this process and record what it did.
 

@@ -24,11 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from privacy_checks.observed_run import Observation, observe, save_tiny_model
+from privacy_checks.observed_run import Observation, PublicSteps, observe, save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
 from utils.command_line.parser import make_parser, parse, positive_int
 from utils.files import write_json
-from utils.privacy.mechanism import Private
 from utils.texts.prompts import UNCONDITIONAL
 
 TOLERANCE = 1e-5
@@ -163,22 +162,14 @@ def _replay_in_process(folder: Path, cases: list[Case], examples: int) -> list[l
     return moves
 
 
-class Replayed(Private):
-    """Draws everyone, or all but example k in step k; releases a public vector.
-
-    Each step then starts from the same parameters in both runs.
-    """
+class Replayed(PublicSteps):
+    """Draws everyone, or all but example k in step k."""
 
     leaves_out: bool
 
     def draw(self, step: int) -> np.ndarray:
         everyone = np.arange(self.num_examples)
         return np.delete(everyone, step) if self.leaves_out else everyone
-
-    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
-        super().release(total, step)
-        generator = torch.Generator().manual_seed(total.numel())
-        return self.divisor * torch.randn(total.numel(), generator=generator).double()
 
 
 def _run(folder: Path, job: str, case: Case, examples: int, leaves_out: bool) -> Observation:

@@ -14,31 +14,36 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
 import train
-from privacy_checks.observed_run import observe
+from privacy_checks.observed_run import PublicSteps, observe
 from utils.cli import UsageError
-from utils.dp_utils import assign_gradient
+from utils.privacy.mechanism import Private
 
 
-def assign_public_vector(parameters, gradient):
-    generator = torch.Generator().manual_seed(gradient.numel())
-    assign_gradient(parameters, torch.randn(gradient.numel(), generator=generator))
+class OwnShare(Private):
+    """Counts the examples of this process in every step."""
+
+    own: list
+    count = 0
+
+    def capture(self, examples):
+        self.count += len(examples)
+        return super().capture(examples)
+
+    def release(self, total, step):
+        self.own.append(self.count)
+        self.count = 0
+        return super().release(total, step)
 
 
 def run(job: dict, folder: Path, rank: str) -> None:
     own = []
-    cut = train.cut_microbatches
-
-    def cut_and_count(indices, lengths, token_budget, num_ranks):
-        ranks = cut(indices, lengths, token_budget, num_ranks)
-        own.append(sum(map(len, ranks[int(rank)])))
-        return ranks
-
     layers = []
     shard = train.shard_base
 
@@ -48,12 +53,12 @@ def run(job: dict, folder: Path, rank: str) -> None:
         assert not any(p.requires_grad for p in sharded)
         layers[:] = [sum(p.to_local().numel() for p in sharded), sum(p.numel() for p in sharded)]
 
-    replacements = {"cut_microbatches": cut_and_count, "shard_base": shard_and_count}
-    if job.get("public_steps"):
-        replacements["assign_gradient"] = assign_public_vector
+    changes = [OwnShare, PublicSteps] if job.get("public_steps") else [OwnShare]
     file = folder / f"{job['name']}-{rank}"
     try:
-        seen = observe(job["argv"] + job.get("by_rank", {}).get(rank, []), **replacements)
+        with mock.patch.object(train, "shard_base", shard_and_count):
+            argv = job["argv"] + job.get("by_rank", {}).get(rank, [])
+            seen = observe(argv, *changes, own=own)
     except UsageError as error:
         file.with_suffix(".json").write_text(json.dumps([2, str(error)]))
     except SystemExit as ended:

@@ -1,68 +1,9 @@
-"""Who takes part in a step, and how a step is cut into microbatches."""
+"""How a logical batch is cut into microbatches."""
 
 import numpy as np
 import pytest
 
-from privacy_checks.randomness import adjacent_p_value, batch_size_p_value, count_p_value
-from utils.runs.batching import MICROBATCH_TOKENS, cut_microbatches, poisson_batch, shuffled_batch
-from utils.secure_random import SecureRandom
-
-N, BATCH, STEPS = 400, 60, 600
-TINY_PROBABILITY = 1e-6
-
-
-def draw_matrix(draw) -> np.ndarray:
-    """bool [steps, examples]: who was in which batch."""
-    taken = np.zeros((STEPS, N), dtype=bool)
-    for step in range(STEPS):
-        taken[step, draw(step)] = True
-    return taken
-
-
-def poisson(_step):
-    return poisson_batch(N, BATCH, SecureRandom())
-
-
-def shuffler(step):
-    return shuffled_batch(N, BATCH, seed=1, step=step)
-
-
-def fixed_size(_step):
-    return np.random.default_rng().choice(N, BATCH, replace=False)
-
-
-def p_values(draw) -> list[float]:
-    """Of the batch sizes, of each example's count, and of adjacent batches."""
-    taken = draw_matrix(draw)
-    tests = (batch_size_p_value, count_p_value, adjacent_p_value)
-    return [test(taken, BATCH / N) for test in tests]
-
-
-def test_poisson_draws_fit_the_binomial_in_size_count_and_time():
-    assert min(p_values(poisson)) > TINY_PROBABILITY
-
-
-def test_shuffled_epochs_fail_every_one_of_these():
-    assert max(p_values(shuffler)) < TINY_PROBABILITY
-
-
-def test_batches_of_a_fixed_size_fail_the_size_test():
-    assert p_values(fixed_size)[0] < TINY_PROBABILITY
-
-
-def test_poisson_takes_all_at_rate_one_and_may_take_none():
-    assert poisson_batch(50, 50, SecureRandom()).tolist() == list(range(50))
-    sizes = [len(poisson_batch(1000, 1, SecureRandom())) for _ in range(100)]
-    assert 0 in sizes
-
-
-def test_shuffled_batches_cover_each_epoch_once_and_depend_on_seed_and_step_alone():
-    epoch = np.concatenate([shuffled_batch(30, 7, 3, step) for step in range(30)])
-    assert len(epoch) == 210
-    for start in range(0, 210, 30):
-        assert sorted(epoch[start : start + 30]) == list(range(30))
-    assert np.array_equal(shuffled_batch(30, 7, 3, 11), shuffled_batch(30, 7, 3, 11))
-    assert not np.array_equal(shuffled_batch(30, 7, 3, 11), shuffled_batch(30, 7, 4, 11))
+from utils.runs.batching import MICROBATCH_TOKENS, cut_microbatches
 
 
 def test_microbatches_keep_the_budget_and_waste_little():

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from argparse import Namespace
+from dataclasses import replace
 from itertools import islice
 
 import datasets
@@ -11,19 +11,10 @@ import pytest
 
 from tests.training import ROOT
 from utils.cli import UsageError
-from utils.texts.canaries import (
-    DIGITS,
-    canary,
-    num_canary_rows,
-    require_whole_canaries,
-    secrets,
-    with_canaries,
-)
+from utils.texts.canaries import DIGITS, Canaries, canary, secrets
 
-
-def arguments(**changes) -> Namespace:
-    given = {"num_canaries": 3, "canary_repeats": 2, "seed": 7, "dataset_name": "letters"}
-    return Namespace(**(given | changes))
+CANARIES = Canaries(count=3, repeats=2, seed=7)
+NONE = Canaries(count=0, repeats=1, seed=7)
 
 
 def own_rows(**columns) -> datasets.Dataset:
@@ -52,15 +43,15 @@ def test_a_secret_that_comes_twice_is_passed_over(monkeypatch):
 
 
 def test_every_canary_is_added_after_the_own_rows_as_often_as_asked():
-    rows = with_canaries(own_rows(other=[1, 2]), arguments())
+    rows = CANARIES.added_to(own_rows(other=[1, 2]), "letters")
     wanted = [canary(secret, False)["instruction"] for secret in islice(secrets(7), 3)]
     assert rows["instruction"][:] == ["one", "two", *wanted, *wanted]
-    assert len(rows) == 2 + num_canary_rows(arguments())
+    assert len(rows) == 2 + CANARIES.num_rows
 
 
 def test_pairs_hold_the_secret_in_their_answer_alone():
     rows = own_rows(answer=["1", "2"])
-    rows = with_canaries(rows, arguments(dataset_name="labelled_letters", canary_repeats=1))
+    rows = replace(CANARIES, repeats=1).added_to(rows, "labelled_letters")
     for row, secret in zip(rows.select(range(2, 5)), secrets(7)):
         assert secret in row["answer"]
         assert secret not in row["instruction"]
@@ -68,22 +59,22 @@ def test_pairs_hold_the_secret_in_their_answer_alone():
 
 def test_without_canaries_the_rows_are_the_same_object():
     rows = own_rows(other=[1, 2])
-    assert with_canaries(rows, arguments(num_canaries=0)) is rows
-    assert num_canary_rows(arguments(num_canaries=0)) == 0
+    assert NONE.added_to(rows, "letters") is rows
+    assert NONE.num_rows == 0
 
 
 def test_a_column_that_is_no_text_is_refused_by_name():
     rows = datasets.Dataset.from_dict({"instruction": [1, 2]})
     with pytest.raises(UsageError, match="column 'instruction': int64, not text"):
-        with_canaries(rows, arguments())
+        CANARIES.added_to(rows, "letters")
 
 
 def test_canaries_that_would_be_cut_are_refused():
     lengths = np.array([64, 64, *[40] * 6])
-    require_whole_canaries(lengths, arguments(max_seq_len=41))
+    CANARIES.require_whole(lengths, 41)
     with pytest.raises(UsageError, match="--max_seq_len 40 cuts the canaries"):
-        require_whole_canaries(lengths, arguments(max_seq_len=40))
-    require_whole_canaries(lengths, arguments(max_seq_len=40, num_canaries=0))
+        CANARIES.require_whole(lengths, 40)
+    NONE.require_whole(lengths, 40)
 
 
 def test_making_canaries_does_without_torch():

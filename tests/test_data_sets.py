@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-import utils.texts.data_sets
+import utils.texts.tokens
 from privacy_checks.tiny_model import byte_tokenizer
 from utils.cli import UsageError
 from utils.texts.data_sets import count_train_examples, find_dataset, load_splits
@@ -114,7 +114,7 @@ def test_tokens_lie_flat_and_come_back_padded_on_the_right(tmp_path):
 
 def test_rows_tokenised_in_parts_are_those_tokenised_at_once(tmp_path, monkeypatch):
     whole = tokens(ROWS, tmp_path / "whole")
-    monkeypatch.setattr(utils.texts.data_sets, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(utils.texts.tokens, "ROWS_AT_ONCE", 2)
     parts = tokens(ROWS, tmp_path / "parts")
     assert parts.fingerprint() == whole.fingerprint()
     in_memory = tokenised(ROWS, byte_tokenizer(), "uncond_generation", 64)

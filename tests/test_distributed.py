@@ -17,9 +17,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
-from privacy_checks.observed_run import observe, signal_handlers_restored
+from privacy_checks.observed_run import PublicSteps, observe, signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
-from tests.distributed_worker import assign_public_vector
 from tests.training import ROOT, flags, save_dataset
 from utils.command_line.launch import launch_command, with_this_python
 from utils.privacy.ledger import LEDGER_FILE
@@ -92,7 +91,7 @@ def alone(parts):
     sums = {}
     for job in observed_jobs(parts, parts[0] / "alone"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        sums[job["name"]] = observe(job["argv"], assign_gradient=assign_public_vector).clipped_sums
+        sums[job["name"]] = observe(job["argv"], PublicSteps).clipped_sums
     return {name: np.array(rows) for name, rows in sums.items()}
 
 

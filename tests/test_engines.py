@@ -104,7 +104,7 @@ def test_a_full_cache_changes_no_text(model, monkeypatch):
         return made[-1]
 
     resets = []
-    manager = transformers.engines.continuous_batching.offloading_manager.OffloadingManager
+    manager = transformers.generation.continuous_batching.offloading_manager.OffloadingManager
     offload = manager.offload_requests
     monkeypatch.setattr(manager, "offload_requests", lambda self: resets.append(1) or offload(self))
     monkeypatch.setattr(transformers, "ContinuousBatchingConfig", crowded)

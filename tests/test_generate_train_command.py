@@ -10,9 +10,8 @@ import pytest
 import generate_train_command
 import train
 from tests.training import ROOT, flags, run_process, save_dataset
-from utils.command_line.training_flags import module_settings
-from utils.privacy.plan import plan_from_arguments
-from utils.texts.canaries import with_canaries
+from utils.command_line.parser import parse
+from utils.command_line.training_flags import TrainingSettings, module_settings, plan_of
 from utils.texts.data_sets import count_train_examples, load_splits
 
 ARENA = (
@@ -103,13 +102,13 @@ def test_canaries_count_in_n_beside_the_rows_of_the_data_set(generate, tmp_path,
     assert "N  130, of which 30 rows of canaries" in re.sub(" {2,}", "  ", summary)
     assert "sampling rate 0.06154" in summary  # 8 / 130
     assert generate(*command, "--num_train_examples=100") == (line, summary)
-    args = train.build_parser().parse_args(script_flags(line))
+    args = parse(train.build_parser(), TrainingSettings, script_flags(line))
     assert (args.num_train_examples, args.num_canaries, args.canary_repeats) == (100, 10, 3)
-    trained_on = with_canaries(load_splits(data)["train"], args)
+    trained_on = args.canaries.added_to(load_splits(data)["train"], data)
     # The noise multiplier that the line gives is held against --eps here.
-    plan, _ = plan_from_arguments(args, len(trained_on))
-    asked = generate_train_command.build_parser().parse_args(command)
-    assert plan == plan_from_arguments(asked, 130)[0]
+    plan, _ = plan_of(args, len(trained_on))
+    build_parser, settings = generate_train_command.build_parser, generate_train_command.Settings
+    assert plan == plan_of(parse(build_parser(), settings, command), 130)[0]
     assert (plan.num_examples, plan.steps) == (130, 16)
     with pytest.raises(ValueError, match="--num_train_examples 130, but .* has 100"):
         generate(*command, "--num_train_examples=130")

@@ -1,15 +1,17 @@
 """The plan, the ledger and the report."""
 
-import argparse
 import dataclasses
 import json
 
 import pytest
 
+import train
 from utils.cli import UsageError
+from utils.command_line.parser import parse
+from utils.command_line.training_flags import TrainingSettings, plan_of
 from utils.privacy.guarantee import build_report, report_markdown, write_report
 from utils.privacy.ledger import Ledger, read_plan
-from utils.privacy.plan import PrivacyPlan, num_steps, plan_from_arguments
+from utils.privacy.plan import PrivacyPlan, num_steps
 
 
 def small_plan(**changes) -> PrivacyPlan:
@@ -22,13 +24,11 @@ def small_plan(**changes) -> PrivacyPlan:
     return PrivacyPlan(**(values | changes))
 
 
-def arguments(**changes) -> argparse.Namespace:
-    values = {
-        "dataset_name": "x", "eps": 8.0, "delta": 1e-5, "clip": 1.0, "clip_function": "flat",
-        "loss_normalization": "max_seq_len", "noise_multiplier": None, "total_bs": 64,
-        "num_epochs": 3.0, "reserve_histogram_sigma": None,
-    }  # fmt: skip
-    return argparse.Namespace(**(values | changes))
+def settings(**changes) -> TrainingSettings:
+    argv = ["--dataset_name=x", "--model_name=x", "--job_sess=x",
+            "--prompt_style=uncond_generation", "--eps=8", "--delta=1e-5", "--clip=1",
+            "--total_bs=64"]  # fmt: skip
+    return dataclasses.replace(parse(train.build_parser(), TrainingSettings, argv), **changes)
 
 
 @pytest.mark.parametrize(
@@ -40,18 +40,18 @@ def test_steps_are_the_floor_in_exact_arithmetic(epochs, examples, batch, steps)
 
 
 def test_the_plan_is_calibrated_below_its_target():
-    plan, warnings = plan_from_arguments(arguments(), 5000)
+    plan, warnings = plan_of(settings(), 5000)
     assert warnings == []
     assert (plan.steps, plan.sampling_rate) == (234, 64 / 5000)
     report = build_report(plan, steps_taken=plan.steps, steps_recorded=plan.steps)
     assert 7.9 < report["epsilon"]["upper"] <= 8.0
-    again, _ = plan_from_arguments(arguments(noise_multiplier=plan.noise_multiplier), 5000)
+    again, _ = plan_of(settings(noise_multiplier=plan.noise_multiplier), 5000)
     assert again == plan
 
 
 def test_a_reserved_histogram_is_paid_for_by_the_same_target():
-    alone, _ = plan_from_arguments(arguments(eps=3.0), 5000)
-    both, _ = plan_from_arguments(arguments(eps=3.0, reserve_histogram_sigma=10.0), 5000)
+    alone, _ = plan_of(settings(eps=3.0), 5000)
+    both, _ = plan_of(settings(eps=3.0, reserve_histogram_sigma=10.0), 5000)
     assert both.noise_multiplier > alone.noise_multiplier
     epsilon = build_report(both, steps_taken=both.steps, steps_recorded=both.steps)["epsilon"]
     assert epsilon["upper"] < epsilon["with_reserved_histogram"] <= 3.0
@@ -68,16 +68,16 @@ def test_a_reserved_histogram_is_paid_for_by_the_same_target():
 )
 def test_meaningless_plans_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
-        plan_from_arguments(arguments(**changes), 5000)
+        plan_of(settings(**changes), 5000)
 
 
 def test_a_large_delta_is_warned_about():
-    _, warnings = plan_from_arguments(arguments(delta=5e-5), 5000)
+    _, warnings = plan_of(settings(delta=5e-5), 5000)
     assert "above 1/(10 N)" in warnings[0]
 
 
 def test_without_privacy_there_is_no_plan_and_no_epsilon():
-    assert plan_from_arguments(arguments(eps=-1), 5000) == (None, [])
+    assert plan_of(settings(eps=-1), 5000) == (None, [])
     report = build_report(None)
     assert report["guarantee"] is False
     assert set(report["epsilon"].values()) == {None}

@@ -31,8 +31,10 @@ from tests.training import (
     save_dataset,
 )
 from utils.cli import UsageError, run_cli
+from utils.privacy import mechanism
 from utils.privacy.ledger import LEDGER_FILE, read_plan
 from utils.runs.run_folder import RELEASABLE
+from utils.texts import tokens
 from utils.texts.canaries import canary, secrets
 
 FIXED = "--insecure_fixed_noise_seed=1"
@@ -224,7 +226,7 @@ def test_performance_settings_leave_the_released_adapter_alone(run, more):
 
 
 def test_empty_batches_are_noised_recorded_steps(run, monkeypatch):
-    monkeypatch.setattr(train, "poisson_batch", lambda *_: np.array([], dtype=np.int64))
+    monkeypatch.setattr(mechanism, "poisson_batch", lambda *_: np.array([], dtype=np.int64))
     folder = run()
     assert ledger_steps(folder) == list(range(1, 9))
     assert all(m.get("batch_size", 0) == 0 for m in metrics(folder))
@@ -262,12 +264,12 @@ WITH_CANARIES = NUM_EXAMPLES + 10
 def test_canaries_count_in_n_like_any_other_row(run, monkeypatch):
     """In the plan, the ledger and the report; and as many rows are there to be sampled."""
     drawn, tokenised = [], []
-    sample, open_tokens = train.poisson_batch, train.open_tokens
+    sample, open_tokens = mechanism.poisson_batch, tokens.open_tokens
     monkeypatch.setattr(
-        train, "poisson_batch", lambda count, *rest: drawn.append(count) or sample(count, *rest)
+        mechanism, "poisson_batch", lambda count, *rest: drawn.append(count) or sample(count, *rest)
     )
     monkeypatch.setattr(
-        train, "open_tokens", lambda folder: tokenised.append(open_tokens(folder)) or tokenised[-1]
+        tokens, "open_tokens", lambda folder: tokenised.append(open_tokens(folder)) or tokenised[-1]
     )
     folder = run(*CANARIES, f"--num_train_examples={NUM_EXAMPLES}")
     assert set(drawn) == {len(tokenised[0])} == {WITH_CANARIES}
@@ -340,14 +342,14 @@ def test_both_epsilons_are_reported_after_a_crash(run):
 
 def test_a_resumed_run_draws_fresh_noise(run, monkeypatch):
     drawn = []
-    original = train.add_noise
+    original = mechanism.add_noise
 
     def recording(clipped_sum, *rest):
         noised = original(clipped_sum, *rest)
         drawn.append((noised - clipped_sum).numpy())
         return noised
 
-    monkeypatch.setattr(train, "add_noise", recording)
+    monkeypatch.setattr(mechanism, "add_noise", recording)
     run(crash_in_step=5)
     run("--resume=auto")
     assert len(drawn) == 10

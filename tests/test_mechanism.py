@@ -1,0 +1,239 @@
+"""Who takes part in a step, what of them counts, and what is released."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from privacy_checks.randomness import adjacent_p_value, batch_size_p_value, count_p_value
+from tests.helpers import adapted_model
+from tests.test_plan import small_plan
+from utils.cli import UsageError
+from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
+from utils.models.language_model import LanguageModel
+from utils.privacy.ledger import LEDGER_FILE
+from utils.privacy.mechanism import (
+    Plain,
+    Private,
+    clipping_summary,
+    poisson_batch,
+    shuffled_batch,
+)
+from utils.secure_random import SecureRandom
+
+N, BATCH, STEPS = 400, 60, 600
+TINY_PROBABILITY = 1e-6
+
+
+def draw_matrix(draw) -> np.ndarray:
+    """bool [steps, examples]: who was in which batch."""
+    taken = np.zeros((STEPS, N), dtype=bool)
+    for step in range(STEPS):
+        taken[step, draw(step)] = True
+    return taken
+
+
+def poisson(_step):
+    return poisson_batch(N, BATCH, SecureRandom())
+
+
+def shuffler(step):
+    return shuffled_batch(N, BATCH, seed=1, step=step)
+
+
+def fixed_size(_step):
+    return np.random.default_rng().choice(N, BATCH, replace=False)
+
+
+def p_values(draw) -> list[float]:
+    """Of the batch sizes, of each example's count, and of adjacent batches."""
+    taken = draw_matrix(draw)
+    tests = (batch_size_p_value, count_p_value, adjacent_p_value)
+    return [test(taken, BATCH / N) for test in tests]
+
+
+def test_poisson_draws_fit_the_binomial_in_size_count_and_time():
+    assert min(p_values(poisson)) > TINY_PROBABILITY
+
+
+def test_shuffled_epochs_fail_every_one_of_these():
+    assert max(p_values(shuffler)) < TINY_PROBABILITY
+
+
+def test_batches_of_a_fixed_size_fail_the_size_test():
+    assert p_values(fixed_size)[0] < TINY_PROBABILITY
+
+
+def test_poisson_takes_all_at_rate_one_and_may_take_none():
+    assert poisson_batch(50, 50, SecureRandom()).tolist() == list(range(50))
+    sizes = [len(poisson_batch(1000, 1, SecureRandom())) for _ in range(100)]
+    assert 0 in sizes
+
+
+def test_shuffled_batches_cover_each_epoch_once_and_depend_on_seed_and_step_alone():
+    epoch = np.concatenate([shuffled_batch(30, 7, 3, step) for step in range(30)])
+    assert len(epoch) == 210
+    for start in range(0, 210, 30):
+        assert sorted(epoch[start : start + 30]) == list(range(30))
+    assert np.array_equal(shuffled_batch(30, 7, 3, 11), shuffled_batch(30, 7, 3, 11))
+    assert not np.array_equal(shuffled_batch(30, 7, 3, 11), shuffled_batch(30, 7, 4, 11))
+
+
+# ---------------------------------------------------------------- the mechanism
+
+
+PLAN = small_plan(num_examples=40, expected_batch_size=10, clip_norm=0.05, noise_multiplier=0.8)
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    return PerExampleGradients(adapted_model(["q_proj", "v_proj"]))
+
+
+@pytest.fixture
+def private(gradients, tmp_path):
+    mechanism = Private(PLAN, gradients)
+    mechanism.open(tmp_path)
+    yield mechanism
+    mechanism.close()
+
+
+def captured(mechanism, gradients, model, examples):
+    """A pass of a microbatch of public tokens."""
+    with mechanism.capture(np.arange(examples)):
+        sums, _ = LanguageModel(model.get_base_model()).example_losses(
+            LanguageModel(model.get_base_model()).public_batch(examples)
+        )
+        sums.sum().backward()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(PLAN)])
+def test_every_constant_comes_from_the_plan(name, gradients, tmp_path, monkeypatch):
+    """A field that decides privacy, changed in the plan, reaches what the mechanism calls."""
+    other = {
+        "num_examples": 41, "expected_batch_size": 9, "clip_norm": 0.07, "noise_multiplier": 0.9,
+        "clip_function": "automatic", "loss_normalization": "max_seq_len",
+    }  # fmt: skip
+    if name not in other:
+        pytest.skip("not of a step")
+    seen = []
+    monkeypatch.setattr(
+        "utils.privacy.mechanism.poisson_batch", lambda *given: seen.append(given[:2])
+    )
+    monkeypatch.setattr(
+        "utils.privacy.mechanism.add_noise", lambda _, *given: seen.append(given[:2])
+    )
+    monkeypatch.setattr(
+        PerExampleGradients, "add_clipped_sum", lambda _self, _, *given: seen.append(given)
+    )
+
+    def used(plan, folder):
+        seen.clear()
+        mechanism = Private(plan, gradients)
+        mechanism.open(folder)
+        mechanism.draw(0)
+        mechanism.add(torch.zeros(1))
+        mechanism.release(torch.zeros(1), 0)
+        return [*seen, mechanism.divisor, mechanism.num_examples, mechanism.loss_normalization]
+
+    changed = dataclasses.replace(PLAN, **{name: other[name]})
+    assert used(PLAN, tmp_path / "a") != used(changed, tmp_path / "b")
+
+
+def test_a_step_is_on_record_before_its_noise_is_used(private, tmp_path, monkeypatch):
+    def lines():
+        return (tmp_path / LEDGER_FILE).read_text().count("\n")
+
+    def noising(*given):
+        at_noise.append(lines())
+        return add_noise(*given)
+
+    at_noise = []
+    monkeypatch.setattr("utils.privacy.mechanism.add_noise", noising)
+    for step in range(3):
+        private.release(torch.zeros(5), step)
+    assert at_noise == [2, 3, 4]  # the plan, and a line a step
+    steps = [json.loads(line).get("step") for line in (tmp_path / LEDGER_FILE).open()]
+    assert steps == [None, 1, 2, 3]
+
+
+def test_nothing_is_released_without_a_ledger(gradients):
+    with pytest.raises(RuntimeError, match="nothing may be released"):
+        Private(PLAN, gradients).release(torch.zeros(5), 0)
+
+
+def test_other_processes_release_nothing_of_the_sum(gradients):
+    released = Private(PLAN, gradients, is_main=False).release(torch.ones(5), 0)
+    assert released.tolist() == [0.0] * 5
+    assert released.dtype == torch.float64
+
+
+def test_released_sums_have_the_plans_noise(private):
+    noise = private.release(torch.zeros(100_000), 0) / (PLAN.noise_multiplier * PLAN.clip_norm)
+    assert noise.std().item() == pytest.approx(1, abs=0.015)
+    assert abs(noise.mean().item()) < 0.02
+
+
+def test_draws_and_dropout_seeds_are_fresh_unless_the_seed_is_known(gradients, tmp_path):
+    one, other = Private(PLAN, gradients), Private(PLAN, gradients)
+    seeds = {mechanism.dropout_seed(0, 0) for mechanism in (one, one, other)}
+    assert len(seeds) == 3
+    known = [Private(PLAN, gradients, known_seed=1) for _ in range(2)]
+    assert known[0].draw(3).tolist() == known[1].draw(3).tolist()
+    assert known[0].dropout_seed(3, 0) == known[1].dropout_seed(3, 0)
+    assert known[0].dropout_seed(3, 0) != known[0].dropout_seed(3, 1)
+    known[0].open(tmp_path)
+    assert known[0].report(0)["guarantee"] is False
+
+
+def test_a_changed_end_of_the_record_is_refused(private, gradients, tmp_path):
+    private.release(torch.zeros(5), 0)
+    head = private.head
+    private.release(torch.zeros(5), 1)
+    private.require_head(head)
+    lines = (tmp_path / LEDGER_FILE).read_text().splitlines(keepends=True)
+    (tmp_path / LEDGER_FILE).write_text("".join(lines[:1]))
+    again = Private(PLAN, gradients)
+    again.open(tmp_path)
+    with pytest.raises(UsageError, match="truncated"):
+        again.require_head(head)
+
+
+def test_plain_sums_are_autograds_over_all_microbatches():
+    model = adapted_model(["q_proj", "v_proj"])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    plain = Plain(parameters, 40, 10, "tokens", 0)
+    total = torch.zeros(sum(p.numel() for p in parameters.values()))
+    for _ in range(2):
+        captured(plain, None, model, 3)
+        assert plain.add(total).numel() == 0
+    assert all(p.grad is None for p in parameters.values())
+    captured(plain, None, model, 3)
+    once = torch.cat([p.grad.flatten() for p in parameters.values()])
+    assert torch.equal(total, 2 * once)
+    assert plain.release(total, 0) is total
+    assert plain.report(5)["guarantee"] is False
+
+
+def test_a_tensor_without_a_gradient_adds_zeros():
+    parameters = {
+        "a": torch.nn.Parameter(torch.zeros(2, 3)), "b": torch.nn.Parameter(torch.zeros(4)),
+        "c": torch.nn.Parameter(torch.zeros(2)),
+    }  # fmt: skip
+    assign_gradient(parameters, torch.arange(12.0))
+    parameters["b"].grad = None
+    total = torch.zeros(12)
+    Plain(parameters, 40, 10, "tokens", 0).add(total)
+    assert total.tolist() == [*range(6), 0, 0, 0, 0, 10, 11]
+
+
+def test_norms_are_summed_up_without_those_that_are_not_finite():
+    norms = [torch.tensor([1.0, 3.0]), torch.tensor([float("nan"), 2.0])]
+    summary = clipping_summary(norms, 1.5)
+    assert summary["non_finite"] == 1
+    assert summary["clipped_fraction"] == pytest.approx(2 / 3)
+    assert summary["norm_quantiles_10_50_90"][1] == 2.0
+    assert clipping_summary([], 1.5) == {}
+    assert clipping_summary([torch.tensor([float("inf")])], 1.5) == {"non_finite": 1}
