@@ -66,7 +66,10 @@ def renyi_epsilon(event: SampledGaussian, delta: float) -> float:
 # --- the closed form -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sigma", "steps"), [(0.3, 1), (1.0, 1), (4.0, 16), (10.0, 1), (50.0, 7)])
+@pytest.mark.parametrize(
+    ("sigma", "steps"),
+    [(0.3, 1), (1.0, 1), (4.0, 16), (10.0, 1), (50.0, 7), (100.0, 1), (0.3, 100_000)],
+)
 @pytest.mark.parametrize("delta", [1e-12, 1e-5, 1e-2])
 def test_plain_gaussians_have_the_closed_form(sigma, steps, delta):
     event = SampledGaussian(1.0, sigma, steps)
@@ -79,7 +82,9 @@ def test_plain_gaussians_have_the_closed_form(sigma, steps, delta):
         tails = norm.logcdf([mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu])
         return math.exp(tails[0]) - math.exp(epsilon + tails[1])
 
-    assert exact(bounds.upper) <= delta * (1 + 1e-6)
+    assert exact(bounds.upper) <= delta
+    spent = compute_delta([event], bounds.upper)
+    assert exact(bounds.upper) <= spent == pytest.approx(exact(bounds.upper), rel=1e-8)
     if bounds.upper:
         assert exact(bounds.upper * (1 - 1e-6)) > delta * (1 - 1e-6)
 
