@@ -1,9 +1,8 @@
 """What runs and histograms of one private data set spent together, read from their ledgers."""
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.cli import UsageError
@@ -14,7 +13,7 @@ from utils.privacy.accounting import (
     SampledGaussian,
     compute_delta,
     compute_epsilon,
-    pld_epsilon,
+    epsilon_bounds,
 )
 from utils.privacy.guarantee import COVERED, NOT_COVERED, UNIT
 from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, read_ledger, read_plan, require_head
@@ -365,15 +364,7 @@ def _costs(
 
 
 def _epsilons(events: list[SampledGaussian], delta: float, relation: str) -> dict:
-    bounds = compute_epsilon(events, delta, relation)
-    pld = pld_epsilon(events, delta, relation)
-    return {
-        "lower": bounds.lower,
-        "estimate": bounds.estimate,
-        "upper": bounds.upper,
-        "pld": pld if math.isfinite(pld) else None,
-        "accountant": bounds.accountant,
-    }
+    return asdict(epsilon_bounds(events, delta, relation))
 
 
 def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
@@ -395,10 +386,7 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
     curve = []
     for step in sorted({round(taken * i / max(1, count)) for i in range(count + 1)}):
         events = events_of([*_first_steps(training, step), *histograms])
-        # PLD is an upper bound too, and the quicker one of the two.
-        epsilon = pld_epsilon(events, report["delta"], relation)
-        if not math.isfinite(epsilon):
-            epsilon = compute_epsilon(events, report["delta"], relation).upper
+        epsilon = compute_epsilon(events, report["delta"], relation).upper
         curve.append({"step": step, "epsilon": epsilon})
     return curve
 

@@ -191,11 +191,11 @@ def _sections(report: dict) -> list[Section]:
             f"{report['steps_lost']} further steps were noised and then lost in a crash; they are "
             f"in no released model. If somebody had watched them, epsilon would be {seen}."
         )
-    epsilons = [["relation", "lower", "estimate", "upper", "PLD", "accountant"]]
+    epsilons = [["relation", "lower", "estimate", "upper", "PLD", "PRV", "accountant"]]
     deltas, at_epsilon = [["relation", "delta", "epsilon"]], [["relation", "epsilon", "delta"]]
     for name in report["neighbouring_relations"]:
         entry = report["epsilon"][name]
-        numbers = [entry[key] for key in ("lower", "estimate", "upper", "pld")]
+        numbers = [entry[key] for key in ("lower", "estimate", "upper", "pld", "prv")]
         epsilons.append(
             [name, *("-" if n is None else f"{n:.3f}" for n in numbers), entry["accountant"]]
         )

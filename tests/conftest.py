@@ -39,11 +39,11 @@ def accountant_that_remembers():
 
     calibrate = plan.calibrate_noise_multiplier
     remembered = functools.cache(lambda *given: calibrate(*given[:-1], list(given[-1])))
-    epsilon, pld = remembering(plan.compute_epsilon), remembering(guarantee.pld_epsilon)
+    epsilon, bounds = remembering(plan.compute_epsilon), remembering(guarantee.epsilon_bounds)
     with (
         mock.patch.object(plan, "compute_epsilon", epsilon),
         mock.patch.object(guarantee, "compute_epsilon", epsilon),
-        mock.patch.object(guarantee, "pld_epsilon", pld),
+        mock.patch.object(guarantee, "epsilon_bounds", bounds),
         mock.patch.object(
             plan,
             "calibrate_noise_multiplier",

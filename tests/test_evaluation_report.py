@@ -37,7 +37,7 @@ def _accountants_that_remember(accountant_that_remembers):
     def delta(events, *rest):
         return remembered(tuple(events), *rest)
 
-    epsilons = {name: getattr(guarantee, name) for name in ("compute_epsilon", "pld_epsilon")}
+    epsilons = {name: getattr(guarantee, name) for name in ("compute_epsilon", "epsilon_bounds")}
     with (
         mock.patch.multiple(composition, compute_delta=delta, **epsilons),
         mock.patch.object(material, "compute_delta", delta),

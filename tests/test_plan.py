@@ -95,6 +95,9 @@ def test_the_report_says_what_the_contract_asks(tmp_path):
     epsilon = report["epsilon"]
     assert epsilon["lower"] <= epsilon["estimate"] <= epsilon["upper"] <= epsilon["target"]
     assert abs(epsilon["pld"] - epsilon["estimate"]) < 0.02
+    # The claim is the first accountant's; the second opinion lies above by its own error.
+    assert epsilon["accountant"] == "dp-accounting 0.6.0 PLD"
+    assert epsilon["pld"] == epsilon["upper"] < epsilon["prv"] < epsilon["upper"] + 0.02
     write_report(tmp_path, report)
     assert json.loads((tmp_path / "privacy_report.json").read_text()) == report
     page = (tmp_path / "privacy_report.md").read_text()

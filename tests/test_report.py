@@ -69,7 +69,9 @@ def histogram(tmp_path):
 def _accountant_that_remembers(accountant_that_remembers):
     """The report asks the accountant through the same memory as plans do."""
     with mock.patch.multiple(
-        composition, compute_epsilon=guarantee.compute_epsilon, pld_epsilon=guarantee.pld_epsilon
+        composition,
+        compute_epsilon=guarantee.compute_epsilon,
+        epsilon_bounds=guarantee.epsilon_bounds,
     ):
         yield
 

@@ -1,15 +1,17 @@
 """Epsilon, delta and noise calibration for Poisson-sampled Gaussian mechanisms. No torch.
 
-Every epsilon and delta that leaves this module is an upper bound: where one accountant cannot be
-trusted the next takes over, and where none can an error is raised. The accountants are imported
-where they are used, so that importing this module costs nothing.
+Every epsilon and delta to be claimed is an upper bound: where dp-accounting's PLD cannot be trusted
+its Renyi DP takes over, and where neither can an error is raised. The PRV accountant, which shares
+no code with them, is the second opinion. The accountants are imported where they are used, so that
+importing this module costs nothing.
 """
 
 import math
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 
@@ -22,6 +24,7 @@ MIN_NOISE, MAX_NOISE = 0.3, 100.0
 MIN_RATE, MAX_STEPS = 1e-5, 100_000
 MIN_DELTA, MAX_DELTA = 1e-12, 1e-2
 NOISE_DECIMALS = 3
+CLOSED_FORM = "closed form"
 
 PRV_EPS_ERROR = 0.01
 PRV_DELTA_ERROR = 1e-3  # as a share of delta
@@ -60,31 +63,42 @@ class SampledGaussian:
 
 
 @dataclass(frozen=True)
-class EpsilonBounds:
-    """What is known about epsilon; `upper` is the guarantee.
+class EpsilonClaim:
+    """The mechanism is (upper, delta)-differentially private.
 
     Attributes:
-        lower: epsilon is not below this; 0 where the accountant gives no lower bound.
-        estimate: best guess.
-        upper: the mechanism is (upper, delta)-differentially private.
+        upper: the guarantee.
         accountant: name and version of what produced `upper`.
     """
 
-    lower: float
-    estimate: float
     upper: float
     accountant: str
 
 
+@dataclass(frozen=True)
+class EpsilonBounds(EpsilonClaim):
+    """What is known about epsilon; `upper` is the guarantee.
+
+    Attributes:
+        lower: epsilon is not below this, but for rounding; 0 where no accountant gives a bound.
+        estimate: best guess.
+        pld, prv: upper bounds by PLD and by the PRV accountant alone; None where there is none.
+    """
+
+    lower: float
+    estimate: float
+    pld: float | None
+    prv: float | None
+
+
 def compute_epsilon(
     events: Sequence[SampledGaussian], delta: float, relation: str = ADD_REMOVE
-) -> EpsilonBounds:
-    """Epsilon of the composition of `events` at `delta`.
+) -> EpsilonClaim:
+    """Epsilon to claim for the composition of `events` at `delta`.
 
-    The closed form where every event has q = 1 (Balle and Wang 2018, theorem 8). Else the PRV
-    accountant (Gopi, Lee and Wutschitz 2021); where it fails or floating point could decide its
-    answer, a pessimistic PLD (Doroshenko et al. 2022); where delta is too small for that one's
-    FFT too, Renyi DP (Mironov 2017).
+    The closed form where every event has q = 1 (Balle and Wang 2018, theorem 8). Else a pessimistic
+    PLD (Doroshenko et al. 2022), which follows adding and removing apart; where delta is so small
+    that rounding in its FFT could decide the answer, Renyi DP (Mironov 2017).
 
     Replacing one example moves a clipped sum by up to twice the clip norm. Its tight dominating
     pair is (1-q) N(0, s²) + q N(1, s²) against (1-q) N(0, s²) + q N(-1, s²): a test of power p
@@ -102,41 +116,44 @@ def compute_epsilon(
     """
     _require_inputs(delta, relation)
     events = _merged(events)
-    if all(event.sampling_rate == 1 for event in events):
-        epsilon = _gaussian_epsilon(_gaussian_mu(events, relation), delta)
-        return EpsilonBounds(epsilon, epsilon, epsilon, "closed form")
-    if relation == ADD_REMOVE and (bounds := _prv_bounds(events, delta)):
-        return EpsilonBounds(*bounds, f"prv-accountant {version('prv-accountant')}")
-    if _pld_can_resolve(events, delta):
-        epsilon, name = pld_epsilon(events, delta, relation), "PLD"
-    else:
-        epsilon, name = _rdp_epsilon(events, delta, relation), "RDP"
+    epsilon, accountant = _upper_bound(events, delta, relation, PLD_FINE)
     if not math.isfinite(epsilon):
         raise UsageError(
             f"no accountant gives a finite epsilon at delta {delta:g} for {_describe(events)}; "
             "use a larger delta or more noise"
         )
-    return EpsilonBounds(0.0, epsilon, epsilon, f"dp-accounting {version('dp-accounting')} {name}")
+    return EpsilonClaim(epsilon, accountant)
 
 
-def pld_epsilon(
+def epsilon_bounds(
     events: Sequence[SampledGaussian], delta: float, relation: str = ADD_REMOVE
-) -> float:
-    """Upper bound on epsilon by the privacy loss distribution alone: the second opinion.
+) -> EpsilonBounds:
+    """What `compute_epsilon` claims, with the PRV accountant's second opinion.
 
-    Covers both directions, adding and removing, apart. Arguments as for `compute_epsilon`.
-
-    Returns:
-        Epsilon; infinity where delta is too small for double precision.
+    The PRV accountant (Gopi, Lee and Wutschitz 2021) has no REPLACE and never takes over: double
+    precision leaves it fewer steps at a delta than PLD, and its upper bound lies about 0.01 above.
+    Arguments and errors are those of `compute_epsilon`.
     """
-    _require_inputs(delta, relation)
+    claim = compute_epsilon(events, delta, relation)
     events = _merged(events)
-    if not events:
-        return 0.0
-    slack = _pld_rounding(events)
-    if slack >= delta:
-        return math.inf
-    return float(_pld(events, relation, PLD_FINE).get_epsilon_for_delta(delta - slack))
+    pld = claim.upper
+    if claim.accountant != _dp_accounting("PLD"):
+        pld = _pld_epsilon(events, delta, relation, PLD_FINE)
+    prv = _prv_bounds(events, delta) if relation == ADD_REMOVE else None
+    if claim.accountant == CLOSED_FORM:
+        lower = estimate = claim.upper
+    elif prv:
+        # Its estimate may lie in error above an upper bound as tight as PLD's.
+        lower, estimate = prv[0], min(prv[1], claim.upper)
+    else:
+        lower, estimate = 0.0, claim.upper
+    return EpsilonBounds(
+        **asdict(claim),
+        lower=lower,
+        estimate=estimate,
+        pld=pld if math.isfinite(pld) else None,
+        prv=prv[2] if prv else None,
+    )
 
 
 def compute_delta(
@@ -171,9 +188,8 @@ def calibrate_noise_multiplier(
 ) -> float:
     """The least noise multiplier, rounded up to 3 decimals, that meets the target.
 
-    A root search (Brent) over a cheap coarse PLD finds where to look, and the accountant has the
-    last word: the epsilon that `compute_epsilon` gives for the result, composed with `reserved`,
-    is at most the target.
+    A root search (Brent) over a cheap coarse PLD finds where to look, and `compute_epsilon` has the
+    last word: what it gives for the result, composed with `reserved`, is at most the target.
 
     Args:
         target_epsilon: above 0.
@@ -195,25 +211,30 @@ def calibrate_noise_multiplier(
     def events(sigma: float) -> list[SampledGaussian]:
         return [SampledGaussian(sampling_rate, sigma, steps), *reserved]
 
-    @cache
     def excess(sigma: float) -> float:
-        epsilon = _quick_epsilon(events(sigma), delta, relation)
+        epsilon, _ = _upper_bound(_merged(events(sigma)), delta, relation, PLD_COARSE)
         return math.log(min(max(epsilon, 1e-9), 1e9) / target_epsilon)
 
-    units = math.ceil(_crossing(excess) * 10**NOISE_DECIMALS)
-    while True:
-        sigma = min(units / 10**NOISE_DECIMALS, MAX_NOISE)
-        epsilon = compute_epsilon(events(sigma), delta, relation).upper
-        if epsilon <= target_epsilon:
-            return sigma
-        if sigma == MAX_NOISE:
+    def noise(units: int) -> float:
+        return min(max(units / 10**NOISE_DECIMALS, MIN_NOISE), MAX_NOISE)
+
+    @cache
+    def spent(units: int) -> float:
+        return compute_epsilon(events(noise(units)), delta, relation).upper
+
+    # The coarse PLD asks for too much noise: 0.1% at most, as far as seen.
+    crossing = _crossing(cache(excess)) * 10**NOISE_DECIMALS
+    below = range(int(0.998 * crossing), math.ceil(crossing))
+    units = below.start + bisect_left(below, True, key=lambda low: spent(low) <= target_epsilon)
+    while spent(units) > target_epsilon:
+        if noise(units) == MAX_NOISE:
             raise UsageError(
                 f"target epsilon {target_epsilon:g} cannot be met: with noise multiplier "
-                f"{MAX_NOISE:g}, the most supported, epsilon is {epsilon:.4g}; use a larger "
+                f"{MAX_NOISE:g}, the most supported, epsilon is {spent(units):.4g}; use a larger "
                 "target, fewer steps or a smaller sampling rate"
             )
-        # Epsilon falls at least as fast as 1/sigma; a quarter of that way cannot jump too far.
-        units += max(1, int(units * (epsilon / target_epsilon - 1) / 4))
+        units += 1
+    return noise(units)
 
 
 def _crossing(excess: Callable[[float], float]) -> float:
@@ -249,7 +270,7 @@ def _require_inputs(delta: float, relation: str) -> None:
 
 def _merged(events: Sequence[SampledGaussian]) -> list[SampledGaussian]:
     """The same composition with equal mechanisms counted together, in a fixed order."""
-    steps = Counter()
+    steps: Counter[tuple[float, float]] = Counter()
     for event in events:
         steps[event.sampling_rate, event.noise_multiplier] += event.steps
     merged = [(rate, sigma, count) for (rate, sigma), count in sorted(steps.items()) if count]
@@ -271,6 +292,22 @@ def _split(events: Sequence[SampledGaussian]) -> tuple[list[SampledGaussian], fl
     return sampled, _gaussian_mu(plain, ADD_REMOVE)
 
 
+def _dp_accounting(name: str) -> str:
+    return f"dp-accounting {version('dp-accounting')} {name}"
+
+
+def _upper_bound(
+    events: Sequence[SampledGaussian], delta: float, relation: str, grid: tuple[float, int]
+) -> tuple[float, str]:
+    """Epsilon of merged events, infinity where there is none, and what produced it."""
+    if all(event.sampling_rate == 1 for event in events):
+        return _gaussian_epsilon(_gaussian_mu(events, relation), delta), CLOSED_FORM
+    epsilon = _pld_epsilon(events, delta, relation, grid)
+    if math.isfinite(epsilon):
+        return epsilon, _dp_accounting("PLD")
+    return _rdp_epsilon(events, delta, relation), _dp_accounting("RDP")
+
+
 # --- the closed form -----------------------------------------------------------------------------
 
 
@@ -281,26 +318,24 @@ def _gaussian_mu(events: Sequence[SampledGaussian], relation: str) -> float:
 
 
 def _gaussian_delta(mu: float, epsilon: float) -> float:
-    """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu) (Balle and Wang 2018, theorem 8)."""
-    from scipy.special import log_ndtr
+    """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu), rounded up (Balle and Wang, theorem 8)."""
+    from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
 
     if mu == 0:
         return 0.0
-    upper, lower = log_ndtr(mu / 2 - epsilon / mu), log_ndtr(-mu / 2 - epsilon / mu)
-    return float(math.exp(upper) * -math.expm1(min(0.0, epsilon + lower - upper)))
+    # Against 60 digits it errs by 2e-10 of delta at most.
+    return min(1.0, (1 + 1e-9) * float(GaussianPrivacyLoss(1 / mu).get_delta_for_epsilon(epsilon)))
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
     """The least epsilon, rounded up, at which `_gaussian_delta` is at most delta."""
-    if _gaussian_delta(mu, 0.0) <= delta:
+    from dp_accounting import get_epsilon_gaussian
+
+    if mu == 0:
         return 0.0
-    low, high = 0.0, 1.0
-    while _gaussian_delta(mu, high) > delta:
-        low, high = high, 2 * high
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if _gaussian_delta(mu, middle) <= delta else (middle, high)
-    return high
+    epsilon = float(get_epsilon_gaussian(1 / mu, delta))
+    # Its root search ends within 1e-12, or a few units in the last place, on either side.
+    return epsilon and epsilon + 1e-9 * max(1.0, epsilon)
 
 
 # --- the PRV accountant --------------------------------------------------------------------------
@@ -362,8 +397,16 @@ def _pld_rounding(events: Sequence[SampledGaussian]) -> float:
     return DOUBLE_ROUNDING * sum(event.steps for event in events)
 
 
-def _pld_can_resolve(events: Sequence[SampledGaussian], delta: float) -> bool:
-    return _pld_rounding(events) <= delta / 2
+def _pld_epsilon(
+    events: Sequence[SampledGaussian], delta: float, relation: str, grid: tuple[float, int]
+) -> float:
+    """Upper bound by PLD, of both directions; infinity where delta is too small for doubles."""
+    if not events:
+        return 0.0
+    slack = _pld_rounding(events)
+    if slack > delta / 2:
+        return math.inf
+    return float(_pld(events, relation, grid).get_epsilon_for_delta(delta - slack))
 
 
 def _pld(events: Sequence[SampledGaussian], relation: str, grid: tuple[float, int]):
@@ -417,7 +460,7 @@ def _interval(
     )
 
 
-# --- Renyi DP and the first guess ----------------------------------------------------------------
+# --- Renyi DP ------------------------------------------------------------------------------------
 
 
 def _rdp_epsilon(events: Sequence[SampledGaussian], delta: float, relation: str) -> float:
@@ -433,15 +476,3 @@ def _rdp_epsilon(events: Sequence[SampledGaussian], delta: float, relation: str)
         gaussian = GaussianDpEvent(event.noise_multiplier)
         accountant.compose(PoissonSampledDpEvent(event.sampling_rate, gaussian), event.steps)
     return float(accountant.get_epsilon(delta))
-
-
-def _quick_epsilon(events: Sequence[SampledGaussian], delta: float, relation: str) -> float:
-    """About what `compute_epsilon` gives as upper bound, in a tenth of its time."""
-    events = _merged(events)
-    if all(event.sampling_rate == 1 for event in events):
-        return _gaussian_epsilon(_gaussian_mu(events, relation), delta)
-    if not _pld_can_resolve(events, delta):
-        return _rdp_epsilon(events, delta, relation)
-    distribution = _pld(events, relation, PLD_COARSE)
-    epsilon = distribution.get_epsilon_for_delta(delta * (1 - PRV_DELTA_ERROR))
-    return epsilon + (PRV_EPS_ERROR if relation == ADD_REMOVE else 0.0)

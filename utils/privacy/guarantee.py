@@ -1,13 +1,11 @@
 """What is promised, for whom, and what is not: told once."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from utils.files import write_atomic, write_json
-from utils.privacy.accounting import (
-    compute_epsilon,
-    pld_epsilon,
-)
+from utils.privacy.accounting import compute_epsilon, epsilon_bounds
 from utils.privacy.plan import PrivacyPlan
 
 UNIT = "one example: a row of the prepared train split"
@@ -55,7 +53,7 @@ def build_report(
         return {
             "guarantee": False,
             "why": "trained without differential privacy",
-            "epsilon": dict.fromkeys(("target", "lower", "estimate", "upper", "pld")),
+            "epsilon": dict.fromkeys(("target", "lower", "estimate", "upper", "pld", "prv")),
             "covered": [],
             "not_covered": ["everything: treat the adapter and all its outputs as private data"],
         }
@@ -97,17 +95,12 @@ def build_report(
 def _epsilons(plan: PrivacyPlan, steps: int, insecure: bool) -> dict:
     if insecure:
         return {"target": plan.target_epsilon} | dict.fromkeys(
-            ("lower", "estimate", "upper", "pld", "with_reserved_histogram")
+            ("lower", "estimate", "upper", "pld", "prv", "with_reserved_histogram")
         )
     events = plan.events(steps)
-    bounds = compute_epsilon(events, plan.delta)
     return {
         "target": plan.target_epsilon,
-        "lower": bounds.lower,
-        "estimate": bounds.estimate,
-        "upper": bounds.upper,
-        "pld": pld_epsilon(events, plan.delta),
-        "accountant": bounds.accountant,
+        **asdict(epsilon_bounds(events, plan.delta)),
         "with_reserved_histogram": (
             compute_epsilon(events + plan.reserved, plan.delta).upper if plan.reserved else None
         ),
