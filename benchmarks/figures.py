@@ -1,22 +1,27 @@
-"""What becomes of figures: a table to read and, with --json, a file."""
+"""How a benchmark is asked and how it answers: flags, tables, and with --json a file."""
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
-from utils.command_line.parser import make_parser
+from utils.command_line.parser import make_parser, parse
 from utils.files import write_json
 
 # Flags that say where things are on this machine, and not how the figures came about.
 LOCAL = ("json", "work_dir", "texts", "instructions", "jobs", "measure")
 
 
+def flag(help: str, **options: Any) -> Any:
+    """A field of settings, by what `add_argument` is to know of it."""
+    return field(metadata={"help": help, **options})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The flag of every benchmark that measures."""
+    """The flags of a benchmark, each a field; those of all of them."""
 
-    json: Path | None
+    json: Path | None = flag("also write the figures here", type=Path, metavar="FILE")
 
     def on_record(self) -> dict:
         """The flags that decide the figures."""
@@ -28,11 +33,18 @@ class Settings:
             write_json(self.json, figures)
 
 
-def benchmark_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser with --json."""
+Flags = TypeVar("Flags", bound=Settings)
+
+
+def read_flags(
+    settings: type[Flags], docstring: str, argv: list[str] | None, **defaults: Any
+) -> Flags:
+    """The flags in `argv`; `defaults` take the place of the fields' own."""
     parser = make_parser(docstring)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    return parser
+    for each in fields(settings):
+        parser.add_argument(f"--{each.name}", **each.metadata)
+    parser.set_defaults(**defaults)
+    return parse(parser, settings, argv)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

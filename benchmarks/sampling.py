@@ -28,10 +28,11 @@ from transformers import PreTrainedModel
 
 from benchmarks import figures
 from benchmarks.environments import vllm_python
+from benchmarks.figures import aligned, flag, read_flags
 from benchmarks.measuring import by_turns, device, output_of
 from privacy_checks.tiny_model import save_tiny_model
 from utils.cli import run_cli, say
-from utils.command_line.parser import parse, positive_int
+from utils.command_line.parser import positive_int
 from utils.models.loading import (
     load_base_model,
     load_tokenizer,
@@ -53,55 +54,44 @@ ONE_BY_ONE_SHARE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(figures.Settings):
-    """The flags; `measure` names the engine that a process of its own is for."""
+    """The flags; `measure` is for the process of one engine."""
 
-    model_name: str
-    adapter_path: str | None
-    num_samples: int
-    max_seq_len: int
-    perdevice_bs: int | None
-    dtype: str
-    top_p: float
-    repeats: int
-    vllm: bool
-    quick: bool
-    measure: str | None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the benchmark."""
-    parser = figures.benchmark_parser(__doc__)
-    add = parser.add_argument
-    add("--model_name", default="data/quickstart_model", help="a hub id or folder")
-    add("--adapter_path", help="LoRA adapter, merged into the model")
-    add("--num_samples", type=positive_int, default=64, help="texts an engine draws; one at a "
-        f"time, 1 in {ONE_BY_ONE_SHARE} of them")  # fmt: skip
-    add("--max_seq_len", type=positive_int, default=128, help="longest text")
-    add("--perdevice_bs", type=positive_int, help="sequences at once; what the engine would "
-        "choose if left out")  # fmt: skip
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in inference")
-    add("--top_p", type=float, default=0.95, help="as in inference.py")
-    add("--repeats", type=positive_int, default=3, help="measurements an engine")
-    add("--vllm", action="store_true", help="also vLLM; its environment is made from "
-        "benchmarks/requirements-vllm.txt")  # fmt: skip
-    add("--quick", action="store_true", help="a random tiny model, a few texts: shows that the "
-        "benchmark runs, not how fast anything is")  # fmt: skip
-    add("--measure", help=argparse.SUPPRESS)
-    return parser
+    model_name: str = flag("a hub id or folder", default="data/quickstart_model")
+    adapter_path: str | None = flag("LoRA adapter, merged into the model")
+    num_samples: int = flag(
+        f"texts an engine draws; one at a time, 1 in {ONE_BY_ONE_SHARE} of them",
+        type=positive_int, default=64,
+    )  # fmt: skip
+    max_seq_len: int = flag("longest text", type=positive_int, default=128)
+    perdevice_bs: int | None = flag(
+        "sequences at once; what the engine would choose if left out", type=positive_int
+    )
+    dtype: str = flag("as in inference.py", choices=("auto", "float32", "bfloat16"), default="auto")
+    top_p: float = flag("as in inference.py", type=float, default=0.95)
+    repeats: int = flag("measurements an engine", type=positive_int, default=3)
+    vllm: bool = flag(
+        "also vLLM; its environment is made from benchmarks/requirements-vllm.txt",
+        action="store_true",
+    )
+    quick: bool = flag(
+        "a random tiny model, a few texts: shows that the benchmark runs, not how fast anything is",
+        action="store_true",
+    )
+    measure: str | None = flag(argparse.SUPPRESS)
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     if settings.measure:
         print(json.dumps(measure(settings, settings.measure)))
         return
     with tempfile.TemporaryDirectory() as folder:
         if settings.quick:
             save_tiny_model(Path(folder))
-            argv = [*argv, "--model_name", folder, "--num_samples", "4", "--max_seq_len", "12",
-                    "--repeats", "1"]  # fmt: skip
-            settings = parse(build_parser(), Settings, argv)
+            small = ["--num_samples", "4", "--max_seq_len", "12", "--repeats", "1"]
+            argv = [*argv, *small, "--model_name", folder]
+            settings = read_flags(Settings, __doc__, argv)
         engines = [*ENGINES, "vllm"] if settings.vllm else ENGINES
         measured = by_turns(engines, partial(run, argv), settings.repeats)
     report = summarise(measured)
@@ -215,7 +205,7 @@ def table(report: dict[str, dict]) -> str:
         share = f"{row['share_of_vllm']:.2f}" if "share_of_vllm" in row else ""
         times = f"{row['times_one_at_a_time']:.1f}"
         rows.append([engine, *(f"{speed:.1f}" for speed in speeds), times, share])
-    return figures.aligned(rows)
+    return aligned(rows)
 
 
 if __name__ == "__main__":

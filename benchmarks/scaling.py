@@ -8,7 +8,6 @@ over rounds and steps, the first step of each run left out. Fixed draws, so that
 same batches. Exit code 1 if several processes reach less than 0.95 of one.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import figures
+from benchmarks.figures import flag, markdown, read_flags
 from benchmarks.measuring import by_turns, output_of
 from privacy_checks.tiny_model import save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli
 from utils.command_line.launch import launch_command, with_this_python
-from utils.command_line.parser import parse, positive_int
+from utils.command_line.parser import positive_int
 from utils.texts.data_sets import count_train_examples, tried_places
 
 LEAST = 0.95
@@ -32,31 +32,17 @@ LEAST = 0.95
 class Settings(figures.Settings):
     """The flags."""
 
-    model_name: str
-    dataset_name: str
-    processes: int
-    total_bs: int
-    steps: int
-    rounds: int
-    quick: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the benchmark."""
-    parser = figures.benchmark_parser(__doc__)
-    add = parser.add_argument
-    add("--model_name", default="data/quickstart_model", help="a folder or hub id")
-    add("--dataset_name", default="quickstart_instructions", help="instructions")
-    add("--processes", type=positive_int, default=2, help="compared with one")
-    add("--total_bs", type=positive_int, default=128, help="examples in a step")
-    add("--steps", type=positive_int, default=4, help="of each run")
-    add("--rounds", type=positive_int, default=2, help="runs of each kind")
-    add("--quick", action="store_true", help="a tiny random model, one round")
-    return parser
+    model_name: str = flag("a folder or hub id", default="data/quickstart_model")
+    dataset_name: str = flag("instructions", default="quickstart_instructions")
+    processes: int = flag("compared with one", type=positive_int, default=2)
+    total_bs: int = flag("examples in a step", type=positive_int, default=128)
+    steps: int = flag("of each run", type=positive_int, default=4)
+    rounds: int = flag("runs of each kind", type=positive_int, default=2)
+    quick: bool = flag("a tiny random model, one round", action="store_true")
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         if settings.quick:
             save_tiny_model(Path(folder))
@@ -72,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         for processes, median in medians.items()
     ]  # fmt: skip
     headings = ["processes", "threads each", "real tokens/s", "of one process"]
-    print(figures.markdown(headings, rows))
+    print(markdown(headings, rows))
     settings.write({"cores": cores, "tokens_per_second": speeds, "medians": medians})
     return EXIT_OK if medians[settings.processes] >= LEAST * medians[1] else EXIT_FAILED
 

@@ -1,6 +1,5 @@
 """The model and the instructions that engines are measured on, and how they are measured."""
 
-import argparse
 import json
 import statistics
 import sys
@@ -14,12 +13,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import figures
 from benchmarks.environments import python_with
+from benchmarks.figures import flag, read_flags
 from benchmarks.jobs import OURS, PEERS, Job
 from benchmarks.measuring import by_turns, output_of
 from data import prepare_quickstart
 from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.cli import UsageError
-from utils.command_line.parser import parse, positive_int
+from utils.command_line.parser import positive_int
 from utils.runs.batching import cut_microbatches
 from utils.texts.data_sets import load_splits
 from utils.texts.prompts import UNCONDITIONAL, training_ids
@@ -33,50 +33,28 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 class Settings(figures.Settings):
     """The flags of the benchmarks of training."""
 
-    engines: list[str]
-    rounds: int
-    steps: int
-    quick: bool
-    model_name: str | None
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
-    dataset_name: str | None
-    num_examples: int
-    max_seq_len: int
-    perdevice_bs: int
-    dtype: str
-    lora_r: int
-    target_modules: list[str]
-
-
-def build_parser(docstring: str, engines: tuple[str, ...]) -> argparse.ArgumentParser:
-    """The command line of a benchmark of training, and whom it measures unless told otherwise."""
-    parser = figures.benchmark_parser(docstring)
-    add = parser.add_argument
-    add("--engines", nargs="+", choices=PEERS + OURS, default=list(engines), help="who is measured")
-    add("--rounds", type=positive_int, default=3, help="processes of each engine")
-    add("--steps", type=positive_int, default=1, help="timed steps a process")
-    add("--quick", action="store_true", help="small: within five minutes")
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model_name", metavar="FOLDER", help="base model; a random LLaMA if left out")
-    add("--hidden_size", type=positive_int, default=512, help="of the random LLaMA")
-    add("--num_layers", type=positive_int, default=8, help="of the random LLaMA")
-    add("--vocab_size", type=positive_int, default=8192, help="of the random LLaMA")
-    add("--dataset_name", help="instructions; prompts of at most 1,000 words from the package "
-        "evals if left out")  # fmt: skip
-    add("--num_examples", type=positive_int, default=96, help="in a logical batch")
-    add("--max_seq_len", type=positive_int, default=1024, help="tokens")
-    add("--perdevice_bs", type=positive_int, default=4, help="times max_seq_len: padded tokens")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="base")
-    add("--lora_r", type=positive_int, default=8, help="rank")
-    add("--target_modules", nargs="+", default=ATTENTION, help="or all-linear")
-    return parser
+    engines: list[str] = flag("who is measured", nargs="+", choices=PEERS + OURS)
+    rounds: int = flag("processes of each engine", type=positive_int, default=3)
+    steps: int = flag("timed steps a process", type=positive_int, default=1)
+    quick: bool = flag("small: within five minutes", action="store_true")
+    model_name: str | None = flag("base model; a random LLaMA if left out", metavar="FOLDER")
+    hidden_size: int = flag("of the random LLaMA", type=positive_int, default=512)
+    num_layers: int = flag("of the random LLaMA", type=positive_int, default=8)
+    vocab_size: int = flag("of the random LLaMA", type=positive_int, default=8192)
+    dataset_name: str | None = flag(
+        "instructions; prompts of at most 1,000 words from the package evals if left out"
+    )
+    num_examples: int = flag("in a logical batch", type=positive_int, default=96)
+    max_seq_len: int = flag("tokens", type=positive_int, default=1024)
+    perdevice_bs: int = flag("times max_seq_len: padded tokens", type=positive_int, default=4)
+    dtype: str = flag("base", choices=("float32", "bfloat16"), default="float32")
+    lora_r: int = flag("rank", type=positive_int, default=8)
+    target_modules: list[str] = flag("or all-linear", nargs="+", default=ATTENTION)
 
 
 def read_settings(docstring: str, engines: tuple[str, ...], argv: list[str] | None) -> Settings:
     """The flags, with those in their place that --quick decides."""
-    settings = parse(build_parser(docstring, engines), Settings, argv)
+    settings = read_flags(Settings, docstring, argv, engines=list(engines))
     if not settings.quick:
         return settings
     return replace(

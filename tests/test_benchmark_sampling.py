@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks import sampling
+from benchmarks.figures import read_flags
 from utils.cli import UsageError
-from utils.command_line.parser import parse
 
 
 def test_quick_measures_every_engine(tmp_path, capsys, monkeypatch):
@@ -16,7 +16,7 @@ def test_quick_measures_every_engine(tmp_path, capsys, monkeypatch):
         """In a process of its own for one engine, which is enough to see that it works."""
         if engine == "continuous":
             return real(arguments, engine)
-        settings = parse(sampling.build_parser(), sampling.Settings, arguments)
+        settings = read_flags(sampling.Settings, "", arguments)
         return sampling.measure(settings, engine)
 
     monkeypatch.setattr(sampling, "run", run)
