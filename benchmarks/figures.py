@@ -5,16 +5,22 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.command_line.parser import make_parser, parse
+from utils.command_line.parser import make_parser, parse, positive_float, positive_int
 from utils.files import write_json
 
 # Flags that say where things are on this machine, and not how the figures came about.
 LOCAL = ("json", "work_dir", "texts", "instructions", "jobs", "measure")
 
 
-def flag(help: str, **options: Any) -> Any:
-    """A field of settings, by what `add_argument` is to know of it."""
-    return field(metadata={"help": help, **options})
+def flag(help: str, default: Any = None, **options: Any) -> Any:
+    """A field of settings, by its default and what else `add_argument` is to know of it.
+
+    Numbers are above 0 and whole where the default is; one that is False is a switch.
+    """
+    if default is False:
+        return field(metadata={"help": help, "action": "store_true"})
+    kind = {int: positive_int, float: positive_float}.get(type(default), str)
+    return field(metadata={"type": kind, "help": help, "default": default} | options)
 
 
 @dataclass(frozen=True, kw_only=True)

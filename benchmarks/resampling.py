@@ -41,7 +41,7 @@ VERSIONED = ("numpy", "faiss-cpu", "torch")
 class Settings(figures.Settings):
     """The flags."""
 
-    quick: bool = flag("a tiny size, to try the benchmark", action="store_true")
+    quick: bool = flag("a tiny size, to try the benchmark", False)
 
 
 def main(argv: list[str] | None = None) -> int:

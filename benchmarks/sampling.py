@@ -56,26 +56,24 @@ ONE_BY_ONE_SHARE = 16
 class Settings(figures.Settings):
     """The flags; `measure` is for the process of one engine."""
 
-    model_name: str = flag("a hub id or folder", default="data/quickstart_model")
+    model_name: str = flag("a hub id or folder", "data/quickstart_model")
     adapter_path: str | None = flag("LoRA adapter, merged into the model")
     num_samples: int = flag(
-        f"texts an engine draws; one at a time, 1 in {ONE_BY_ONE_SHARE} of them",
-        type=positive_int, default=64,
-    )  # fmt: skip
-    max_seq_len: int = flag("longest text", type=positive_int, default=128)
+        f"texts an engine draws; one at a time, 1 in {ONE_BY_ONE_SHARE} of them", 64
+    )
+    max_seq_len: int = flag("longest text", 128)
     perdevice_bs: int | None = flag(
         "sequences at once; what the engine would choose if left out", type=positive_int
     )
-    dtype: str = flag("as in inference.py", choices=("auto", "float32", "bfloat16"), default="auto")
-    top_p: float = flag("as in inference.py", type=float, default=0.95)
-    repeats: int = flag("measurements an engine", type=positive_int, default=3)
+    dtype: str = flag("as in inference.py", "auto", choices=("auto", "float32", "bfloat16"))
+    top_p: float = flag("as in inference.py", 0.95)
+    repeats: int = flag("measurements an engine", 3)
     vllm: bool = flag(
-        "also vLLM; its environment is made from benchmarks/requirements-vllm.txt",
-        action="store_true",
+        "also vLLM; its environment is made from benchmarks/requirements-vllm.txt", False
     )
     quick: bool = flag(
         "a random tiny model, a few texts: shows that the benchmark runs, not how fast anything is",
-        action="store_true",
+        False,
     )
     measure: str | None = flag(argparse.SUPPRESS)
 

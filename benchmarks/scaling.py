@@ -22,7 +22,6 @@ from benchmarks.measuring import by_turns, output_of
 from privacy_checks.tiny_model import save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli
 from utils.command_line.launch import launch_command, with_this_python
-from utils.command_line.parser import positive_int
 from utils.texts.data_sets import count_train_examples, tried_places
 
 LEAST = 0.95
@@ -32,13 +31,13 @@ LEAST = 0.95
 class Settings(figures.Settings):
     """The flags."""
 
-    model_name: str = flag("a folder or hub id", default="data/quickstart_model")
-    dataset_name: str = flag("instructions", default="quickstart_instructions")
-    processes: int = flag("compared with one", type=positive_int, default=2)
-    total_bs: int = flag("examples in a step", type=positive_int, default=128)
-    steps: int = flag("of each run", type=positive_int, default=4)
-    rounds: int = flag("runs of each kind", type=positive_int, default=2)
-    quick: bool = flag("a tiny random model, one round", action="store_true")
+    model_name: str = flag("a folder or hub id", "data/quickstart_model")
+    dataset_name: str = flag("instructions", "quickstart_instructions")
+    processes: int = flag("compared with one", 2)
+    total_bs: int = flag("examples in a step", 128)
+    steps: int = flag("of each run", 4)
+    rounds: int = flag("runs of each kind", 2)
+    quick: bool = flag("a tiny random model, one round", False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,7 +32,6 @@ from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import distinct_instructions
 from resample_with_dp_histogram.selection import total_variation
 from utils.cli import UsageError, run_cli
-from utils.command_line.parser import positive_float, positive_int
 from utils.files import read_jsonl, write_json
 from utils.folders import whole_folder
 from utils.texts.text_inputs import FORMATS, read_entries
@@ -53,12 +52,12 @@ class Settings(figures.Settings):
     texts: str = flag(f"instructions: {FORMATS}", required=True, metavar="PATH")
     split: str | None = flag("the split to read where --texts is a saved DatasetDict")
     work_dir: Path = flag("embeddings stay here", required=True, type=Path, metavar="DIR")
-    model: str = flag("a sentence-transformers hub id or folder", default=embed.DEFAULT_MODEL)
-    num_private: int = flag("N", type=positive_int, default=20_000)
-    histogram_sigma: float = flag("noise of every count", type=positive_float, default=10.0)
-    num_bins: int = flag("clusters, the histogram's bins", type=positive_int, default=100)
-    skew: float = flag("deviation of the log of a topic's share", type=positive_float, default=1.5)
-    num_seeds: int = flag("trials, each with parts of its own", type=positive_int, default=5)
+    model: str = flag("a sentence-transformers hub id or folder", embed.DEFAULT_MODEL)
+    num_private: int = flag("N", 20_000)
+    histogram_sigma: float = flag("noise of every count", 10.0)
+    num_bins: int = flag("clusters, the histogram's bins", 100)
+    skew: float = flag("deviation of the log of a topic's share", 1.5)
+    num_seeds: int = flag("trials, each with parts of its own", 5)
 
 
 def main(argv: list[str] | None = None) -> None:

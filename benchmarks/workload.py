@@ -19,7 +19,6 @@ from benchmarks.measuring import by_turns, output_of
 from data import prepare_quickstart
 from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.cli import UsageError
-from utils.command_line.parser import positive_int
 from utils.runs.batching import cut_microbatches
 from utils.texts.data_sets import load_splits
 from utils.texts.prompts import UNCONDITIONAL, training_ids
@@ -34,22 +33,22 @@ class Settings(figures.Settings):
     """The flags of the benchmarks of training."""
 
     engines: list[str] = flag("who is measured", nargs="+", choices=PEERS + OURS)
-    rounds: int = flag("processes of each engine", type=positive_int, default=3)
-    steps: int = flag("timed steps a process", type=positive_int, default=1)
-    quick: bool = flag("small: within five minutes", action="store_true")
+    rounds: int = flag("processes of each engine", 3)
+    steps: int = flag("timed steps a process", 1)
+    quick: bool = flag("small: within five minutes", False)
     model_name: str | None = flag("base model; a random LLaMA if left out", metavar="FOLDER")
-    hidden_size: int = flag("of the random LLaMA", type=positive_int, default=512)
-    num_layers: int = flag("of the random LLaMA", type=positive_int, default=8)
-    vocab_size: int = flag("of the random LLaMA", type=positive_int, default=8192)
+    hidden_size: int = flag("of the random LLaMA", 512)
+    num_layers: int = flag("of the random LLaMA", 8)
+    vocab_size: int = flag("of the random LLaMA", 8192)
     dataset_name: str | None = flag(
         "instructions; prompts of at most 1,000 words from the package evals if left out"
     )
-    num_examples: int = flag("in a logical batch", type=positive_int, default=96)
-    max_seq_len: int = flag("tokens", type=positive_int, default=1024)
-    perdevice_bs: int = flag("times max_seq_len: padded tokens", type=positive_int, default=4)
-    dtype: str = flag("base", choices=("float32", "bfloat16"), default="float32")
-    lora_r: int = flag("rank", type=positive_int, default=8)
-    target_modules: list[str] = flag("or all-linear", nargs="+", default=ATTENTION)
+    num_examples: int = flag("in a logical batch", 96)
+    max_seq_len: int = flag("tokens", 1024)
+    perdevice_bs: int = flag("times max_seq_len: padded tokens", 4)
+    dtype: str = flag("base", "float32", choices=("float32", "bfloat16"))
+    lora_r: int = flag("rank", 8)
+    target_modules: list[str] = flag("or all-linear", ATTENTION, nargs="+")
 
 
 def read_settings(docstring: str, engines: tuple[str, ...], argv: list[str] | None) -> Settings:
