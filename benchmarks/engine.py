@@ -18,8 +18,7 @@ MODULES = {"published-loop": "published_loop", "opacus-hooks": "opacus", "opacus
 
 def main(argv: list[str]) -> None:
     """Run the job and print what it took."""
-    settings = json.loads(argv[0])
-    job = Job(**(settings | {"targets": tuple(settings["targets"])}))
+    job = Job(**json.loads(argv[0]))
     name = "ours" if job.engine in OURS else MODULES.get(job.engine, job.engine)
     module = importlib.import_module(f"benchmarks.engines.{name}")
     libraries = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss

@@ -8,60 +8,45 @@ process beyond its interpreter and libraries, model included; on a GPU, what tor
 most. Engines take turns, each time in a new process. `--engines` adds the peers.
 """
 
-import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.jobs import OURS, make_job, measure, summary
-from benchmarks.workload import (
-    ATTENTION,
-    add_workload_arguments,
-    prepare,
-    set_up,
-)
+from benchmarks import workload
+from benchmarks.figures import aligned
+from benchmarks.jobs import OURS
 from utils.cli import EXIT_OK, run_cli, say
-from utils.command_line.parser import make_parser
-from utils.files import write_json
 
-ADAPTERS = {"r 8, attention": (8, ATTENTION), "r 64, all linear": (64, ["all-linear"])}
+ADAPTERS = {"r 8, attention": (8, workload.ATTENTION), "r 64, all linear": (64, ["all-linear"])}
 SHORT_EXAMPLES, SHORT_CHARACTERS = 100, 60
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the benchmark."""
-    parser = make_parser(__doc__)
-    add_workload_arguments(parser, OURS)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    python, texts = set_up(args)
+    settings = workload.read_settings(__doc__, OURS, argv)
+    texts = workload.instructions(settings.dataset_name)
     batches = {
-        "all lengths": texts[: args.num_examples],
+        "all lengths": texts[: settings.num_examples],
         f"{SHORT_EXAMPLES} short": [text[:SHORT_CHARACTERS] for text in texts[:SHORT_EXAMPLES]],
     }
-    rows = []
-    print(f"{'case':<32}{'engine':<16}{'peak MiB':>10}{'over ours-nondp':>17}")
+    rows, table = [], [["case", "engine", "peak MiB", "over ours-nondp"]]
     for length, batch in batches.items():
-        args.num_examples = len(batch)
+        settings = replace(settings, num_examples=len(batch))
         with tempfile.TemporaryDirectory() as folder:
-            prepare(args, Path(folder), batch)
-            for adapter, (args.lora_r, args.target_modules) in ADAPTERS.items():
+            workload.prepare(settings, Path(folder), batch)
+            for adapter, (rank, modules) in ADAPTERS.items():
                 case = f"{adapter}; {length}"
                 say(case)
-                jobs = [make_job(engine, folder, args) for engine in args.engines]
-                results = measure(python, jobs, args.rounds)
-                lengths = jobs[0].lengths()
-                found = {name: summary(name, lengths, results[name]) for name in args.engines}
+                adapted = replace(settings, lora_r=rank, target_modules=modules)
+                found = workload.measure(workload.make_jobs(adapted, folder), settings.rounds)
                 plain = found.get("ours-nondp", {}).get("peak_memory_mib")
                 for name, row in found.items():
                     peak = row["peak_memory_mib"]
                     ratio = f"{peak / plain:.3f}" if plain else ""
-                    print(f"{case:<32}{name:<16}{peak:>10,.0f}{ratio:>17}", flush=True)
+                    table.append([case, name, f"{peak:,.0f}", ratio])
                     rows.append(row | {"case": case})
-    if args.json:
-        write_json(args.json, rows)
+                    say("  ".join(table[-1]))
+    print(aligned(table))
+    settings.write(rows)
     return EXIT_OK
 
 

@@ -7,7 +7,9 @@ noise: the rest is counted from shapes, published peaks, and an assumed utilisat
 """
 
 from dataclasses import dataclass
+from itertools import product
 
+from benchmarks.figures import markdown
 from utils.cli import run_cli
 from utils.command_line.parser import make_parser
 
@@ -116,21 +118,19 @@ def seconds_per_step(shape: Shape, gpus: int, *, sharded: bool) -> float:
 
 
 def tables() -> str:
-    """Both tables, in Markdown."""
-    lines = [
-        "| model | GPUs | whole, GB | sharded, GB | 4-bit, GB | whole, s/step | sharded, s/step |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for shape in SHAPES:
-        for gpus in GPUS:
-            needed = {base: memory(shape, gpus, base) for base in ("whole", "sharded", "4-bit")}
-            fits = {base: amount <= GPU_BYTES for base, amount in needed.items()}
-            cells = [f"{needed[b] / 1e9:.1f}" if fits[b] else "does not fit" for b in needed]
-            for base, sharded in (("whole", False), ("sharded", True)):
-                seconds = seconds_per_step(shape, gpus, sharded=sharded)
-                cells.append(f"{seconds:.0f}" if fits[base] else "")
-            lines.append(f"| {shape.name} | {gpus} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Both tables in one, in Markdown."""
+    headings = ["model", "GPUs", "whole, GB", "sharded, GB", "4-bit, GB", "whole, s/step",
+                "sharded, s/step"]  # fmt: skip
+    rows = []
+    for shape, gpus in product(SHAPES, GPUS):
+        needed = {base: memory(shape, gpus, base) for base in ("whole", "sharded", "4-bit")}
+        fits = {base: amount <= GPU_BYTES for base, amount in needed.items()}
+        cells = [f"{needed[b] / 1e9:.1f}" if fits[b] else "does not fit" for b in needed]
+        for base in ("whole", "sharded"):
+            seconds = seconds_per_step(shape, gpus, sharded=base == "sharded")
+            cells.append(f"{seconds:.0f}" if fits[base] else "")
+        rows.append([shape.name, str(gpus), *cells])
+    return markdown(headings, rows)
 
 
 def main(argv: list[str] | None = None) -> None:

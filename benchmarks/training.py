@@ -10,63 +10,51 @@ the same command measures it. `--engines ours-nondp ours-dp --rounds 9` asks for
 privacy alone.
 """
 
-import argparse
 import statistics
 import tempfile
-import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.jobs import OURS, PEERS, Job, make_job, measure, summary
-from benchmarks.workload import (
-    add_workload_arguments,
-    padded_tokens,
-    prepare,
-    set_up,
-)
+from benchmarks import workload
+from benchmarks.figures import aligned
+from benchmarks.jobs import OURS, PEERS, Job
+from benchmarks.measuring import device, seconds_of
 from utils.cli import EXIT_OK, run_cli
-from utils.command_line.parser import make_parser
-from utils.files import write_json
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 
 PLANNED_EXAMPLES = 4096
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the benchmark."""
-    parser = make_parser(__doc__)
-    add_workload_arguments(parser, PEERS + OURS)
-    return parser
+MATMUL_TRIES = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    python, texts = set_up(args)
+    settings = workload.read_settings(__doc__, PEERS + OURS, argv)
+    texts = workload.instructions(settings.dataset_name)
     with tempfile.TemporaryDirectory() as folder:
-        prepare(args, Path(folder), texts)
-        jobs = [make_job(engine, folder, args) for engine in args.engines]
+        workload.prepare(settings, Path(folder), texts)
+        jobs = workload.make_jobs(settings, folder)
         lengths = jobs[0].lengths()
         many = token_counts(jobs[0], texts[:PLANNED_EXAMPLES])
-        results = measure(python, jobs, args.rounds)
-        flops = step_flops(jobs[0])
-        peak = matmul_peak(jobs[0])
-    engines = {engine: summary(engine, lengths, results[engine]) for engine in args.engines}
-    print_table(engines, lengths, flops, peak)
-    print_planning(many, args)
-    if args.json:
-        setting = {
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-            "real_tokens": int(lengths.sum()),
-            "flops_of_a_step": flops,
-            "matmul_peak_flops_per_second": peak,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        }
-        write_json(args.json, [row | {"setting": setting} for row in engines.values()])
+        engines = workload.measure(jobs, settings.rounds)
+        flops, peak = step_flops(jobs[0]), matmul_peak(jobs[0])
+    real = int(lengths.sum())
+    print(f"{len(lengths)} instructions, {real:,} real tokens a logical step, "
+          f"{flops / 1e9:,.0f} GFLOP; matmul peak {peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
+    print(table(engines, real, flops / peak))
+    print_planning(many, settings.perdevice_bs * settings.max_seq_len)
+    setting = {
+        "arguments": settings.on_record(),
+        "real_tokens": real,
+        "flops_of_a_step": flops,
+        "matmul_peak_flops_per_second": peak,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    settings.write([row | {"setting": setting} for row in engines.values()])
     return EXIT_OK
 
 
@@ -102,49 +90,45 @@ def linear_layers(job: Job) -> dict[str, tuple[int, int]]:
     }
 
 
-def matmul_peak(job: Job, repeats: int = 5) -> float:
+def matmul_peak(job: Job) -> float:
     """FLOP/s of the model's own matrix products on a full microbatch, the best of some tries."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, job.dtype)
     rows = job.perdevice_bs * job.max_seq_len
+    options = {"dtype": getattr(torch, job.dtype), "device": device()}
     flops, seconds = 0, 0.0
     for (d_out, d_in), count in Counter(linear_layers(job).values()).items():
-        x = torch.randn(rows, d_in, dtype=dtype, device=device)
-        weight = torch.randn(d_out, d_in, dtype=dtype, device=device)
-        tries = []
-        for _ in range(1 + repeats):
-            began = time.perf_counter()
-            x @ weight.t()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            tries.append(time.perf_counter() - began)
+        x, weight = torch.randn(rows, d_in, **options), torch.randn(d_out, d_in, **options)
+        product = partial(torch.matmul, x, weight.t())
+        _, *tries = [seconds_of(product) for _ in range(1 + MATMUL_TRIES)]
         flops += count * 2 * rows * d_out * d_in
-        seconds += count * min(tries[1:])
+        seconds += count * min(tries)
     return flops / seconds
 
 
-def print_table(engines: dict[str, dict], lengths: np.ndarray, flops: int, peak: float) -> None:
-    """The figures, and the ratios that they are measured for."""
-    real = int(lengths.sum())
-    print(f"{len(lengths)} instructions, {real:,} real tokens a logical step, "
-          f"{flops / 1e9:,.0f} GFLOP; matmul peak {peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
-    print(f"{'engine':<16}{'tokens/s':>10}{'from - to':>16}{'processed/real':>16}"
-          f"{'peak MiB':>10}{'of matmul peak':>16}")  # fmt: skip
+def table(engines: dict[str, dict], real: int, least: float) -> str:
+    """The figures, and the ratios that they are measured for.
+
+    Args:
+        real: real tokens of a logical step.
+        least: seconds that the step would take at the matmul peak.
+    """
+    rows = [["engine", "tokens/s", "from - to", "processed/real", "peak MiB", "of matmul peak"]]
     for name, row in engines.items():
         slowest, fastest = real / max(row["seconds"]), real / min(row["seconds"])
-        share = flops / statistics.median(row["seconds"]) / peak
-        print(f"{name:<16}{row['real_tokens_per_second']:>10,.0f}"
-              f"{f'{slowest:,.0f} - {fastest:,.0f}':>16}{row['processed_over_real']:>16.3f}"
-              f"{row['peak_memory_mib']:>10,.0f}{share:>16.2f}")  # fmt: skip
-    if "ours-dp" not in engines:
-        return
-    ours = engines["ours-dp"]["real_tokens_per_second"]
-    for name in ("published-loop", "ours-nondp"):
-        if name in engines:
-            print(f"ours-dp over {name}: {ours / engines[name]['real_tokens_per_second']:.2f}")
-    others = [engines[n]["real_tokens_per_second"] for n in PEERS[1:] if n in engines]
-    if others:
-        print(f"ours-dp over the best other peer: {ours / max(others):.2f}")
+        rows.append([
+            name, f"{row['real_tokens_per_second']:,.0f}", f"{slowest:,.0f} - {fastest:,.0f}",
+            f"{row['processed_over_real']:.3f}", f"{row['peak_memory_mib']:,.0f}",
+            f"{least / statistics.median(row['seconds']):.2f}",
+        ])  # fmt: skip
+    lines = [aligned(rows)]
+    speeds = {name: row["real_tokens_per_second"] for name, row in engines.items()}
+    if "ours-dp" in speeds:
+        ours = speeds["ours-dp"]
+        for name in ("published-loop", "ours-nondp"):
+            if name in speeds:
+                lines.append(f"ours-dp over {name}: {ours / speeds[name]:.2f}")
+        if others := [speeds[name] for name in PEERS[1:] if name in speeds]:
+            lines.append(f"ours-dp over the best other peer: {ours / max(others):.2f}")
+    return "\n".join(lines)
 
 
 def token_counts(job: Job, texts: list[str]) -> np.ndarray:
@@ -154,11 +138,10 @@ def token_counts(job: Job, texts: list[str]) -> np.ndarray:
     return np.array([len(ids) for ids, _ in examples])
 
 
-def print_planning(lengths: np.ndarray, args: argparse.Namespace) -> None:
+def print_planning(lengths: np.ndarray, token_budget: int) -> None:
     """What padding is left in a logical batch of these lengths, and how long cutting it takes."""
-    began = time.perf_counter()
-    padded = padded_tokens(lengths, args.perdevice_bs * args.max_seq_len)
-    seconds = time.perf_counter() - began
+    padded = workload.padded_tokens(lengths, token_budget)
+    seconds = seconds_of(lambda: workload.padded_tokens(lengths, token_budget))
     print(f"a logical batch of {len(lengths):,}: processed/real {padded / lengths.sum():.3f}, "
           f"cut in {1000 * seconds:.0f} ms")  # fmt: skip
 

@@ -1,22 +1,24 @@
-"""The model and the instructions that engines are measured on."""
+"""The model and the instructions that engines are measured on, and how they are measured."""
 
-import argparse
 import json
+import statistics
 import sys
 import zipfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks import figures
 from benchmarks.environments import python_with
-from benchmarks.jobs import OURS, PEERS
+from benchmarks.figures import flag, read_flags
+from benchmarks.jobs import OURS, PEERS, Job
+from benchmarks.measuring import by_turns, output_of
 from data import prepare_quickstart
+from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.cli import UsageError
-from utils.command_line.parser import positive_int
 from utils.runs.batching import cut_microbatches
 from utils.texts.data_sets import load_splits
 from utils.texts.prompts import UNCONDITIONAL, training_ids
@@ -26,53 +28,38 @@ MOST_WORDS = 1000
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def add_workload_arguments(parser: argparse.ArgumentParser, engines: tuple[str, ...]) -> None:
-    """Flags of every benchmark of training."""
-    parser.add_argument(
-        "--engines", nargs="+", choices=PEERS + OURS, default=list(engines), help="who is measured"
+@dataclass(frozen=True, kw_only=True)
+class Settings(figures.Settings):
+    """The flags of the benchmarks of training."""
+
+    engines: list[str] = flag("who is measured", nargs="+", choices=PEERS + OURS)
+    rounds: int = flag("processes of each engine", 3)
+    steps: int = flag("timed steps a process", 1)
+    quick: bool = flag("small: within five minutes", False)
+    model_name: str | None = flag("base model; a random LLaMA if left out", metavar="FOLDER")
+    hidden_size: int = flag("of the random LLaMA", 512)
+    num_layers: int = flag("of the random LLaMA", 8)
+    vocab_size: int = flag("of the random LLaMA", 8192)
+    dataset_name: str | None = flag(
+        "instructions; prompts of at most 1,000 words from the package evals if left out"
     )
-    parser.add_argument("--rounds", type=positive_int, default=3, help="processes of each engine")
-    parser.add_argument("--steps", type=positive_int, default=1, help="timed steps a process")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write this")
-    parser.add_argument("--quick", action="store_true", help="small: within five minutes")
-    group = parser.add_argument_group("model and data")
-    group.add_argument(
-        "--model_name",
-        default=None,
-        metavar="FOLDER",
-        help="base model; a random LLaMA if left out",
-    )
-    group.add_argument("--hidden_size", type=positive_int, default=512, help="of the random LLaMA")
-    group.add_argument("--num_layers", type=positive_int, default=8, help="of the random LLaMA")
-    group.add_argument("--vocab_size", type=positive_int, default=8192, help="of the random LLaMA")
-    group.add_argument(
-        "--dataset_name",
-        default=None,
-        help="instructions; prompts of at most 1,000 words from the package evals if left out",
-    )
-    group.add_argument("--num_examples", type=positive_int, default=96, help="in a logical batch")
-    group.add_argument("--max_seq_len", type=positive_int, default=1024, help="tokens")
-    group.add_argument(
-        "--perdevice_bs", type=positive_int, default=4, help="times max_seq_len: padded tokens"
-    )
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="base")
-    group.add_argument("--lora_r", type=positive_int, default=8, help="rank")
-    group.add_argument("--target_modules", nargs="+", default=ATTENTION, help="or all-linear")
+    num_examples: int = flag("in a logical batch", 96)
+    max_seq_len: int = flag("tokens", 1024)
+    perdevice_bs: int = flag("times max_seq_len: padded tokens", 4)
+    dtype: str = flag("base", "float32", choices=("float32", "bfloat16"))
+    lora_r: int = flag("rank", 8)
+    target_modules: list[str] = flag("or all-linear", ATTENTION, nargs="+")
 
 
-def set_up(args: argparse.Namespace) -> tuple[dict[str, Path], list[str]]:
-    """Apply --quick; the Python of each engine, and the instructions.
-
-    The peers' environment is made where one of them is asked for.
-    """
-    if args.quick:
-        args.hidden_size, args.num_layers, args.vocab_size = 256, 4, 4096
-        args.num_examples, args.max_seq_len, args.rounds = 32, 512, 2
-    python = {
-        engine: Path(sys.executable) if engine in OURS else python_with(REQUIREMENTS)
-        for engine in args.engines
-    }
-    return python, instructions(args.dataset_name)
+def read_settings(docstring: str, engines: tuple[str, ...], argv: list[str] | None) -> Settings:
+    """The flags, with those in their place that --quick decides."""
+    settings = read_flags(Settings, docstring, argv, engines=list(engines))
+    if not settings.quick:
+        return settings
+    return replace(
+        settings, hidden_size=256, num_layers=4, vocab_size=4096, num_examples=32, max_seq_len=512,
+        rounds=2,
+    )  # fmt: skip
 
 
 def instructions(dataset_name: str | None) -> list[str]:
@@ -87,63 +74,78 @@ def instructions(dataset_name: str | None) -> list[str]:
     return [row["instruction"] for row in rows]
 
 
-def prepare(args: argparse.Namespace, folder: Path, texts: list[str]) -> None:
+def prepare(settings: Settings, folder: Path, texts: list[str]) -> None:
     """Write the model, the logical batch's texts and their tokens into `folder`."""
     disable_progress_bar()
-    if args.model_name:
-        (folder / "model").symlink_to(Path(args.model_name).resolve(), target_is_directory=True)
+    if settings.model_name:
+        base = Path(settings.model_name).resolve()
+        (folder / "model").symlink_to(base, target_is_directory=True)
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     else:
-        tokenizer = _trained_tokenizer(texts, args.vocab_size)
+        tokenizer = byte_tokenizer().train_new_from_iterator(
+            texts, settings.vocab_size, show_progress=False
+        )
         tokenizer.save_pretrained(folder / "model")
-        _random_llama(args).save_pretrained(folder / "model")
-    batch = texts[: args.num_examples]
-    if len(batch) < args.num_examples:
-        raise UsageError(f"--num_examples {args.num_examples}: there are {len(batch)} instructions")
+        _save_random_llama(settings, folder / "model")
+    batch, count = texts[: settings.num_examples], settings.num_examples
+    if len(batch) < count:
+        raise UsageError(f"--num_examples {count}: there are {len(batch)} instructions")
     rows = "".join(json.dumps({"instruction": text}) + "\n" for text in batch)
     (folder / "instructions.jsonl").write_text(rows, encoding="utf-8")
-    examples = training_ids(tokenizer, UNCONDITIONAL, batch, max_seq_len=args.max_seq_len)
+    examples = training_ids(tokenizer, UNCONDITIONAL, batch, max_seq_len=settings.max_seq_len)
     ids = [np.asarray(ids, dtype=np.int64) for ids, _ in examples]
     lengths = np.array([len(example) for example in ids])
     np.savez(folder / "tokens.npz", ids=np.concatenate(ids), lengths=lengths)
+
+
+def _save_random_llama(settings: Settings, folder: Path) -> None:
+    """Widths in the proportions of LLaMA 7B: heads of 64, an inner layer of 8/3 of the hidden."""
+    width, heads = settings.hidden_size, max(1, settings.hidden_size // 64)
+    tiny_llama(
+        vocab_size=settings.vocab_size, hidden_size=width,
+        intermediate_size=-(-8 * width // 3 // 64) * 64, num_hidden_layers=settings.num_layers,
+        num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=settings.max_seq_len,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def make_jobs(settings: Settings, folder: str) -> list[Job]:
+    """Each engine's task, on what `prepare` wrote to `folder`."""
+    return [
+        Job(
+            engine, folder, settings.num_examples, settings.max_seq_len, settings.perdevice_bs,
+            settings.lora_r, settings.target_modules, settings.dtype, settings.steps,
+        )
+        for engine in settings.engines
+    ]  # fmt: skip
+
+
+def run(job: Job) -> dict:
+    """What one process measures: `seconds` a step, `processed_tokens`, `peak_memory_mib`."""
+    python = sys.executable if job.engine in OURS else str(python_with(REQUIREMENTS))
+    command = [python, "-m", "benchmarks.engine", json.dumps(asdict(job))]
+    return json.loads(output_of(command, job.engine).splitlines()[-1])
+
+
+def measure(jobs: list[Job], rounds: int) -> dict[str, dict]:
+    """Run every job once a round; for each engine medians over all timed steps, and those."""
+    tasks = {job.engine: job for job in jobs}
+    results = by_turns(tasks, lambda engine: run(tasks[engine]), rounds)
+    real = int(jobs[0].lengths().sum())
+    summaries = {}
+    for engine, runs in results.items():
+        seconds = [value for result in runs for value in result["seconds"]]
+        summaries[engine] = {
+            "engine": engine,
+            "real_tokens_per_second": real / statistics.median(seconds),
+            "processed_over_real": runs[0]["processed_tokens"] / real,
+            "peak_memory_mib": statistics.median(result["peak_memory_mib"] for result in runs),
+            "seconds": seconds,
+        }
+    return summaries
 
 
 def padded_tokens(lengths: np.ndarray, token_budget: int) -> int:
     """Tokens that a logical batch of these lengths is processed as, the padding included."""
     (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, token_budget)
     return sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
-
-
-def _trained_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE fitted to the texts."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), special))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def _random_llama(args: argparse.Namespace) -> LlamaForCausalLM:
-    """Widths in the proportions of LLaMA 7B: heads of 64, an inner layer of 8/3 of the hidden."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=args.vocab_size,
-            hidden_size=args.hidden_size,
-            intermediate_size=-(-8 * args.hidden_size // 3 // 64) * 64,
-            num_hidden_layers=args.num_layers,
-            num_attention_heads=max(1, args.hidden_size // 64),
-            max_position_embeddings=args.max_seq_len,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )

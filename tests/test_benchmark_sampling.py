@@ -5,16 +5,19 @@ import json
 import pytest
 
 from benchmarks import sampling
+from benchmarks.figures import read_flags
+from utils.cli import UsageError
 
 
 def test_quick_measures_every_engine(tmp_path, capsys, monkeypatch):
     real = sampling.run
 
-    def run(python, arguments, engine):
+    def run(arguments, engine):
         """In a process of its own for one engine, which is enough to see that it works."""
         if engine == "continuous":
-            return real(python, arguments, engine)
-        return sampling.measure(sampling.build_parser().parse_args(arguments))
+            return real(arguments, engine)
+        settings = read_flags(sampling.Settings, "", arguments)
+        return sampling.measure(settings, engine)
 
     monkeypatch.setattr(sampling, "run", run)
     sampling.main(["--quick", "--json", str(tmp_path / "figures.json")])
@@ -43,5 +46,5 @@ def test_medians_spreads_and_ratios():
 
 
 def test_a_failure_is_told_in_a_line(tmp_path):
-    with pytest.raises(sampling.UsageError, match="one at a time failed: .*no model at"):
+    with pytest.raises(UsageError, match="one at a time failed: .*no model at"):
         sampling.main(["--model_name", str(tmp_path / "nothing"), "--repeats", "1"])

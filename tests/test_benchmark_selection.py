@@ -1,16 +1,22 @@
 """The benchmark of selection: its parts, its skew, and that it sees selection work."""
 
-import argparse
 import json
 
 import numpy as np
 import pytest
 
 from benchmarks import selection
+from benchmarks.figures import read_flags
 from tests.resampling import save_tiny_encoder, unit_vectors
 from utils.cli import UsageError
 
 WORDS = ["red", "green blue", "seven eleven", "north", "a long walk by the sea", "zzz"]
+
+
+def settings_of(work_dir, *flags):
+    """Settings of trials, whose texts are given to them."""
+    flags = ["--texts=none", f"--work_dir={work_dir}", *flags]
+    return read_flags(selection.Settings, "", flags)
 
 
 @pytest.fixture
@@ -44,10 +50,9 @@ def test_it_prints_a_table_and_writes_every_trial(texts, tmp_path, capsys):
 
 def test_a_skewed_pool_is_further_away_and_selection_brings_it_back(tmp_path):
     vectors = unit_vectors(6000, seed=1, groups=30)
-    args = argparse.Namespace(
-        num_private=6000, histogram_sigma=10.0, num_bins=30, skew=2.0, work_dir=tmp_path
-    )
-    scores = selection.trial([f"text {i}" for i in range(6000)], vectors, 0, args)["scores"]
+    flags = ["--num_private=6000", "--histogram_sigma=10", "--num_bins=30", "--skew=2"]
+    settings = settings_of(tmp_path, *flags)
+    scores = selection.trial([f"text {i}" for i in range(6000)], vectors, 0, settings)["scores"]
     for rule in ("histogram", "histogram_conditional"):
         closed = [
             (scores["pool"][score] - scores[rule][score])
@@ -58,10 +63,12 @@ def test_a_skewed_pool_is_further_away_and_selection_brings_it_back(tmp_path):
         assert np.mean(closed) > 0.3, (rule, scores)
 
 
-def test_the_parts_share_no_text_and_the_private_rows_are_as_many_as_asked_for(monkeypatch):
+def test_the_parts_share_no_text_and_the_private_rows_are_as_many_as_asked_for(
+    monkeypatch, tmp_path
+):
     seen = {}
 
-    def spy(texts, vectors, pool, private, rule, size, seed, args):
+    def spy(texts, vectors, pool, private, rule, size, seed, settings):
         seen[rule] = (pool, private)
         return pool[:size]
 
@@ -69,8 +76,8 @@ def test_the_parts_share_no_text_and_the_private_rows_are_as_many_as_asked_for(m
     compared = []
     monkeypatch.setattr(selection, "mauve", lambda one, other, seed: compared.append((one, other)))
     vectors = unit_vectors(500, seed=1)
-    args = argparse.Namespace(num_private=1000, skew=1.0)
-    found = selection.trial(["x"] * 500, vectors, 3, args)
+    settings = settings_of(tmp_path, "--num_private=1000", "--skew=1")
+    found = selection.trial(["x"] * 500, vectors, 3, settings)
     pool, private = seen["histogram"]
     assert len(private) == 1000
     assert len(set(private)) <= 200

@@ -1,7 +1,12 @@
 """The utility study from end to end on a tiny model: what it compares, and that it goes on."""
 
+import ast
 import importlib
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +14,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from benchmarks import utility
+from benchmarks.utility import side_by_side
 from privacy_checks.observed_run import signal_handlers_restored
 from tests.resampling import save_tiny_encoder
 from utils.cli import UsageError
@@ -19,7 +25,7 @@ TEXTS = [f"{a}{b} {c}" for a in "abcdef" for b in "abcdef" for c in "abcd"]
 
 
 def in_this_process(study, name, *command):
-    """`Study._run` without a process for every command."""
+    """`Study.run` without a process for every command."""
     finished = study.folder / "times" / f"{name.replace(' ', '-')}.json"
     if finished.exists():
         return
@@ -48,9 +54,9 @@ def study(tiny_model_dir, tmp_path_factory):
         "--num_samples=60", "--num_selected=8", "--num_bins=3", "--tuning_bs=4",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utility.Study, "_run", in_this_process)
+        patch.setattr(utility.Study, "run", in_this_process)
         # Signal handlers belong to the main thread.
-        patch.setattr(utility.Study, "side_by_side", lambda _, stage, items: [*map(stage, items)])
+        patch.setattr(utility, "side_by_side", lambda _, step, items: [*map(step, items)])
         utility.main(flags)
         yield flags, json.loads((folder / "found.json").read_text())
 
@@ -114,3 +120,28 @@ def test_too_small_a_pool_is_refused(tmp_path, tiny_model_dir):
     flags = [f"--instructions={tmp_path / 'texts.json'}", f"--work_dir={tmp_path / 'work'}"]
     with pytest.raises(UsageError, match="50 distinct instructions fit .* too few"):
         utility.main([*flags, f"--model_name={tiny_model_dir}", "--num_test=30"])
+
+
+def test_commands_side_by_side_share_the_cores(tmp_path):
+    cores = os.sched_getaffinity(0)
+
+    def step(name):
+        script = "import os, sys; open(sys.argv[1], 'w').write(str(os.sched_getaffinity(0)))"
+        subprocess.run([sys.executable, "-c", script, tmp_path / name], check=True)
+
+    side_by_side(len(cores), step, [str(number) for number in range(3 * len(cores))])
+    assert {len(ast.literal_eval(path.read_text())) for path in tmp_path.iterdir()} == {1}
+    assert os.sched_getaffinity(0) == cores
+
+
+def test_a_failure_keeps_what_waits_from_starting():
+    begun = []
+
+    def step(item):
+        begun.append(item)
+        time.sleep(0.2)
+        raise UsageError(f"{item} failed")
+
+    with pytest.raises(UsageError, match="0 failed"):
+        side_by_side(1, step, range(9))
+    assert len(begun) < 4

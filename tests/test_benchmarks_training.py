@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import memory, training
+from benchmarks import memory, training, workload
 from benchmarks.engines.published_loop import _keep_input
 from benchmarks.jobs import OURS, PEERS, Job
 from privacy_checks.tiny_model import save_tiny_model
@@ -32,7 +32,7 @@ def job(tmp_path):
     """A job on the tiny model with two examples of 5 and 9 tokens."""
     save_tiny_model(tmp_path / "model")
     np.savez(tmp_path / "tokens.npz", ids=np.arange(3, 17), lengths=np.array([5, 9]))
-    return Job("ours-dp", str(tmp_path), 2, 16, 1, 8, ("q_proj", "o_proj"), "float32", 1)
+    return Job("ours-dp", str(tmp_path), 2, 16, 1, 8, ["q_proj", "o_proj"], "float32", 1)
 
 
 def test_our_engines_are_measured_and_written(texts, tmp_path, capsys):
@@ -70,10 +70,7 @@ def test_memory_of_both_is_compared_in_every_case(texts, monkeypatch, capsys):
     found = {"seconds": [1.0], "processed_tokens": 1, "peak_memory_mib": 100.0}
     peaks = {"ours-nondp": 100.0, "ours-dp": 125.0}
 
-    def measure(_python, jobs, _rounds):
-        return {job.engine: [found | {"peak_memory_mib": peaks[job.engine]}] for job in jobs}
-
-    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(workload, "run", lambda job: found | {"peak_memory_mib": peaks[job.engine]})
     assert memory.main(["--quick", "--dataset_name", texts]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 4 * 2

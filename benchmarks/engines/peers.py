@@ -5,7 +5,6 @@ Every one of them computes a logical batch as its own documentation has it: in m
 model's own logits.
 """
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -15,14 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from benchmarks.jobs import Job
+from benchmarks.measuring import device, seconds_of
 from utils.models.memory import PeakMemory
 
 NOISE_MULTIPLIER, CLIP_NORM, LEARNING_RATE = 1.0, 1.0, 1e-4
-
-
-def device() -> torch.device:
-    """The GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def adapted_model(job: Job) -> PeftModel:
@@ -36,10 +31,10 @@ def adapted_model(job: Job) -> PeftModel:
     return get_peft_model(base, config).to(device()).train()
 
 
-def microbatches(job: Job, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+def microbatches(job: Job) -> list[dict[str, torch.Tensor]]:
     """The logical batch in random order: `input_ids` and `attention_mask`, [examples, tokens]."""
     examples = job.examples()
-    order = np.random.default_rng(seed).permutation(len(examples))
+    order = np.random.default_rng(0).permutation(len(examples))
     batches = []
     for start in range(0, len(order), job.perdevice_bs):
         part = [torch.tensor(examples[i]) for i in order[start : start + job.perdevice_bs]]
@@ -61,18 +56,8 @@ def example_losses(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torc
 
 def measured(job: Job, batches: list[dict], step: Callable[[list[dict]], None]) -> dict:
     """Time `step` on the logical batch, after a small one that warms up, and its peak of memory."""
-    seconds = []
     with PeakMemory(device()) as memory:
         step(batches[:2])
-        for _ in range(job.steps):
-            began = time.perf_counter()
-            step(batches)
-            if device().type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
+        seconds = [seconds_of(lambda: step(batches)) for _ in range(job.steps)]
     processed = sum(batch["input_ids"].numel() for batch in batches)
-    return {
-        "seconds": seconds,
-        "processed_tokens": processed,
-        "peak_memory": memory.peak,
-    }
+    return {"seconds": seconds, "processed_tokens": processed, "peak_memory": memory.peak}
