@@ -19,17 +19,18 @@ say "1/8  base model and private data"
 python data/prepare_quickstart.py
 
 base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 16"
-private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lr 2e-3 --resume auto"
+private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lora_dropout 0 --lr 2e-3
+    --resume auto"
 
 say "2/8  Type A: learn to write instructions, with differential privacy"
-bash -c "$(python generate_train_command.py --dataset_name quickstart_instructions \
+python generate_train_command.py --run --dataset_name quickstart_instructions \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base $private \
-    --total_bs 128 --num_epochs 0.25 --max_eval_examples 128 --reserve_histogram_sigma 10)"
+    --total_bs 128 --num_epochs 0.25 --max_eval_examples 128 --reserve_histogram_sigma 10
 
 say "3/8  Type B: sample synthetic instructions"
-bash -c "$(python generate_inference_command.py --instruction_file utils/syn_instruct.txt \
+python generate_inference_command.py --run --instruction_file utils/syn_instruct.txt \
     --num_samples 96 --adapter_path outputs/quickstart_instructions/adapter \
-    --job_sess quickstart_instructions --prompt_style uncond_generation $base --top_p 0.95)"
+    --job_sess quickstart_instructions --prompt_style uncond_generation $base --top_p 0.95
 
 say "4/8  resample: select by a DP histogram of the private data"
 [ -d resampling/quickstart/synthetic ] || python -m resample_with_dp_histogram.extract \
@@ -48,14 +49,14 @@ python -m resample_with_dp_histogram.embed --private --model data/quickstart_emb
     --output resampling/quickstart/selected --num_bins 6 --num_samples 12
 
 say "5/8  Type C: learn to answer, with differential privacy"
-bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart \
+python generate_train_command.py --run --dataset_name labelled_quickstart \
     --job_sess quickstart_answers --prompt_style vicuna $base $private \
-    --total_bs 64 --num_epochs 0.075 --max_eval_examples 64)"
+    --total_bs 64 --num_epochs 0.075 --max_eval_examples 64
 
 say "6/8  Type D: answer held-out questions"
-bash -c "$(python generate_inference_command.py --instruction_file data/quickstart_questions.txt \
+python generate_inference_command.py --run --instruction_file data/quickstart_questions.txt \
     --adapter_path outputs/quickstart_answers/adapter \
-    --job_sess quickstart_answers --prompt_style vicuna $base --top_p 0.95)"
+    --job_sess quickstart_answers --prompt_style vicuna $base --top_p 0.95
 
 if [ "$*" = --annotate ]; then
     say "more  annotate the synthetic instructions with the local model, and Type C on the answers"
@@ -73,9 +74,9 @@ if [ "$*" = --annotate ]; then
     [ -d data/labelled_quickstart_synthetic ] ||
         python -m query_gpt35_for_annotation.build_dataset --answers annotations/quickstart \
             --output data/labelled_quickstart_synthetic
-    bash -c "$(python generate_train_command.py --dataset_name labelled_quickstart_synthetic \
+    python generate_train_command.py --run --dataset_name labelled_quickstart_synthetic \
         --job_sess quickstart_synthetic_answers --prompt_style vicuna $base --max_seq_len 384 \
-        --eps -1 --total_bs 2 --num_epochs 1 --resume auto)"
+        --eps -1 --total_bs 2 --num_epochs 1 --resume auto
 fi
 
 say "7/8  evaluate: how good, how close, what leaked"

@@ -1,14 +1,19 @@
-"""Every command of the README, run in the order in which it stands there.
+"""The README and the pages of docs/: every command, every name of a file, every figure of epsilon.
 
-A folder stands in for a fresh clone: the same scripts, and small data sets and a random two-layer
-model under the names that the commands use. Sizes that fit only the real ones are changed.
+The commands of the README and of docs/reference.md run in the order in which they stand there. A
+folder stands in for a fresh clone: the same scripts, and small data sets and a random two-layer
+model under the names that the commands use. Sizes that fit only the real ones are changed. The
+commands of other pages are parsed.
 """
 
+import argparse
 import importlib
+import importlib.util
 import os
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import pytest
@@ -18,9 +23,12 @@ from privacy_checks.observed_run import signal_handlers_restored
 from tests.annotation_server import Server, judge
 from tests.resampling import save_tiny_encoder
 from tests.training import ROOT
+from utils.privacy.accounting import SampledGaussian, compute_epsilon
 from utils.texts.prompts import write_instruction_file
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+GENERATORS = ("generate_train_command.py", "generate_inference_command.py")
 # This suite; what has tests of its own that take minutes; what only a shell does.
 ELSEWHERE = {
     "./run_tests.sh", "./quickstart.sh", "python data/prepare_quickstart.py",
@@ -49,11 +57,35 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def commands() -> list[str]:
+def commands(page: str) -> list[str]:
     """The commands of all `bash` blocks, continuation lines joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     text = "".join(blocks).replace("\\\n", " ")
     return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
+
+
+def made_small(command: str) -> str:
+    for large, small in SMALLER.items():
+        command = command.replace(large, small)
+    return command
+
+
+def mentioned(page: str) -> list[str]:
+    """Commands in a page's text, `python -m ...`, and in its indented blocks."""
+    text = page.replace("\\\n", " ")
+    spans = re.findall(r"(?<!`)`(python [^`]+)`", text)
+    blocks = re.findall(r"^ {4}(python .+)", text, re.MULTILINE)
+    return [re.sub(r"\s+", " ", command).strip() for command in spans + blocks]
+
+
+def module_of(words: list[str]) -> tuple[str, list[str]]:
+    """What `python SCRIPT ...`, `python -m MODULE ...` or a launch line runs: module, arguments."""
+    if words[:2] == ["python", "-m"]:
+        return words[2], words[3:]
+    position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = Path(words[position])
+    script = script.relative_to(ROOT) if script.is_absolute() else script
+    return ".".join(script.with_suffix("").parts), words[position + 1 :]
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +113,9 @@ def clone(tmp_path_factory, tiny_model_dir):
 
 
 def run_script(words: list[str]) -> int:
-    """Run `python SCRIPT ...`, `python -m MODULE ...` or a launch line in this process."""
+    """Run a command in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    if words[:2] == ["python", "-m"]:
-        module, arguments = words[2], words[3:]
-    else:
-        position = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        script = Path(words[position])
-        script = script.relative_to(ROOT) if script.is_absolute() else script
-        module, arguments = ".".join(script.with_suffix("").parts), words[position + 1 :]
+    module, arguments = module_of(words)
     with signal_handlers_restored():
         return importlib.import_module(module).main(arguments) or 0
 
@@ -101,19 +127,18 @@ def endpoint():
         yield server
 
 
-def test_every_command_of_the_readme_runs(clone, endpoint, monkeypatch, capsys):
+def test_every_command_runs(clone, endpoint, monkeypatch, capsys):
     monkeypatch.chdir(clone)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     adapters = {}
-    found = commands()
-    assert len(found) >= 15
+    found = commands(README) + commands(PAGES["reference.md"])
+    assert len(found) >= 30
     for number, command in enumerate(found):
         if command in ELSEWHERE:
             assert "-m" in command or "source" in command or (ROOT / command.split()[-1]).exists()
             assert not command.startswith("./") or os.access(ROOT / command, os.X_OK)
             continue
-        for large, small in SMALLER.items():
-            command = command.replace(large, small)
+        command = made_small(command)
         # The seven commands of the paper share one --job_sess; here each gets its own.
         command = command.replace("--job_sess debug", f"--job_sess debug{number}")
         style = "vicuna" if "vicuna" in command else "uncond"
@@ -124,11 +149,13 @@ def test_every_command_of_the_readme_runs(clone, endpoint, monkeypatch, capsys):
             command += f" --base_url {endpoint.url}"
         if ".judge " in command:
             endpoint.behave = judge(lambda first, second: "tie")
-        inner = re.fullmatch(r'bash -c "\$\((.*)\)"', command)
-        words = shlex.split(inner[1] if inner else command)
+        words = shlex.split(command)
+        # What `--run` starts is what is printed without it, through a launcher that takes ten
+        # seconds to come up; here it runs in this process, as the line does that is pasted.
+        words = [word for word in words if word != "--run" or words[1] not in GENERATORS]
         assert run_script(words) == 0, command
         printed = capsys.readouterr().out
-        if words[1] in ("generate_train_command.py", "generate_inference_command.py"):
+        if words[1] in GENERATORS:
             assert printed.count("\n") == 1, command
             assert run_script(shlex.split(printed)) == 0, printed
         if words[1] == "generate_train_command.py":
@@ -137,13 +164,100 @@ def test_every_command_of_the_readme_runs(clone, endpoint, monkeypatch, capsys):
             assert Path(adapters[style], "adapter_model.safetensors").is_file()
 
 
+def test_run_starts_the_line_that_is_printed_without_it(clone, monkeypatch, capsys):
+    monkeypatch.chdir(clone)
+    started = []
+    monkeypatch.setattr(
+        "utils.command_line.launch.subprocess.Popen",
+        lambda command, **_: started.append(command) or mock.Mock(returncode=0),
+    )
+    for generator in GENERATORS:
+        command = next(line for line in commands(README) if f"{generator} --run" in line)
+        command = made_small(command).replace("--job_sess instructions", "--job_sess never")
+        words = shlex.split(command.replace("--adapter_path outputs/instructions/adapter", ""))
+        assert run_script(words) == 0
+        assert capsys.readouterr().out == ""
+        words.remove("--run")
+        assert run_script(words) == 0
+        assert started.pop()[3:] == shlex.split(capsys.readouterr().out)[1:]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_text_can_be_given(page, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*given):
+        parse(*given)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for command in mentioned(PAGES[page]) + commands(PAGES[page]):
+        if command in ELSEWHERE or command.startswith("python -m venv"):
+            continue
+        module, arguments = module_of(shlex.split(command))
+        assert importlib.util.find_spec(module), command
+        if arguments:
+            with pytest.raises(Parsed):
+                importlib.import_module(module).main(arguments)
+
+
+def test_a_line_in_a_substitution_is_taught_nowhere():
+    """It exits 0 where the generator fails: the empty string is a program, too."""
+    texts = [*PAGES.values(), *(path.read_text() for path in ROOT.glob("*.sh"))]
+    assert len(texts) > 8
+    assert not [text for text in texts if re.search(r"bash -c|eval .*\$\(python", text)]
+
+
 def test_the_tree_names_what_is_there_and_nothing_else():
     tree = re.search(r"## The tree\n\n```text\n(.*?)```", README, re.DOTALL)[1]
-    named = set(re.findall(r"[\w/]+\.(?:py|sh|md)", tree))
-    here = {str(p.relative_to(ROOT)) for p in ROOT.glob("*.py")}
-    utils = {p.name for p in (ROOT / "utils").glob("*.py")} - {"__init__.py"}
-    assert here | utils <= named
-    for name in named:
-        assert any(
-            (ROOT / folder / name).exists() for folder in ("", "utils", "tests", "evaluation")
-        ), name
+    named, parents = set(), [""]
+    for line in tree.splitlines():
+        names, depth = re.match(r" *([^ ,]+(?:, [^ ,]+)*)", line)[1], line[:4].count(" ") // 2
+        named |= {parents[depth] + name for name in names.split(", ")}
+        parents[depth + 1 :] = [parents[depth] + names]
+    # Scripts, what lies flat in utils/, pages, and every folder that holds code or launches.
+    files = [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("docs/*.md")]
+    folders = [path.parent for path in ROOT.glob("[a-z]*/**/*.py")] + [ROOT / "accelerate_configs"]
+    here = {str(path.relative_to(ROOT)) for path in files} - {"utils/__init__.py"}
+    here |= {f"{path.relative_to(ROOT)}/" for path in folders}
+    assert {"train.py", "utils/privacy/", "evaluation/page/"} <= here
+    assert here - named == set()
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_names_of_files_on_a_page_are_those_of_files(page):
+    folder = ROOT if page in ("README.md", "CONTRIBUTING.md") else ROOT / "docs"
+    text = (folder / page).read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert [link for link in links if not (folder / link).exists()] == []
+    folders = "utils|tests|evaluation|privacy_checks|benchmarks|data|docs"
+    names = re.findall(rf"`((?:{folders})/[\w/.-]+)`", text)
+    made = re.compile(r"data/(quickstart_|labelled_|NAME)|utils/alpaca_eval")
+    assert [n for n in names if not made.match(n) and not (ROOT / n).exists()] == []
+
+
+def test_the_architecture_names_every_module_of_every_wing():
+    rows = re.findall(r"^\| `(\w+)/` \| ([\w, ]+) \|", PAGES["architecture.md"], re.MULTILINE)
+    named = {wing: set(modules.split(", ")) for wing, modules in rows}
+    here: dict[str, set[str]] = {}
+    for path in ROOT.glob("utils/*/*.py"):
+        here.setdefault(path.parent.name, set()).add(path.stem)
+    assert here.keys() == named.keys()
+    for wing, modules in here.items():
+        assert modules - {"__init__"} <= named[wing]
+
+
+def test_epsilon_of_a_person_with_two_rows():
+    table = re.findall(r"^\| (\d+) \| ([\d.]+) \| [\d.]+ \|$", PAGES["guarantee.md"], re.MULTILINE)
+    epsilons = {int(rows): float(epsilon) for rows, epsilon in table}
+    code = re.search(r"```python\n(.*?)```", PAGES["guarantee.md"], re.DOTALL)[1]
+    results = []
+    coarser = code.replace("1e-4", "2e-3").replace("print(", "results.append(")
+    exec(coarser, {"results": results})
+    assert results == [pytest.approx(epsilons[2], abs=0.03)]
+    alone = compute_epsilon([SampledGaussian(4096 / 180_000, 1.125, 439)], 5e-7)
+    assert epsilons[1] == pytest.approx(alone.upper, abs=0.01)
