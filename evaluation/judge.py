@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.alpaca_eval import ANSWER_FORMATS, Answers, read_answers
-from evaluation.measures.intervals import BOOTSTRAP, bootstrap, over_examples
+from evaluation.measures.intervals import BOOTSTRAP, bootstrap
 from evaluation.measures.win_rate import (
     contradictions,
     length_controlled,
@@ -236,17 +236,17 @@ def scores_of(
     """
 
     def mean(name: str, subject: str, values: np.ndarray, **rest) -> Score:
-        interval = bootstrap(values, statistic=over_examples)
+        interval = bootstrap(values, statistic=np.mean)
         return Score(name, subject, float(values.mean()), *interval, **rest)
 
     preference, contrary = preferences(*verdicts.T), contradictions(*verdicts.T)
     scores = [mean("win rate", ours, preference, control=0.5, better="higher")]
     feature = length_feature(*lengths.T)
     if feature is not None:
-        (value,) = length_controlled(feature[None], preference[None])
+        value = length_controlled(feature, preference)
         interval = bootstrap(feature, preference, statistic=length_controlled)
         scores.append(
-            Score("length-controlled win rate", ours, float(value), *interval, 0.5, better="higher")
+            Score("length-controlled win rate", ours, value, *interval, 0.5, better="higher")
         )
     first = verdicts.mean(axis=1)
     longer = (lengths[:, 0] > lengths[:, 1]).astype(float)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from evaluation.measures.exposure import exposure_by_chance, exposures, told_secrets
-from evaluation.measures.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap, over_examples
+from evaluation.measures.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap
 from evaluation.measures.overlap import (
     Reference,
     exact_matches,
@@ -387,7 +387,7 @@ def personal_data_scores(subject: str, found: list[Found]) -> list[Score]:
             kind + PER_TEXTS,
             subject,
             float(column.mean() * 1000),
-            *bootstrap(column * 1000, statistic=over_examples),
+            *bootstrap(column * 1000, statistic=np.mean),
             better="lower",
         )
         for kind, column in zip(KINDS, personal_data_counts(found).T)
@@ -468,7 +468,7 @@ def canary_scores(
             name,
             subject,
             float(values.mean()),
-            *bootstrap(values, statistic=over_examples),
+            *bootstrap(values, statistic=np.mean),
             control=float(controls.mean()),
             better="lower",
         )

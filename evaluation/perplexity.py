@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from evaluation.measures.intervals import BOOTSTRAP, bootstrap, over_examples, ratio_of_sums
+from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
 from evaluation.results import Result, Score, require_new_result, table, write_result
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import make_parser, positive_int
@@ -132,7 +132,7 @@ def compare(losses: dict[str, tuple[np.ndarray, np.ndarray]], base: str, public:
         ))  # fmt: skip
         scores.append(Score(
             "loss per token, mean over examples (nats)", name, (sums / counts).mean(),
-            *bootstrap(sums / counts, statistic=over_examples), control.get("per_example"),
+            *bootstrap(sums / counts, statistic=np.mean), control.get("per_example"),
             "lower",
         ))  # fmt: skip
         if name != base:
