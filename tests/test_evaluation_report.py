@@ -14,6 +14,7 @@ import pytest
 
 from evaluation import report
 from evaluation.page import material
+from evaluation.page.printing import markdown
 from evaluation.results import Result, Score, write_result
 from privacy_checks import composition
 from tests.report_folders import ANSWER, LEDGER, file_hashes, make_folders, read_real_rows
@@ -145,7 +146,7 @@ def test_html_and_markdown_hold_the_same_facts(folders):
         cells = Reader(page).cells
         assert len(cells) > 60
         for cell in cells:
-            assert report.finalize_markdown(cell) in text
+            assert markdown(cell) in text
 
 
 def test_every_stage_is_there_with_its_numbers(folders):
