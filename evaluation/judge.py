@@ -145,13 +145,14 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
 
     # ------------------------------------------------------------------ what came of it
-    records = [[records[instruction_id(prompt)] for prompt in orders] for orders in prompts]
-    verdicts = verdicts_of(records)
+    judgements = [[records[instruction_id(prompt)] for prompt in orders] for orders in prompts]
+    verdicts = verdicts_of(judgements)
     lengths = [(len(ours.texts[text]), len(theirs.texts[text])) for text in shared]
     judged = ~np.isnan(verdicts).any(axis=1)
     if not judged.any():
         pair, order = np.argwhere(np.isnan(verdicts))[0]
-        reply = records[pair][order]["answer"] or records[pair][order]["error"] or ""
+        record = judgements[pair][order]
+        reply = record["answer"] or record["error"] or ""
         raise UsageError(
             f"no pair has two verdicts: {args.model} says {_named([reply], 1)}, for example. Use "
             "another --model or a higher --max_tokens, with another --output"
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         interval=BOOTSTRAP,
         scores=scores_of(verdicts[judged], np.array(lengths, dtype=float)[judged], *subjects),
         control="equally good answers, and a judge that prefers no position",
-        notes=[*notes_on_verdicts(verdicts, records), *notes_on_sets(ours, theirs)],
+        notes=[*notes_on_verdicts(verdicts, judgements), *notes_on_sets(ours, theirs)],
     )
     print(table(result))
     write_result(args.output, result, vars(args) | {"prompt": PROMPT})

@@ -1,4 +1,4 @@
-"""What synthetic texts and a model give away of the training set, beside what is coincidence.
+"""What synthetic texts and a model give away of the training set, next to what is coincidence.
 
     python -m evaluation.memorisation --synthetic resampling/synthetic/instructions.jsonl \\
         --private data/quickstart_instructions --held_out data/quickstart_instructions \\
@@ -20,11 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from evaluation.measures.exposure import exposure_by_chance, exposures, told_secrets
+from evaluation.measures.exposure import exposure_by_chance, exposures, secrets_found
 from evaluation.measures.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap
 from evaluation.measures.overlap import (
     Reference,
@@ -37,13 +38,9 @@ from evaluation.measures.overlap import (
 from evaluation.measures.personal_data import KINDS, find
 from evaluation.perplexity import example_losses
 from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
-from resample_with_dp_histogram.embed import (
-    DEFAULT_MODEL,
-    embed_in_memory,
-    load_model,
-)
+from resample_with_dp_histogram.embed import DEFAULT_MODEL, embed_in_memory, load_model
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, positive_int
+from utils.command_line.parser import make_parser, natural_int, parse, positive_int
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
@@ -53,6 +50,9 @@ from utils.texts.data_sets import is_labelled
 from utils.texts.text_filters import comparison_form
 from utils.texts.text_inputs import FORMATS, read_instructions
 from utils.texts.tokens import tokenised
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 TOOL = "memorisation"
 NGRAMS = (5, 8, 13)
@@ -67,6 +67,26 @@ INTERVAL = (
 )
 CONTROL = "the same of as many held-out rows"
 CANARY_CONTROL = "for canaries: as many others that were not inserted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this evaluation."""
+
+    synthetic: str
+    private: str
+    held_out: str
+    selected: str | None
+    split: str
+    held_out_split: str
+    output: Path
+    seed: int
+    embedding_model: str
+    no_embeddings: bool
+    max_embedded: int
+    run: Path | None
+    model_name: str | None
+    num_candidates: int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,22 +129,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    require_new_result(args.output, TOOL)
-    if args.model_name and not args.run:
+    settings = parse(build_parser(), Settings, argv)
+    require_new_result(settings.output, TOOL)
+    if settings.model_name and not settings.run:
         raise UsageError("--model_name needs --run, whose canaries it is for")
-    run = read_run(args.run, args.model_name) if args.run else None
-    synthetic = read_instructions(args.synthetic, args.split)
-    training = read_instructions(args.private, args.split)
-    held_out = read_instructions(args.held_out, args.held_out_split)
+    run = read_run(settings.run, settings.model_name) if settings.run else None
+    synthetic = read_instructions(settings.synthetic, settings.split)
+    training = read_instructions(settings.private, settings.split)
+    held_out = read_instructions(settings.held_out, settings.held_out_split)
     if training == held_out:
         raise UsageError("--private and --held_out are the same rows: nothing would be a control")
     sets = {"synthetic texts": synthetic}
-    if args.selected:
-        sets["selected texts"] = read_instructions(args.selected, args.split)
-    encoder = None if args.no_embeddings else load_model(args.embedding_model)
+    if settings.selected:
+        sets["selected texts"] = read_instructions(settings.selected, settings.split)
+    encoder = None if settings.no_embeddings else load_model(settings.embedding_model)
 
-    reference = make_reference(training, held_out, args.seed)
+    reference = make_reference(training, held_out, settings.seed)
     texts, forms = distinct(synthetic)
     notes = [
         f"{len(texts):,} distinct synthetic texts (of {len(synthetic):,}), {len(training):,} "
@@ -137,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     scores, chart, run_notes = overlap_scores(texts, forms, reference)
     notes += run_notes + [copies_note(forms, training, held_out)]
     if encoder:
-        scores += neighbour_scores(texts, training, held_out, encoder, args)
+        sides, most = (training, held_out), settings.max_embedded
+        scores += neighbour_scores(texts, sides, encoder, most, settings.seed)
     say("looking for personal data")
     found_in = {name: personal_data(rows) for name, rows in sets.items()}
     scores += verbatim_scores(found_in["synthetic texts"], reference)
@@ -148,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         scores.append(replace(score, control=float(control)))
     released_notes = ["what has no fixed form, such as names, is not counted as personal data"]
     if run:
-        found, found_notes = canary_scores(run, synthetic, args.num_candidates)
+        found, found_notes = canary_scores(run, synthetic, settings.num_candidates)
         # Without a guarantee the model, and what it says of canaries, is as private as the data.
         if run.has_guarantee:
             released, released_notes = released + found, released_notes + found_notes
@@ -176,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
     ]
     for result in results:
-        write_result(args.output, result, args)
+        write_result(settings.output, result, vars(settings))
         print(table(result) + "\n")
 
 
@@ -239,7 +260,7 @@ def compared(name: str, subject: str, parts: np.ndarray, reference: Reference) -
     more = more_than_by_chance(difference, reference.is_training)
     return [
         Score(name, subject, value, control=control, better="lower"),
-        Score(name + MORE, subject, *more, control=0.0, better="lower"),
+        Score(name + MORE, subject, *more, 0.0, "lower"),
     ]
 
 
@@ -295,24 +316,32 @@ def overlap_scores(
 
 
 def neighbour_scores(
-    texts: list[str], training: list[str], held_out: list[str], encoder, args: argparse.Namespace
+    texts: list[str],
+    sides: tuple[list[str], list[str]],
+    encoder: "SentenceTransformer",
+    most: int,
+    seed: int,
 ) -> list[Score]:
-    """Nearest rows of as many training and held-out ones, by embeddings that are never written."""
-    random = np.random.default_rng(args.seed)
+    """Nearest rows of as many training and held-out ones, by embeddings that are never written.
+
+    Args:
+        sides: training and held-out rows.
+        most: texts or rows of each set that are embedded.
+        seed: of which ones.
+    """
+    random = np.random.default_rng(seed)
 
     def embed_some(rows: list[str], count: int, name: str) -> np.ndarray:
         chosen = [rows[row] for row in random.permutation(len(rows))[:count]]
         say(f"embedding {len(chosen):,} {name}")
-        rows = np.arange(len(chosen))
-        return embed_in_memory(chosen, rows, encoder, f"--embedding_model, {name}")
+        places, where = np.arange(len(chosen)), f"--embedding_model, {name}"
+        return embed_in_memory(chosen, places, encoder, where)
 
-    vectors = embed_some(texts, args.max_embedded, "synthetic texts")
-    count = min(len(training), len(held_out), args.max_embedded)
-    sides = [
-        embed_some(rows, count, name)
-        for rows, name in ((training, "private rows"), (held_out, "held-out rows"))
-    ]
-    similarities, places = nearest(vectors, np.concatenate(sides), NEIGHBOURS)
+    vectors = embed_some(texts, most, "synthetic texts")
+    count = min(most, *map(len, sides))
+    names = "private rows", "held-out rows"
+    embedded = [embed_some(rows, count, name) for rows, name in zip(sides, names)]
+    similarities, places = nearest(vectors, np.concatenate(embedded), NEIGHBOURS)
 
     def to_nearest(is_wanted: np.ndarray) -> np.ndarray:
         """The similarity of each text to the first of its neighbours that is wanted."""
@@ -331,17 +360,12 @@ def neighbour_scores(
     name = "cosine similarity to the nearest row, mean"
     value, control = (float(to_nearest(side).mean()) for side in (is_training, ~is_training))
     gained = more_than_by_chance(similarity_gained, is_training)
-    above_half = more_than_by_chance(share_above_half, is_training)
+    share, low, high = more_than_by_chance(share_above_half, is_training)
+    nearer = "nearer to a training row than to any held-out row, share"
     return [
         Score(name, subject, value, control=control, better="lower"),
-        Score(name + MORE, subject, *gained, control=0.0, better="lower"),
-        Score(
-            "nearer to a training row than to any held-out row, share",
-            subject,
-            *(0.5 + end for end in above_half),
-            control=0.5,
-            better="lower",
-        ),
+        Score(name + MORE, subject, *gained, 0.0, "lower"),
+        Score(nearer, subject, 0.5 + share, 0.5 + low, 0.5 + high, 0.5, "lower"),
     ]
 
 
@@ -460,7 +484,7 @@ def canary_scores(
     if not np.isfinite(losses).all():
         raise UsageError(f"the model of {run.folder} gives canaries losses that are not finite")
     inserted, others, candidates = losses[:count], losses[count : 2 * count], losses[2 * count :]
-    told = told_secrets(synthetic, drawn[: 2 * count])
+    found = secrets_found(synthetic, drawn[: 2 * count])
     repeats = run.arguments["canary_repeats"]
     subject = f"{count:,} canaries, each {repeats:,} times in training"
     scores = [
@@ -469,8 +493,8 @@ def canary_scores(
             subject,
             float(values.mean()),
             *bootstrap(values, statistic=np.mean),
-            control=float(controls.mean()),
-            better="lower",
+            float(controls.mean()),
+            "lower",
         )
         for name, values, controls in (
             (
@@ -480,8 +504,8 @@ def canary_scores(
             ),
             (
                 "canaries whose secret stands in a synthetic text, share",
-                told[:count],
-                told[count:],
+                found[:count],
+                found[count:],
             ),
         )
     ]

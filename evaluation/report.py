@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--real",
         type=Path,
         metavar="PATH",
-        help=f"real texts to show beside the synthetic ones, with --internal alone: {FORMATS}",
+        help=f"real texts to show next to the synthetic ones, with --internal alone: {FORMATS}",
     )
     add("--split", help="the split to read where --real is a saved DatasetDict")
     add("--delta", type=positive_float, help="the runs' if left out; needed where they differ")
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--real {settings.real}: real texts are for the internal page; add --internal"
         )
     if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is no folder; use another")
+        raise UsageError(f"--output {output} is not a folder; use another")
     folder = output / PRIVATE_FOLDER if internal else output
     paths = {
         suffix: folder / f"{'report-internal' if internal else 'report'}{suffix}"
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def require_replaceable(path: Path, overwrite: bool) -> None:
-    """Refuse a file that is there, unless it is a page of this tool that may be replaced.
+    """Refuse a file that exists, unless it is a page of this tool that may be replaced.
 
     Raises:
         UsageError: says which of the two it is.
@@ -127,7 +127,7 @@ def require_replaceable(path: Path, overwrite: bool) -> None:
         return
     own = path.is_file() and MARK.encode() in path.read_bytes()[:500]
     if not own:
-        raise UsageError(f"{path} exists and is no page of this tool; use another --output")
+        raise UsageError(f"{path} exists and is not a page of this tool; use another --output")
     if not overwrite:
         raise UsageError(f"{path} exists; add --overwrite to replace it, or use another --output")
 
@@ -166,8 +166,8 @@ def render(page: Page, suffix: str) -> str:
 
 def promise(page: Page) -> str:
     """What is promised, or why nothing is, in a line for a terminal."""
-    made = environment(page, ".md", Markup)
-    return one_line(made.get_template("guarantee.j2").module.promise())
+    line = '{% from "guarantee.j2" import promise %}{{ promise() | one_line }}'
+    return environment(page, ".md", Markup).from_string(line).render()
 
 
 if __name__ == "__main__":

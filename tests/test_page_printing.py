@@ -17,7 +17,7 @@ from evaluation.page.printing import (
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "shown"),
     [
         ("outputs/mine", "outputs/mine"),
         ("{cwd}/outputs/mine", "outputs/mine"),
@@ -32,12 +32,12 @@ from evaluation.page.printing import (
         ("https://api.openai.com/v1", "https://api.openai.com/v1"),
     ],
 )
-def test_paths_and_secrets_stay_here(text, told):
-    assert portable(text.format(cwd=Path.cwd())) == told
+def test_paths_and_secrets_stay_here(text, shown):
+    assert portable(text.format(cwd=Path.cwd())) == shown
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "shown"),
     [
         ("/home/alice smith/my runs", "…/my runs"),
         ("--output_dir=/home/alice smith/out", "--output_dir=…/out"),
@@ -46,8 +46,8 @@ def test_paths_and_secrets_stay_here(text, told):
         ("yahma/llama-7b-hf", "yahma/llama-7b-hf"),
     ],
 )
-def test_words_of_a_command_may_hold_spaces(word, told):
-    assert portable_word(word.format(cwd=Path.cwd())) == told
+def test_words_of_a_command_may_hold_spaces(word, shown):
+    assert portable_word(word.format(cwd=Path.cwd())) == shown
 
 
 def test_a_page_can_hold_what_is_printable():

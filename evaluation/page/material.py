@@ -234,7 +234,7 @@ def read_object(path: Path, writer: str, **kinds: type) -> dict:
     """A JSON object with entries of the given types.
 
     Raises:
-        UsageError: it is not there, is no such object, or an entry is missing.
+        UsageError: it is missing, is not such an object, or lacks an entry.
     """
     with damage_named(path, writer):
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -253,10 +253,10 @@ def read_training(folder: Path, internal: bool) -> Training:
         float(config["arguments"]["eps"]), config["arguments"]["insecure_fixed_noise_seed"]
     own, own_cost = folder / "privacy_report.json", None
     if own.exists():
-        told = read_object(own, "train.py", guarantee=bool, epsilon=dict)
+        claim = read_object(own, "train.py", guarantee=bool, epsilon=dict)
         with damage_named(own, "train.py"):
-            if told["guarantee"]:
-                own_cost = float(told["epsilon"]["upper"]), float(told["delta"])
+            if claim["guarantee"]:
+                own_cost = float(claim["epsilon"]["upper"]), float(claim["delta"])
     metrics = folder / METRICS
     lines = list(read_jsonl(metrics)) if internal and metrics.is_file() else []
     with damage_named(metrics, "train.py"):

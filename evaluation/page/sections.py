@@ -14,7 +14,7 @@ from markupsafe import Markup
 from evaluation.page import charts
 from evaluation.page.material import Material, Samples, Selection
 from evaluation.page.printing import Verbatim, portable, portable_word
-from evaluation.results import shown
+from evaluation.results import interval
 from utils.command_line.parser import make_parser, to_argv
 from utils.command_line.sampling_flags import add_sampling_arguments
 from utils.privacy.guarantee import UNIT
@@ -132,7 +132,8 @@ class Page:
         found = []
         for number, result in enumerate(self.material.results):
             scores = [
-                score | {"interval": interval(score), "reading": reading(score)}
+                score
+                | {"interval": interval(score["low"], score["high"]), "reading": reading(score)}
                 for score in result["scores"]
             ]
             compared = [score for score in scores if score["control"] is not None]
@@ -293,17 +294,10 @@ def odds(epsilon: float) -> list[tuple[str, str]]:
     return rows
 
 
-def interval(score: dict) -> str:
-    """Low to high, where there is an interval."""
-    if score["low"] is None or score["high"] is None:
-        return ""
-    return f"{shown(score['low'])} to {shown(score['high'])}"
-
-
 def reading(score: dict) -> str:
     """A score against its control, as far as its interval tells them apart."""
     control = score["control"]
-    if control is None or not interval(score):
+    if control is None or score["low"] is None or score["high"] is None:
         return ""
     if score["low"] <= control <= score["high"]:
         return "not told apart from the control"
