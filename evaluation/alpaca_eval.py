@@ -45,10 +45,9 @@ class Settings:
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the conversion."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--answers", required=True, type=Path, metavar="DIR", help=f"answers: {ANSWER_FORMATS}"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--answers", required=True, type=Path, metavar="DIR", help=f"answers: {ANSWER_FORMATS}")
+    add(
         "--output", required=True, type=Path, metavar="FILE", help="JSON file, which must not exist"
     )
     return parser

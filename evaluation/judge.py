@@ -86,26 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--ours", required=True, type=Path, metavar="PATH", help=f"answers: {ANSWER_FORMATS}")
-    add(
-        "--theirs",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="answers to the same instructions to win or lose against, in either form",
-    )
-    add(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of results; give the same one again to go on after a stop",
-    )
-    add(
-        "--private",
-        action="store_true",
-        help="instructions or answers are private: everything goes to DIR/private. They are sent "
-        "to the server at --base_url all the same",
-    )
+    add("--theirs", required=True, type=Path, metavar="PATH", help="answers to the same "
+        "instructions to win or lose against, in either form")  # fmt: skip
+    add("--output", required=True, type=Path, metavar="DIR", help="folder of results; give the "
+        "same one again to go on after a stop")  # fmt: skip
+    add("--private", action="store_true", help="instructions or answers are private: everything "
+        "goes to DIR/private. They are sent to the server at --base_url all the same")  # fmt: skip
     add_request_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(model="gpt-4o-mini", temperature=0.0, top_p=1.0, max_tokens=16)

@@ -103,28 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=natural_int, default=0, help="of what is drawn: parts, and texts to embed")
     group = parser.add_argument_group("nearest neighbours")
     add = group.add_argument
-    add(
-        "--embedding_model",
-        default=DEFAULT_MODEL,
-        help="a sentence-transformers hub id or folder",
-    )
+    add("--embedding_model", default=DEFAULT_MODEL, help="a sentence-transformers hub id or folder")
     add("--no_embeddings", action="store_true", help="leave nearest neighbours out")
-    add(
-        "--max_embedded",
-        type=positive_int,
-        default=10_000,
-        help="texts of each set that are embedded, drawn at random",
-    )
+    add("--max_embedded", type=positive_int, default=10_000, help="texts of each set that are "
+        "embedded, drawn at random")  # fmt: skip
     group = parser.add_argument_group("canaries")
     add = group.add_argument
     add("--run", type=Path, metavar="RUN", help="a run that was trained with --num_canaries")
     add("--model_name", help="its base model; the one that the run names if left out")
-    add(
-        "--num_candidates",
-        type=positive_int,
-        default=1000,
-        help="secrets that were not inserted, among which canaries are ranked",
-    )
+    add("--num_candidates", type=positive_int, default=1000, help="secrets that were not inserted, "
+        "among which canaries are ranked")  # fmt: skip
     return parser
 
 
@@ -175,28 +163,16 @@ def main(argv: list[str] | None = None) -> None:
             released, released_notes = released + found, released_notes + found_notes
         else:
             scores, notes = scores + found, notes + found_notes
-    results = [
-        Result(
-            tool=TOOL,
-            title="What is shared with the training set",
-            private=True,
-            interval=INTERVAL,
-            control=CONTROL + (f"; {CANARY_CONTROL}" if run and not run.has_guarantee else ""),
-            scores=scores,
-            charts=[chart],
-            notes=notes,
-        ),
-        Result(
-            tool=TOOL,
-            title="Personal data and canaries" if run and run.has_guarantee else "Personal data",
-            private=False,
-            interval=BOOTSTRAP,
-            control=CANARY_CONTROL if run and run.has_guarantee else "",
-            scores=released,
-            notes=released_notes,
-        ),
-    ]
-    for result in results:
+    title, control, released_control = "Personal data", CONTROL, ""
+    if run and run.has_guarantee:
+        title, released_control = "Personal data and canaries", CANARY_CONTROL
+    elif run:
+        control = f"{CONTROL}; {CANARY_CONTROL}"
+    shared = "What is shared with the training set"
+    for result in (
+        Result(TOOL, shared, True, INTERVAL, scores, control, [chart], notes),
+        Result(TOOL, title, False, BOOTSTRAP, released, released_control, notes=released_notes),
+    ):
         write_result(settings.output, result, vars(settings))
         print(table(result) + "\n")
 
@@ -299,19 +275,14 @@ def overlap_scores(
         ("longest of all (words)", (curve[1:] > 0).sum(axis=0)),
     ):
         scores += compared(f"{name}, {of_texts}", subject, parts, reference)
-    chart = Chart(
-        title="Runs of words that synthetic texts share",
-        x_label="words in a row",
-        y_label="share of synthetic texts",
-        lines={
-            name: [[length, share] for length, share in enumerate(side.mean(axis=1).tolist())]
-            for name, side in (
-                ("training rows", curve[:, reference.is_training]),
-                ("held-out rows", curve[:, ~reference.is_training]),
-            )
-        },
-        kind="step",
-    )
+    lines = {
+        name: [[length, share] for length, share in enumerate(curve[:, side].mean(axis=1).tolist())]
+        for name, side in (
+            ("training rows", reference.is_training), ("held-out rows", ~reference.is_training),
+        )
+    }  # fmt: skip
+    title = "Runs of words that synthetic texts share"
+    chart = Chart(title, "words in a row", "share of synthetic texts", lines, "step")
     return scores, chart, notes
 
 
@@ -406,16 +377,12 @@ def personal_data_counts(found: list[Found]) -> np.ndarray:
 
 def personal_data_scores(subject: str, found: list[Found]) -> list[Score]:
     """Strings of each kind per 1,000 texts."""
-    return [
-        Score(
-            kind + PER_TEXTS,
-            subject,
-            float(column.mean() * 1000),
-            *bootstrap(column * 1000, statistic=np.mean),
-            better="lower",
-        )
-        for kind, column in zip(KINDS, personal_data_counts(found).T)
-    ]
+    scores = []
+    for kind, column in zip(KINDS, personal_data_counts(found).T * 1000):
+        interval = bootstrap(column, statistic=np.mean)
+        value = float(column.mean())
+        scores.append(Score(kind + PER_TEXTS, subject, value, *interval, better="lower"))
+    return scores
 
 
 def verbatim_scores(synthetic: list[Found], reference: Reference) -> list[Score]:
@@ -487,28 +454,16 @@ def canary_scores(
     found = secrets_found(synthetic, drawn[: 2 * count])
     repeats = run.arguments["canary_repeats"]
     subject = f"{count:,} canaries, each {repeats:,} times in training"
-    scores = [
-        Score(
-            name,
-            subject,
-            float(values.mean()),
-            *bootstrap(values, statistic=np.mean),
-            float(controls.mean()),
-            "lower",
-        )
-        for name, values, controls in (
-            (
-                "exposure of a canary, mean (bits)",
-                exposures(inserted, candidates),
-                exposures(others, candidates),
-            ),
-            (
-                "canaries whose secret stands in a synthetic text, share",
-                found[:count],
-                found[count:],
-            ),
-        )
-    ]
+    exposed, by_chance = (exposures(each, candidates) for each in (inserted, others))
+    share = "canaries whose secret stands in a synthetic text, share"
+    scores = []
+    for name, values, controls in (
+        ("exposure of a canary, mean (bits)", exposed, by_chance),
+        (share, found[:count], found[count:]),
+    ):
+        ends = bootstrap(values, statistic=np.mean)
+        control = float(controls.mean())
+        scores.append(Score(name, subject, float(values.mean()), *ends, control, "lower"))
     note = (
         f"canaries are ranked among {num_candidates:,} other secrets, so exposure is at most "
         f"{np.log2(num_candidates + 1):.2f} bits; {exposure_by_chance(num_candidates):.2f} is the "

@@ -51,11 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("run", type=Path, nargs="+", help="training runs that read the private rows")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the page")
     add("--overwrite", action="store_true", help="replace a page that this tool wrote there")
-    add(
-        "--internal",
-        action="store_true",
-        help="with everything computed from private data, for whoever may see that",
-    )
+    add("--internal", action="store_true", help="with everything computed from private data, for "
+        "whoever may see that")  # fmt: skip
     folders = {
         "--histogram": ("LEDGER", "ledgers of histograms of the same private rows"),
         "--samples": ("DIR", "what inference.py sampled from adapters of the runs"),
@@ -71,17 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--extraction", type=Path, metavar="DIR", help="the --output of extract, for its counts")
     add("--selection", type=Path, metavar="DIR", help="the --output of resample")
     add("--annotations", type=Path, metavar="DIR", help="the --output of annotate")
-    add(
-        "--public_prompts",
-        action="store_true",
-        help="the prompts of --samples are no private rows, and may be shown with their answers",
-    )
-    add(
-        "--real",
-        type=Path,
-        metavar="PATH",
-        help=f"real texts to show next to the synthetic ones, with --internal alone: {FORMATS}",
-    )
+    add("--public_prompts", action="store_true", help="the prompts of --samples are not private "
+        "rows, and may be shown with their answers")  # fmt: skip
+    add("--real", type=Path, metavar="PATH", help="real texts to show next to the synthetic ones, "
+        f"with --internal alone: {FORMATS}")  # fmt: skip
     add("--split", help="the split to read where --real is a saved DatasetDict")
     add("--delta", type=positive_float, help="the runs' if left out; needed where they differ")
     add("--num_shown", type=natural_int, default=6, help="texts of each kind to show")
