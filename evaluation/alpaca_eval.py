@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser
+from utils.command_line.parser import make_parser, parse
 from utils.files import read_jsonl, write_json
 
 ANSWER_FORMATS = "a folder of shard-*.jsonl from inference.py, or AlpacaEval's .json"
@@ -34,29 +34,37 @@ class Answers:
     num_cut: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of the conversion."""
+
+    answers: Path
+    output: Path
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the conversion."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--answers", required=True, type=Path, metavar="DIR", help=f"answers: {ANSWER_FORMATS}"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--answers", required=True, type=Path, metavar="DIR", help=f"answers: {ANSWER_FORMATS}")
+    add(
         "--output", required=True, type=Path, metavar="FILE", help="JSON file, which must not exist"
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    if args.output.exists():
-        raise UsageError(f"--output {str(args.output)!r} exists; name another, or remove it first")
-    answers = read_answers(args.answers)
+    settings = parse(build_parser(), Settings, argv)
+    output = settings.output
+    if output.exists():
+        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    answers = read_answers(settings.answers)
     rows = [
         {"instruction": instruction, "output": text, "generator": answers.name}
         for instruction, text in answers.texts.items()
     ]
-    write_json(args.output, rows)
-    say(f"wrote {len(rows):,} answers of {answers.name} to {args.output}")
+    write_json(output, rows)
+    say(f"wrote {len(rows):,} answers of {answers.name} to {output}")
     if answers.num_cut:
         say(f"{answers.num_cut:,} of them are cut at their length limit")
 
@@ -72,7 +80,8 @@ def read_answers(path: Path) -> Answers:
     """
     if not path.exists():
         raise UsageError(f"{str(path)!r} does not exist; answers are {ANSWER_FORMATS}")
-    texts, names, num_cut = {}, set(), 0
+    texts: dict[str, str] = {}
+    names, num_cut = set(), 0
     rows = _samples(path) if path.is_dir() else _objects(path)
     for where, instruction, text, name, is_cut in rows:
         if not all(isinstance(value, str) for value in (instruction, text, name)):
@@ -100,7 +109,7 @@ def read_answers(path: Path) -> Answers:
             f"{str(path)!r} mixes answers of {len(names)} generators, such as "
             f"{' and '.join(map(repr, sorted(names)[:2]))}; give each a file of its own"
         )
-    return Answers(*names, texts, num_cut)
+    return Answers(names.pop(), texts, num_cut)
 
 
 def _samples(folder: Path) -> Iterator[tuple]:
@@ -112,7 +121,7 @@ def _samples(folder: Path) -> Iterator[tuple]:
     ]
     for where, record in samples:
         if type(record.get("id")) is not int:
-            raise UsageError(f"{where} is no sample: it lacks an id")
+            raise UsageError(f"{where} lacks the id of a sample")
     name = folder.resolve().name
     for where, record in sorted(samples, key=lambda sample: sample[1]["id"]):
         is_cut = record.get("finish_reason") == "length"
@@ -126,7 +135,9 @@ def _objects(path: Path) -> Iterator[tuple]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {str(path)!r} as JSON: {error}") from None
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise UsageError(f"{str(path)!r} is no JSON list of objects; answers are {ANSWER_FORMATS}")
+        raise UsageError(
+            f"{str(path)!r} is not a JSON list of objects; answers are {ANSWER_FORMATS}"
+        )
     for number, row in enumerate(rows, start=1):
         name = row.get("generator", path.stem)
         yield f"{path}, object {number}", row.get("instruction"), row.get("output"), name, False

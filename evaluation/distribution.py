@@ -11,8 +11,8 @@ same with other real texts in the place of the synthetic ones: no generator can 
 Take real texts that were not trained on.
 
 Whatever has seen the real texts is private and goes under OUTPUT/private; what the synthetic and
-the selected texts show alone goes beside it and may be released. With --public the real texts are
-public, and there is one result. Embeddings stay in memory.
+the selected texts show alone goes to OUTPUT itself and may be released. With --public the real
+texts are public, and there is one result. Embeddings stay in memory.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from evaluation.measures.mauve import mauve
 from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
 from resample_with_dp_histogram import embed
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, positive_int
+from utils.command_line.parser import make_parser, parse, positive_int
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 if TYPE_CHECKING:
@@ -84,6 +84,21 @@ class Sample:
     vectors: np.ndarray
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this evaluation."""
+
+    real: str
+    split: str | None
+    synthetic: str
+    selected: str | None
+    model: str
+    num_rows: int
+    num_seeds: int
+    public: bool
+    output: Path
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this evaluation."""
     parser = make_parser(__doc__)
@@ -103,30 +118,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    if args.num_seeds < 2:
+    settings = parse(build_parser(), Settings, argv)
+    if settings.num_seeds < 2:
         raise UsageError("--num_seeds 1: the spread over seeds needs 2 or more; 5 is the default")
-    if args.num_rows < LEAST_ROWS:
-        raise UsageError(f"--num_rows {args.num_rows}: {LEAST_ROWS} or more are needed")
-    require_new_result(args.output, TOOL)
-    texts = {REAL: texts_with_words(REAL, args.real, args.split)}
-    for name, path in ((SYNTHETIC, args.synthetic), (SELECTED, args.selected)):
+    if settings.num_rows < LEAST_ROWS:
+        raise UsageError(f"--num_rows {settings.num_rows}: {LEAST_ROWS} or more are needed")
+    require_new_result(settings.output, TOOL)
+    texts = {REAL: texts_with_words(REAL, settings.real, settings.split)}
+    for name, path in ((SYNTHETIC, settings.synthetic), (SELECTED, settings.selected)):
         if path is not None:
             texts[name] = texts_with_words(name, path, None)
-    size = common_size(texts, args.num_rows)
-    if size < args.num_rows:
+    most = settings.num_rows
+    size = common_size(texts, most)
+    if size < most:
         counts = ", ".join(f"{name} {len(found):,}" for name, found in texts.items())
-        say(f"{size:,} texts of each set are compared, not --num_rows {args.num_rows:,}: {counts}")
-    model = embed.load_model(args.model)
-    sets = {name: text_set(name, found, args.num_rows, model) for name, found in texts.items()}
-    results = [evaluate(sets, size, args.num_seeds, private=not args.public)]
-    if not args.public:
+        say(f"{size:,} texts of each set are compared, not --num_rows {most:,}: {counts}")
+    model = embed.load_model(settings.model)
+    sets = {name: text_set(name, found, most, model) for name, found in texts.items()}
+    results = [evaluate(sets, size, settings.num_seeds, private=not settings.public)]
+    if not settings.public:
         # What nothing of the real texts enters: not even their number, which may decide the size.
         del sets[REAL], texts[REAL]
-        size = common_size(texts, args.num_rows)
-        results.append(evaluate(sets, size, args.num_seeds, private=False))
+        size = common_size(texts, most)
+        results.append(evaluate(sets, size, settings.num_seeds, private=False))
     for result in results:
-        write_result(args.output, result, args)
+        write_result(settings.output, result, vars(settings))
     print("\n\n".join(map(table, results)))
 
 
@@ -238,10 +254,10 @@ def scores_of(name: str, values: dict[str, list[float]]) -> list[Score]:
     scores = []
     for subject, found in values.items():
         if subject != REAL:
-            figures = mean_and_spread(found) if len(found) > 1 else (found[0],)
-            scores.append(
-                Score(name, subject, *figures, control=control, better=BETTER.get(name, ""))
-            )
+            mean, low, high = mean_and_spread(found)
+            ends = {"low": low, "high": high} if len(found) > 1 else {}
+            better = BETTER.get(name, "")
+            scores.append(Score(name, subject, mean, control=control, better=better, **ends))
     return scores
 
 
@@ -259,7 +275,7 @@ def samples(sets: dict[str, TextSet], size: int, seed: int) -> dict[str, Sample]
 
 def figures_of(samples: dict[str, Sample], seed: int) -> dict[str, dict[str, float]]:
     """Figures of one seed, by name and set; with a reference in `samples`, also comparisons."""
-    figures = defaultdict(dict)
+    figures: dict[str, dict[str, float]] = defaultdict(dict)
     reference = samples.get(REFERENCE)
     words = {name: sample.words for name, sample in samples.items()}
     grams = {n: lexical.equally_many_ngrams(words, n) for n in (1, 2, 3)}

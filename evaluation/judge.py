@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.alpaca_eval import ANSWER_FORMATS, Answers, read_answers
-from evaluation.measures.intervals import BOOTSTRAP, bootstrap, over_examples
+from evaluation.measures.intervals import BOOTSTRAP, bootstrap
 from evaluation.measures.win_rate import (
     contradictions,
     length_controlled,
@@ -86,26 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--ours", required=True, type=Path, metavar="PATH", help=f"answers: {ANSWER_FORMATS}")
-    add(
-        "--theirs",
-        required=True,
-        type=Path,
-        metavar="PATH",
-        help="answers to the same instructions to win or lose against, in either form",
-    )
-    add(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of results; give the same one again to go on after a stop",
-    )
-    add(
-        "--private",
-        action="store_true",
-        help="instructions or answers are private: everything goes to DIR/private. They are sent "
-        "to the server at --base_url all the same",
-    )
+    add("--theirs", required=True, type=Path, metavar="PATH", help="answers to the same "
+        "instructions to win or lose against, in either form")  # fmt: skip
+    add("--output", required=True, type=Path, metavar="DIR", help="folder of results; give the "
+        "same one again to go on after a stop")  # fmt: skip
+    add("--private", action="store_true", help="instructions or answers are private: everything "
+        "goes to DIR/private. They are sent to the server at --base_url all the same")  # fmt: skip
     add_request_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(model="gpt-4o-mini", temperature=0.0, top_p=1.0, max_tokens=16)
@@ -145,13 +131,14 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_OK
 
     # ------------------------------------------------------------------ what came of it
-    records = [[records[instruction_id(prompt)] for prompt in orders] for orders in prompts]
-    verdicts = verdicts_of(records)
+    judgements = [[records[instruction_id(prompt)] for prompt in orders] for orders in prompts]
+    verdicts = verdicts_of(judgements)
     lengths = [(len(ours.texts[text]), len(theirs.texts[text])) for text in shared]
     judged = ~np.isnan(verdicts).any(axis=1)
     if not judged.any():
         pair, order = np.argwhere(np.isnan(verdicts))[0]
-        reply = records[pair][order]["answer"] or records[pair][order]["error"] or ""
+        record = judgements[pair][order]
+        reply = record["answer"] or record["error"] or ""
         raise UsageError(
             f"no pair has two verdicts: {args.model} says {_named([reply], 1)}, for example. Use "
             "another --model or a higher --max_tokens, with another --output"
@@ -164,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         interval=BOOTSTRAP,
         scores=scores_of(verdicts[judged], np.array(lengths, dtype=float)[judged], *subjects),
         control="equally good answers, and a judge that prefers no position",
-        notes=[*notes_on_verdicts(verdicts, records), *notes_on_sets(ours, theirs)],
+        notes=[*notes_on_verdicts(verdicts, judgements), *notes_on_sets(ours, theirs)],
     )
     print(table(result))
     write_result(args.output, result, vars(args) | {"prompt": PROMPT})
@@ -236,17 +223,17 @@ def scores_of(
     """
 
     def mean(name: str, subject: str, values: np.ndarray, **rest) -> Score:
-        interval = bootstrap(values, statistic=over_examples)
+        interval = bootstrap(values, statistic=np.mean)
         return Score(name, subject, float(values.mean()), *interval, **rest)
 
     preference, contrary = preferences(*verdicts.T), contradictions(*verdicts.T)
     scores = [mean("win rate", ours, preference, control=0.5, better="higher")]
     feature = length_feature(*lengths.T)
     if feature is not None:
-        (value,) = length_controlled(feature[None], preference[None])
+        value = length_controlled(feature, preference)
         interval = bootstrap(feature, preference, statistic=length_controlled)
         scores.append(
-            Score("length-controlled win rate", ours, float(value), *interval, 0.5, better="higher")
+            Score("length-controlled win rate", ours, value, *interval, 0.5, better="higher")
         )
     first = verdicts.mean(axis=1)
     longer = (lengths[:, 0] > lengths[:, 1]).astype(float)

@@ -1,4 +1,4 @@
-"""What synthetic texts and a model give away of the training set, beside what is coincidence.
+"""What synthetic texts and a model give away of the training set, next to what is coincidence.
 
     python -m evaluation.memorisation --synthetic resampling/synthetic/instructions.jsonl \\
         --private data/quickstart_instructions --held_out data/quickstart_instructions \\
@@ -20,12 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from evaluation.measures.exposure import exposure_by_chance, exposures, told_secrets
-from evaluation.measures.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap, over_examples
+from evaluation.measures.exposure import exposure_by_chance, exposures, secrets_found
+from evaluation.measures.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap
 from evaluation.measures.overlap import (
     Reference,
     exact_matches,
@@ -37,13 +38,9 @@ from evaluation.measures.overlap import (
 from evaluation.measures.personal_data import KINDS, find
 from evaluation.perplexity import example_losses
 from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
-from resample_with_dp_histogram.embed import (
-    DEFAULT_MODEL,
-    embed_in_memory,
-    load_model,
-)
+from resample_with_dp_histogram.embed import DEFAULT_MODEL, embed_in_memory, load_model
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, positive_int
+from utils.command_line.parser import make_parser, natural_int, parse, positive_int
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
@@ -53,6 +50,9 @@ from utils.texts.data_sets import is_labelled
 from utils.texts.text_filters import comparison_form
 from utils.texts.text_inputs import FORMATS, read_instructions
 from utils.texts.tokens import tokenised
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 TOOL = "memorisation"
 NGRAMS = (5, 8, 13)
@@ -69,6 +69,26 @@ CONTROL = "the same of as many held-out rows"
 CANARY_CONTROL = "for canaries: as many others that were not inserted"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this evaluation."""
+
+    synthetic: str
+    private: str
+    held_out: str
+    selected: str | None
+    split: str
+    held_out_split: str
+    output: Path
+    seed: int
+    embedding_model: str
+    no_embeddings: bool
+    max_embedded: int
+    run: Path | None
+    model_name: str | None
+    num_candidates: int
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this evaluation."""
     parser = make_parser(__doc__)
@@ -83,48 +103,36 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=natural_int, default=0, help="of what is drawn: parts, and texts to embed")
     group = parser.add_argument_group("nearest neighbours")
     add = group.add_argument
-    add(
-        "--embedding_model",
-        default=DEFAULT_MODEL,
-        help="a sentence-transformers hub id or folder",
-    )
+    add("--embedding_model", default=DEFAULT_MODEL, help="a sentence-transformers hub id or folder")
     add("--no_embeddings", action="store_true", help="leave nearest neighbours out")
-    add(
-        "--max_embedded",
-        type=positive_int,
-        default=10_000,
-        help="texts of each set that are embedded, drawn at random",
-    )
+    add("--max_embedded", type=positive_int, default=10_000, help="texts of each set that are "
+        "embedded, drawn at random")  # fmt: skip
     group = parser.add_argument_group("canaries")
     add = group.add_argument
     add("--run", type=Path, metavar="RUN", help="a run that was trained with --num_canaries")
     add("--model_name", help="its base model; the one that the run names if left out")
-    add(
-        "--num_candidates",
-        type=positive_int,
-        default=1000,
-        help="secrets that were not inserted, among which canaries are ranked",
-    )
+    add("--num_candidates", type=positive_int, default=1000, help="secrets that were not inserted, "
+        "among which canaries are ranked")  # fmt: skip
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    require_new_result(args.output, TOOL)
-    if args.model_name and not args.run:
+    settings = parse(build_parser(), Settings, argv)
+    require_new_result(settings.output, TOOL)
+    if settings.model_name and not settings.run:
         raise UsageError("--model_name needs --run, whose canaries it is for")
-    run = read_run(args.run, args.model_name) if args.run else None
-    synthetic = read_instructions(args.synthetic, args.split)
-    training = read_instructions(args.private, args.split)
-    held_out = read_instructions(args.held_out, args.held_out_split)
+    run = read_run(settings.run, settings.model_name) if settings.run else None
+    synthetic = read_instructions(settings.synthetic, settings.split)
+    training = read_instructions(settings.private, settings.split)
+    held_out = read_instructions(settings.held_out, settings.held_out_split)
     if training == held_out:
         raise UsageError("--private and --held_out are the same rows: nothing would be a control")
     sets = {"synthetic texts": synthetic}
-    if args.selected:
-        sets["selected texts"] = read_instructions(args.selected, args.split)
-    encoder = None if args.no_embeddings else load_model(args.embedding_model)
+    if settings.selected:
+        sets["selected texts"] = read_instructions(settings.selected, settings.split)
+    encoder = None if settings.no_embeddings else load_model(settings.embedding_model)
 
-    reference = make_reference(training, held_out, args.seed)
+    reference = make_reference(training, held_out, settings.seed)
     texts, forms = distinct(synthetic)
     notes = [
         f"{len(texts):,} distinct synthetic texts (of {len(synthetic):,}), {len(training):,} "
@@ -137,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     scores, chart, run_notes = overlap_scores(texts, forms, reference)
     notes += run_notes + [copies_note(forms, training, held_out)]
     if encoder:
-        scores += neighbour_scores(texts, training, held_out, encoder, args)
+        sides, most = (training, held_out), settings.max_embedded
+        scores += neighbour_scores(texts, sides, encoder, most, settings.seed)
     say("looking for personal data")
     found_in = {name: personal_data(rows) for name, rows in sets.items()}
     scores += verbatim_scores(found_in["synthetic texts"], reference)
@@ -148,35 +157,23 @@ def main(argv: list[str] | None = None) -> None:
         scores.append(replace(score, control=float(control)))
     released_notes = ["what has no fixed form, such as names, is not counted as personal data"]
     if run:
-        found, found_notes = canary_scores(run, synthetic, args.num_candidates)
+        found, found_notes = canary_scores(run, synthetic, settings.num_candidates)
         # Without a guarantee the model, and what it says of canaries, is as private as the data.
         if run.has_guarantee:
             released, released_notes = released + found, released_notes + found_notes
         else:
             scores, notes = scores + found, notes + found_notes
-    results = [
-        Result(
-            tool=TOOL,
-            title="What is shared with the training set",
-            private=True,
-            interval=INTERVAL,
-            control=CONTROL + (f"; {CANARY_CONTROL}" if run and not run.has_guarantee else ""),
-            scores=scores,
-            charts=[chart],
-            notes=notes,
-        ),
-        Result(
-            tool=TOOL,
-            title="Personal data and canaries" if run and run.has_guarantee else "Personal data",
-            private=False,
-            interval=BOOTSTRAP,
-            control=CANARY_CONTROL if run and run.has_guarantee else "",
-            scores=released,
-            notes=released_notes,
-        ),
-    ]
-    for result in results:
-        write_result(args.output, result, args)
+    title, control, released_control = "Personal data", CONTROL, ""
+    if run and run.has_guarantee:
+        title, released_control = "Personal data and canaries", CANARY_CONTROL
+    elif run:
+        control = f"{CONTROL}; {CANARY_CONTROL}"
+    shared = "What is shared with the training set"
+    for result in (
+        Result(TOOL, shared, True, INTERVAL, scores, control, [chart], notes),
+        Result(TOOL, title, False, BOOTSTRAP, released, released_control, notes=released_notes),
+    ):
+        write_result(settings.output, result, vars(settings))
         print(table(result) + "\n")
 
 
@@ -239,7 +236,7 @@ def compared(name: str, subject: str, parts: np.ndarray, reference: Reference) -
     more = more_than_by_chance(difference, reference.is_training)
     return [
         Score(name, subject, value, control=control, better="lower"),
-        Score(name + MORE, subject, *more, control=0.0, better="lower"),
+        Score(name + MORE, subject, *more, 0.0, "lower"),
     ]
 
 
@@ -278,41 +275,44 @@ def overlap_scores(
         ("longest of all (words)", (curve[1:] > 0).sum(axis=0)),
     ):
         scores += compared(f"{name}, {of_texts}", subject, parts, reference)
-    chart = Chart(
-        title="Runs of words that synthetic texts share",
-        x_label="words in a row",
-        y_label="share of synthetic texts",
-        lines={
-            name: [[length, share] for length, share in enumerate(side.mean(axis=1).tolist())]
-            for name, side in (
-                ("training rows", curve[:, reference.is_training]),
-                ("held-out rows", curve[:, ~reference.is_training]),
-            )
-        },
-        kind="step",
-    )
+    lines = {
+        name: [[length, share] for length, share in enumerate(curve[:, side].mean(axis=1).tolist())]
+        for name, side in (
+            ("training rows", reference.is_training), ("held-out rows", ~reference.is_training),
+        )
+    }  # fmt: skip
+    title = "Runs of words that synthetic texts share"
+    chart = Chart(title, "words in a row", "share of synthetic texts", lines, "step")
     return scores, chart, notes
 
 
 def neighbour_scores(
-    texts: list[str], training: list[str], held_out: list[str], encoder, args: argparse.Namespace
+    texts: list[str],
+    sides: tuple[list[str], list[str]],
+    encoder: "SentenceTransformer",
+    most: int,
+    seed: int,
 ) -> list[Score]:
-    """Nearest rows of as many training and held-out ones, by embeddings that are never written."""
-    random = np.random.default_rng(args.seed)
+    """Nearest rows of as many training and held-out ones, by embeddings that are never written.
+
+    Args:
+        sides: training and held-out rows.
+        most: texts or rows of each set that are embedded.
+        seed: of which ones.
+    """
+    random = np.random.default_rng(seed)
 
     def embed_some(rows: list[str], count: int, name: str) -> np.ndarray:
         chosen = [rows[row] for row in random.permutation(len(rows))[:count]]
         say(f"embedding {len(chosen):,} {name}")
-        rows = np.arange(len(chosen))
-        return embed_in_memory(chosen, rows, encoder, f"--embedding_model, {name}")
+        places, where = np.arange(len(chosen)), f"--embedding_model, {name}"
+        return embed_in_memory(chosen, places, encoder, where)
 
-    vectors = embed_some(texts, args.max_embedded, "synthetic texts")
-    count = min(len(training), len(held_out), args.max_embedded)
-    sides = [
-        embed_some(rows, count, name)
-        for rows, name in ((training, "private rows"), (held_out, "held-out rows"))
-    ]
-    similarities, places = nearest(vectors, np.concatenate(sides), NEIGHBOURS)
+    vectors = embed_some(texts, most, "synthetic texts")
+    count = min(most, *map(len, sides))
+    names = "private rows", "held-out rows"
+    embedded = [embed_some(rows, count, name) for rows, name in zip(sides, names)]
+    similarities, places = nearest(vectors, np.concatenate(embedded), NEIGHBOURS)
 
     def to_nearest(is_wanted: np.ndarray) -> np.ndarray:
         """The similarity of each text to the first of its neighbours that is wanted."""
@@ -331,17 +331,12 @@ def neighbour_scores(
     name = "cosine similarity to the nearest row, mean"
     value, control = (float(to_nearest(side).mean()) for side in (is_training, ~is_training))
     gained = more_than_by_chance(similarity_gained, is_training)
-    above_half = more_than_by_chance(share_above_half, is_training)
+    share, low, high = more_than_by_chance(share_above_half, is_training)
+    nearer = "nearer to a training row than to any held-out row, share"
     return [
         Score(name, subject, value, control=control, better="lower"),
-        Score(name + MORE, subject, *gained, control=0.0, better="lower"),
-        Score(
-            "nearer to a training row than to any held-out row, share",
-            subject,
-            *(0.5 + end for end in above_half),
-            control=0.5,
-            better="lower",
-        ),
+        Score(name + MORE, subject, *gained, 0.0, "lower"),
+        Score(nearer, subject, 0.5 + share, 0.5 + low, 0.5 + high, 0.5, "lower"),
     ]
 
 
@@ -382,16 +377,12 @@ def personal_data_counts(found: list[Found]) -> np.ndarray:
 
 def personal_data_scores(subject: str, found: list[Found]) -> list[Score]:
     """Strings of each kind per 1,000 texts."""
-    return [
-        Score(
-            kind + PER_TEXTS,
-            subject,
-            float(column.mean() * 1000),
-            *bootstrap(column * 1000, statistic=over_examples),
-            better="lower",
-        )
-        for kind, column in zip(KINDS, personal_data_counts(found).T)
-    ]
+    scores = []
+    for kind, column in zip(KINDS, personal_data_counts(found).T * 1000):
+        interval = bootstrap(column, statistic=np.mean)
+        value = float(column.mean())
+        scores.append(Score(kind + PER_TEXTS, subject, value, *interval, better="lower"))
+    return scores
 
 
 def verbatim_scores(synthetic: list[Found], reference: Reference) -> list[Score]:
@@ -460,31 +451,19 @@ def canary_scores(
     if not np.isfinite(losses).all():
         raise UsageError(f"the model of {run.folder} gives canaries losses that are not finite")
     inserted, others, candidates = losses[:count], losses[count : 2 * count], losses[2 * count :]
-    told = told_secrets(synthetic, drawn[: 2 * count])
+    found = secrets_found(synthetic, drawn[: 2 * count])
     repeats = run.arguments["canary_repeats"]
     subject = f"{count:,} canaries, each {repeats:,} times in training"
-    scores = [
-        Score(
-            name,
-            subject,
-            float(values.mean()),
-            *bootstrap(values, statistic=over_examples),
-            control=float(controls.mean()),
-            better="lower",
-        )
-        for name, values, controls in (
-            (
-                "exposure of a canary, mean (bits)",
-                exposures(inserted, candidates),
-                exposures(others, candidates),
-            ),
-            (
-                "canaries whose secret stands in a synthetic text, share",
-                told[:count],
-                told[count:],
-            ),
-        )
-    ]
+    exposed, by_chance = (exposures(each, candidates) for each in (inserted, others))
+    share = "canaries whose secret stands in a synthetic text, share"
+    scores = []
+    for name, values, controls in (
+        ("exposure of a canary, mean (bits)", exposed, by_chance),
+        (share, found[:count], found[count:]),
+    ):
+        ends = bootstrap(values, statistic=np.mean)
+        control = float(controls.mean())
+        scores.append(Score(name, subject, float(values.mean()), *ends, control, "lower"))
     note = (
         f"canaries are ranked among {num_candidates:,} other secrets, so exposure is at most "
         f"{np.log2(num_candidates + 1):.2f} bits; {exposure_by_chance(num_candidates):.2f} is the "

@@ -11,6 +11,7 @@ under OUTPUT/private.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from evaluation.measures.intervals import BOOTSTRAP, bootstrap, over_examples, ratio_of_sums
+from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
 from evaluation.results import Result, Score, require_new_result, table, write_result
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, positive_int
+from utils.command_line.parser import make_parser, parse, positive_int
 from utils.command_line.sampling_flags import check_adapter
 from utils.command_line.training_flags import add_model_arguments, require_fitting_style
 from utils.models.language_model import LanguageModel
@@ -32,6 +33,23 @@ from utils.texts.data_sets import load_split
 from utils.texts.tokens import TokenisedExamples, tokenised
 
 TOOL = "perplexity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this evaluation."""
+
+    model_name: str
+    prompt_style: str
+    max_seq_len: int
+    dtype: str
+    dataset_name: str
+    split: str
+    num_rows: int
+    adapter_path: list[str]
+    perdevice_bs: int
+    public: bool
+    output: Path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,29 +71,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    require_fitting_style(args.dataset_name, args.prompt_style)
-    require_new_result(args.output, TOOL)
-    for adapter in args.adapter_path:
-        for notice in check_adapter(adapter, args.prompt_style):
+    settings = parse(build_parser(), Settings, argv)
+    require_fitting_style(settings.dataset_name, settings.prompt_style)
+    require_new_result(settings.output, TOOL)
+    for adapter in settings.adapter_path:
+        for notice in check_adapter(adapter, settings.prompt_style):
             say(f"warning: {notice}")
-    rows = load_split(args.dataset_name, args.split)
-    rows = rows.select(range(min(len(rows), args.num_rows)))
+    rows = load_split(settings.dataset_name, settings.split)
+    rows = rows.select(range(min(len(rows), settings.num_rows)))
     quiet_libraries()
-    tokenizer = load_tokenizer(args.model_name)
-    data = tokenised(rows, tokenizer, args.prompt_style, args.max_seq_len)
+    tokenizer = load_tokenizer(settings.model_name)
+    data = tokenised(rows, tokenizer, settings.prompt_style, settings.max_seq_len)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(args.dtype, device)
-    base = load_base_model(args.model_name, dtype).to(device)
-    budget = args.perdevice_bs * args.max_seq_len
-    losses = {args.model_name: example_losses(base, data, budget, "base model")}
+    dtype = resolve_dtype(settings.dtype, device)
+    base = load_base_model(settings.model_name, dtype).to(device)
+    budget = settings.perdevice_bs * settings.max_seq_len
+    losses = {settings.model_name: example_losses(base, data, budget, "base model")}
     del base
-    for number, adapter in enumerate(args.adapter_path, start=1):
-        model = load_adapted(args.model_name, adapter, dtype, merge=True).to(device)
-        name = f"adapter {number} of {len(args.adapter_path)}"
+    for number, adapter in enumerate(settings.adapter_path, start=1):
+        model = load_adapted(settings.model_name, adapter, dtype, merge=True).to(device)
+        name = f"adapter {number} of {len(settings.adapter_path)}"
         losses[adapter] = example_losses(model, data, budget, name)
-    result = compare(losses, args.model_name, args.public)
-    write_result(args.output, result, args)
+    result = compare(losses, settings.model_name, settings.public)
+    write_result(settings.output, result, vars(settings))
     print(table(result))
 
 
@@ -132,7 +150,7 @@ def compare(losses: dict[str, tuple[np.ndarray, np.ndarray]], base: str, public:
         ))  # fmt: skip
         scores.append(Score(
             "loss per token, mean over examples (nats)", name, (sums / counts).mean(),
-            *bootstrap(sums / counts, statistic=over_examples), control.get("per_example"),
+            *bootstrap(sums / counts, statistic=np.mean), control.get("per_example"),
             "lower",
         ))  # fmt: skip
         if name != base:

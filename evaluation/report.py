@@ -12,25 +12,36 @@ guarantee; the page says so.
 """
 
 import argparse
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from evaluation.page.material import collect, printable
-from evaluation.page.sections import Page, build_page
-from evaluation.results import PRIVATE_FOLDER
+from evaluation.page.material import Sources, collect
+from evaluation.page.printing import counted, markdown, one_line, plain, portable_word
+from evaluation.page.sections import Page
+from evaluation.results import PRIVATE_FOLDER, shown
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, positive_float
+from utils.command_line.parser import make_parser, natural_int, parse, positive_float
 from utils.files import write_atomic
 from utils.runs.run_folder import PRIVATE_README
 from utils.texts.text_inputs import FORMATS
 
 TEMPLATES = Path(__file__).parent / "page" / "templates"
-SUFFIXES = (".html", ".md")
+ESCAPED: dict[str, Callable[[str], str]] = {".html": escape, ".md": markdown}
 # By which a later call knows a page of this tool, which it may replace.
 MARK = "evaluation.report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Sources):
+    """The flags of the report."""
+
+    output: Path
+    overwrite: bool
+    num_shown: int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,11 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("run", type=Path, nargs="+", help="training runs that read the private rows")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the page")
     add("--overwrite", action="store_true", help="replace a page that this tool wrote there")
-    add(
-        "--internal",
-        action="store_true",
-        help="with everything computed from private data, for whoever may see that",
-    )
+    add("--internal", action="store_true", help="with everything computed from private data, for "
+        "whoever may see that")  # fmt: skip
     folders = {
         "--histogram": ("LEDGER", "ledgers of histograms of the same private rows"),
         "--samples": ("DIR", "what inference.py sampled from adapters of the runs"),
@@ -60,17 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--extraction", type=Path, metavar="DIR", help="the --output of extract, for its counts")
     add("--selection", type=Path, metavar="DIR", help="the --output of resample")
     add("--annotations", type=Path, metavar="DIR", help="the --output of annotate")
-    add(
-        "--public_prompts",
-        action="store_true",
-        help="the prompts of --samples are no private rows, and may be shown with their answers",
-    )
-    add(
-        "--real",
-        type=Path,
-        metavar="PATH",
-        help=f"real texts to show beside the synthetic ones, with --internal alone: {FORMATS}",
-    )
+    add("--public_prompts", action="store_true", help="the prompts of --samples are not private "
+        "rows, and may be shown with their answers")  # fmt: skip
+    add("--real", type=Path, metavar="PATH", help="real texts to show next to the synthetic ones, "
+        f"with --internal alone: {FORMATS}")  # fmt: skip
     add("--split", help="the split to read where --real is a saved DatasetDict")
     add("--delta", type=positive_float, help="the runs' if left out; needed where they differ")
     add("--num_shown", type=natural_int, default=6, help="texts of each kind to show")
@@ -78,34 +79,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if args.real and not args.internal:
+    settings = parse(build_parser(), Settings, argv)
+    internal, output = settings.internal, settings.output
+    if settings.real and not internal:
         raise UsageError(
-            f"--real {args.real}: real texts are for the internal page; add --internal"
+            f"--real {settings.real}: real texts are for the internal page; add --internal"
         )
-    if args.output.exists() and not args.output.is_dir():
-        raise UsageError(f"--output {args.output} is no folder; use another")
-    folder = args.output / PRIVATE_FOLDER if args.internal else args.output
-    name = "report-internal" if args.internal else "report"
-    paths = {suffix: folder / f"{name}{suffix}" for suffix in SUFFIXES}
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is not a folder; use another")
+    folder = output / PRIVATE_FOLDER if internal else output
+    paths = {
+        suffix: folder / f"{'report-internal' if internal else 'report'}{suffix}"
+        for suffix in ESCAPED
+    }
     for path in paths.values():
-        require_replaceable(path, args.overwrite)
-    material = collect(args)
-    page = build_page(material, args.num_shown)
-    if args.internal:
+        require_replaceable(path, settings.overwrite)
+    page = Page(collect(settings), settings.num_shown)
+    if internal:
         write_atomic(folder / "README.md", PRIVATE_README)
     for suffix, path in paths.items():
         write_atomic(path, render(page, suffix))
-        say(f"written to {path}" + (" (private: do not share)" if args.internal else ""))
-    if page.guarantee:
-        print(page.verdict[0])
-    else:
-        say(f"THERE IS NO PRIVACY GUARANTEE: {page.verdict[0]}")
-    return EXIT_OK if page.guarantee else EXIT_FAILED
+        say(f"written to {path}" + (" (private: do not share)" if internal else ""))
+    if not page.guarantee:
+        say(f"THERE IS NO PRIVACY GUARANTEE: {promise(page)}")
+        return EXIT_FAILED
+    print(promise(page))
+    return EXIT_OK
 
 
 def require_replaceable(path: Path, overwrite: bool) -> None:
-    """Refuse a file that is there, unless it is a page of this tool that may be replaced.
+    """Refuse a file that exists, unless it is a page of this tool that may be replaced.
 
     Raises:
         UsageError: says which of the two it is.
@@ -114,48 +117,47 @@ def require_replaceable(path: Path, overwrite: bool) -> None:
         return
     own = path.is_file() and MARK.encode() in path.read_bytes()[:500]
     if not own:
-        raise UsageError(f"{path} exists and is no page of this tool; use another --output")
+        raise UsageError(f"{path} exists and is not a page of this tool; use another --output")
     if not overwrite:
         raise UsageError(f"{path} exists; add --overwrite to replace it, or use another --output")
 
 
-def render(page: Page, suffix: str) -> str:
-    """The page as .html or .md; whatever it holds is text there, and never markup."""
-    environment = jinja2.Environment(
+def environment(page: Page, suffix: str, escaped: Callable[[str], str]) -> jinja2.Environment:
+    """Templates that speak of `page`; whatever they print of it is text, and never markup.
+
+    Args:
+        suffix: of the blocks that the page is made of, .html or .md.
+        escaped: makes a plain text one of that format.
+    """
+
+    def finalize(value: object) -> str:
+        return value if isinstance(value, Markup) else escaped(plain(value))
+
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=suffix == ".html",
-        finalize=finalize_html if suffix == ".html" else finalize_markdown,
+        autoescape=True,
+        finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["markup"] = Markup
-    template = environment.get_template(f"report{suffix}.j2")
-    return template.render(page=page, mark=Markup(MARK)).rstrip() + "\n"
+    made.globals |= {"page": page, "blocks": f"blocks{suffix}.j2", "mark": MARK}
+    # Python's format, such as {{ 0.5 | format(".3f") }}.
+    made.filters |= {"format": format, "shown": shown, "word": portable_word}
+    made.filters |= {"counted": counted, "one_line": one_line}
+    return made
 
 
-def finalize_html(value: object) -> object:
-    """What a template prints, made of characters that a page can hold."""
-    return value if isinstance(value, Markup) else printable(str(value))
+def render(page: Page, suffix: str) -> str:
+    """The page as .html or .md."""
+    made = environment(page, suffix, ESCAPED[suffix])
+    return made.get_template(f"report{suffix}.j2").render().rstrip() + "\n"
 
 
-def finalize_markdown(value: object) -> str:
-    """What a template prints, with every character escaped that Markdown or HTML would act on."""
-    if isinstance(value, Markup):
-        return value
-    text = printable(str(value)).strip().replace("&", "&amp;")
-    text = text.replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*|\[\]~$])", r"\\\1", text)
-    # Inside a word an underscore means nothing.
-    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
-    # At its start these would make headings, rules and lists.
-    text = re.sub(r"^([#+=-]|\d+(?=[.)](\s|$)))", escaped_start, text)
-    return re.sub(r"\s*\n\s*", "<br>", text)
-
-
-def escaped_start(mark: re.Match) -> str:
-    """A mark that begins a block in Markdown, as text."""
-    return f"{mark[0]}\\" if mark[0].isdigit() else f"\\{mark[0]}"
+def promise(page: Page) -> str:
+    """What is promised, or why nothing is, in a line for a terminal."""
+    line = '{% from "guarantee.j2" import promise %}{{ promise() | one_line }}'
+    return environment(page, ".md", Markup).from_string(line).render()
 
 
 if __name__ == "__main__":

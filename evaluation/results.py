@@ -6,7 +6,6 @@ DIR/private/TOOL.json    computed from private data without noise: never leaves
 `evaluation.report` reads both, and shows the second kind with --internal only.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -92,17 +91,16 @@ def require_new_result(folder: Path, tool: str) -> None:
             raise UsageError(f"{path} exists; use another --output, or remove it")
 
 
-def write_result(folder: Path, result: Result, settings: argparse.Namespace | dict) -> Path:
+def write_result(folder: Path, result: Result, settings: dict) -> Path:
     """Write a result where its kind belongs, and say so; returns the file.
 
     Args:
-        settings: what was asked for: flags and their values, none of them a secret.
+        settings: flags and their values, none of them a secret.
     """
     place = folder / PRIVATE_FOLDER if result.private else folder
     if result.private:
         write_atomic(place / "README.md", PRIVATE_README)
-    given = settings if isinstance(settings, dict) else vars(settings)
-    origin = {"settings": given, "argv": sys.argv, "versions": versions_of(VERSIONED)}
+    origin = {"settings": settings, "argv": sys.argv, "versions": versions_of(VERSIONED)}
     path = place / f"{result.tool}.json"
     # Paths among the settings become text.
     write_json(path, json.loads(json.dumps(asdict(result) | origin, default=str)))
@@ -114,7 +112,7 @@ def read_results(folder: Path, private: bool) -> list[dict]:
     """The results in `folder`, in order of their names; those of its `private/` if asked.
 
     Raises:
-        UsageError: a file is no result.
+        UsageError: a file is not a result.
     """
     results = []
     for path in sorted((folder / PRIVATE_FOLDER if private else folder).glob("*.json")):
@@ -124,7 +122,7 @@ def read_results(folder: Path, private: bool) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             known = False
         if not known:
-            raise UsageError(f"{path} is no result of an evaluation; move it elsewhere")
+            raise UsageError(f"{path} is not a result of an evaluation; move it elsewhere")
         results.append(result)
     return results
 
@@ -134,16 +132,19 @@ def shown(number: float) -> str:
     return f"{number:.4g}" if abs(number) < 1e4 else f"{number:,.0f}"
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """Low to high; "" where there is no interval."""
+    return "" if low is None or high is None else f"{shown(low)} to {shown(high)}"
+
+
 def table(result: Result) -> str:
     """The scores as lines for a terminal."""
-    rows = [("", "", "value", "interval", *(["control"] if result.control else []))]
+    header = "", "", "value", "interval"
+    rows: list[tuple[str, ...]] = [(*header, "control") if result.control else header]
     for score in result.scores:
-        interval = "" if score.low is None else f"{shown(score.low)} to {shown(score.high)}"
+        row = score.name, score.subject, shown(score.value), interval(score.low, score.high)
         control = "" if score.control is None else shown(score.control)
-        rows.append(
-            (score.name, score.subject, shown(score.value), interval)
-            + ((control,) if result.control else ())
-        )
+        rows.append((*row, control) if result.control else row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join(

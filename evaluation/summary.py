@@ -8,12 +8,22 @@ Losses come from the run's private/ folder, which no guarantee covers: they are 
 import argparse
 import json
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli
-from utils.command_line.parser import make_parser, natural_int
+from utils.command_line.parser import make_parser, natural_int, parse
 from utils.files import read_jsonl
 from utils.sampling.shards import read_samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of the summary."""
+
+    run: Path
+    samples: Path | None
+    num_shown: int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,17 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    print(f"== {args.run}")
-    print(guarantee_line(args.run))
-    for name, first, last in loss_changes(args.run):
+    settings = parse(build_parser(), Settings, argv)
+    print(f"== {settings.run}")
+    print(guarantee_line(settings.run))
+    for name, first, last in loss_changes(settings.run):
         print(f"{name:<16} {first:.3f} -> {last:.3f} nats a token (private)")
-    print(f"adapter          {args.run / 'adapter'}")
-    print(f"report           {args.run / 'privacy_report.md'}")
-    if args.samples:
-        samples = read_samples(args.samples)
-        print(f"\n== {args.samples}: {len(samples):,} samples, of which")
-        for sample in samples[: args.num_shown]:
+    print(f"adapter          {settings.run / 'adapter'}")
+    print(f"report           {settings.run / 'privacy_report.md'}")
+    if settings.samples:
+        samples = read_samples(settings.samples)
+        print(f"\n== {settings.samples}: {len(samples):,} samples, of which")
+        for sample in samples[: settings.num_shown]:
             print(shown(sample))
 
 

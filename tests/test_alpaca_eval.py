@@ -61,8 +61,8 @@ def test_a_file_is_named_after_its_generator_or_after_itself(tmp_path):
         ('[{"instruction"', "as JSON"),
         ("", "as JSON"),
         (b"\xff\xfe[]", "as JSON"),
-        ({"instruction": "a", "output": "b"}, "no JSON list of objects"),
-        (["a"], "no JSON list of objects"),
+        ({"instruction": "a", "output": "b"}, "not a JSON list of objects"),
+        (["a"], "not a JSON list of objects"),
         ([], "no answer with a word"),
         (objects(("a", " "), ("b", "")), "no answer with a word"),
         (objects(("a", "x"), ("b", None)), "object 2 lacks an instruction, an answer"),
@@ -90,7 +90,7 @@ def test_a_bad_folder_is_one_line(tmp_path):
         read_answers(tmp_path)
     shard = tmp_path / "shard-0.jsonl"
     shard.write_text('{"prompt": "a", "text": "x"}\n')
-    with pytest.raises(UsageError, match="shard-0.jsonl, line 1 is no sample"):
+    with pytest.raises(UsageError, match="shard-0.jsonl, line 1 lacks the id of a sample"):
         read_answers(tmp_path)
     lines = [json.dumps({"id": id, "prompt": "a", "text": "x"}) for id in range(2)]
     shard.write_text("\n".join(lines) + "\n")

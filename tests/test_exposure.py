@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.measures.exposure import exposure_by_chance, exposures, told_secrets
+from evaluation.measures.exposure import exposure_by_chance, exposures, secrets_found
 
 
 def test_the_first_rank_gives_all_bits_and_the_last_none():
@@ -37,7 +37,7 @@ def test_chance_is_the_mean_over_all_ranks_and_nears_1_over_ln_2():
     assert exposure_by_chance(10**6) == pytest.approx(1 / math.log(2), abs=1e-4)
 
 
-def test_secrets_are_told_by_their_digits_in_a_row():
+def test_secrets_are_found_by_their_digits_in_a_row():
     texts = ["the code is 123456789.", "1234 56780", "99987654321"]
     secrets = ["123456789", "123456780", "987654321", "111111111"]
-    assert told_secrets(texts, secrets).tolist() == [1, 0, 1, 0]
+    assert secrets_found(texts, secrets).tolist() == [1, 0, 1, 0]

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from evaluation.measures.intervals import bootstrap, mean_and_spread, over_examples, ratio_of_sums
+from evaluation.measures.intervals import bootstrap, mean_and_spread, ratio_of_sums
 
 
 @pytest.mark.parametrize("count", [400, 20_000])
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution(count):
     """20,000 examples are resampled in several parts."""
     values = np.random.default_rng(1).normal(3.0, 2.0, count)
-    low, high = bootstrap(values, statistic=over_examples)
+    low, high = bootstrap(values, statistic=np.mean)
     half = 1.96 * values.std() / np.sqrt(count)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 8)
 
@@ -23,8 +23,17 @@ def test_the_same_examples_are_drawn_of_every_column():
 
 def test_a_seed_gives_the_same_interval():
     values = np.arange(30.0)
-    one, same, other = (bootstrap(values, statistic=over_examples, seed=s) for s in (0, 0, 1))
+    one, same, other = (bootstrap(values, statistic=np.mean, seed=s) for s in (0, 0, 1))
     assert one == same != other
+
+
+@pytest.mark.parametrize("values", [[3.0], [3.0, 3.0], [0.0] * 50])
+def test_examples_that_are_all_equal_have_an_interval_of_no_width(values):
+    values = np.array(values)
+    assert bootstrap(values, statistic=np.mean) == (values[0], values[0])
+    assert bootstrap(values, np.full(len(values), 2.0), statistic=ratio_of_sums) == (
+        values[0] / 2, values[0] / 2,
+    )  # fmt: skip
 
 
 def test_mean_and_spread():

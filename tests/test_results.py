@@ -1,6 +1,5 @@
 """The form of all figures: private ones lie apart, and nothing is replaced or taken on trust."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def result(private, tool="tool", **changes):
 
 @pytest.mark.parametrize("private", [False, True])
 def test_a_result_lies_where_its_kind_belongs(tmp_path, private):
-    settings = argparse.Namespace(output=tmp_path, num_rows=3)
+    settings = {"output": tmp_path, "num_rows": 3}
     path = write_result(tmp_path, result(private), settings)
     assert path == (tmp_path / "private" if private else tmp_path) / "tool.json"
     assert (tmp_path / "private" / "README.md").exists() == private
@@ -53,7 +52,7 @@ def test_an_earlier_result_of_either_kind_stays(tmp_path, private):
                                      '{"tool": "tool", "private": true}'])  # fmt: skip
 def test_what_is_no_result_of_its_place_is_refused(tmp_path, content):
     (tmp_path / "tool.json").write_text(content)
-    with pytest.raises(UsageError, match=r"tool\.json is no result of an evaluation"):
+    with pytest.raises(UsageError, match=r"tool\.json is not a result of an evaluation"):
         read_results(tmp_path, private=False)
 
 

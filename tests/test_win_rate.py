@@ -17,8 +17,7 @@ from evaluation.measures.win_rate import (
 
 
 def controlled(feature, preference):
-    (rate,) = length_controlled(np.array([feature], float), np.array([preference], float))
-    return rate
+    return length_controlled(np.array(feature, float), np.array(preference, float))
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,11 @@ def exposure_by_chance(num_candidates: int) -> float:
     return math.log2(count) - math.lgamma(count + 1) / math.log(2) / count
 
 
-def told_secrets(texts: Iterable[str], secrets: list[str]) -> np.ndarray:
+def secrets_found(texts: Iterable[str], secrets: list[str]) -> np.ndarray:
     """float64 [secrets]: 1 for each secret whose digits stand in a text, in a row."""
-    wanted, told = set(secrets), set()
+    wanted, found = set(secrets), set()
     # A look-ahead, so that a longer row of digits gives every window of it.
     window = re.compile(rf"(?=([0-9]{{{DIGITS}}}))")
     for text in texts:
-        told |= wanted.intersection(window.findall(text))
-    return np.array([secret in told for secret in secrets], dtype=np.float64)
+        found |= wanted.intersection(window.findall(text))
+    return np.array([secret in found for secret in secrets], dtype=np.float64)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
 BOOTSTRAP = f"{CONFIDENCE:.0%} bootstrap over examples ({RESAMPLES:,} resamples)"
@@ -10,38 +11,42 @@ SEEDS = "mean minus and plus one standard deviation over seeds"
 
 
 def bootstrap(
-    *columns: np.ndarray, statistic: Callable[..., np.ndarray], seed: int = 0
+    *columns: np.ndarray, statistic: Callable[..., np.ndarray | float], seed: int = 0
 ) -> tuple[float, float]:
     """A percentile interval (Efron 1979) of a statistic of examples.
 
     Args:
         columns: float64 [examples] each; an example keeps its values together.
-        statistic: maps resampled columns, each [resamples, examples], to [resamples].
+        statistic: of resampled columns [examples]; of many resamples at once, along `axis`, if
+            it has such an argument.
 
     Returns:
-        The lower and upper end, at `CONFIDENCE`.
+        The lower and upper end, at `CONFIDENCE`; of a single example, its own value twice.
     """
-    random = np.random.default_rng(seed)
     count = len(columns[0])
-    values = []
-    # In parts, so that a million examples need no gigabytes of indices.
-    part = max(1, min(RESAMPLES, 4_000_000 // count))
-    for start in range(0, RESAMPLES, part):
-        drawn = random.integers(count, size=(min(part, RESAMPLES - start), count))
-        values.append(statistic(*(column[drawn] for column in columns)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(values), [tail, 1 - tail])
+    if count == 1:
+        value = float(statistic(*columns))
+        return value, value
+    found = stats.bootstrap(
+        columns,
+        statistic,
+        n_resamples=RESAMPLES,
+        # A million examples would need gigabytes of indices at once.
+        batch=max(1, 4_000_000 // count),
+        paired=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=seed,
+    )
+    low, high = found.confidence_interval
     return float(low), float(high)
 
 
-def over_examples(values: np.ndarray) -> np.ndarray:
-    """The mean of each row: a statistic for `bootstrap`."""
-    return values.mean(axis=1)
-
-
-def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-    """Sum over sum of each row, such as the loss per token of several examples."""
-    return numerators.sum(axis=1) / denominators.sum(axis=1)
+def ratio_of_sums(
+    numerators: np.ndarray, denominators: np.ndarray, axis: int = -1
+) -> np.ndarray | float:
+    """Sum over sum along `axis`, such as the loss per token of several examples."""
+    return numerators.sum(axis) / denominators.sum(axis)
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float, float]:

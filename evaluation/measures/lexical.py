@@ -7,6 +7,7 @@ run without spaces, as Chinese is written, counts as one.
 from collections import Counter
 
 import numpy as np
+from scipy.spatial.distance import jensenshannon
 
 from utils.texts.text_filters import comparison_form
 
@@ -94,13 +95,6 @@ def jensen_shannon_distance(one: list[Gram], other: list[Gram]) -> float:
     The square root of the Jensen-Shannon divergence in bits (Lin 1991; a metric by Endres and
     Schindelin 2003). Two samples of one source are above 0, the less the more words they have.
     """
-    counts = [Counter(one), Counter(other)]
-    p, q = np.array(
-        [[count[gram] / count.total() for gram in counts[0] | counts[1]] for count in counts]
-    )
-    mean = (p + q) / 2
-    divergence = sum(
-        (part[part > 0] * np.log2(part[part > 0] / mean[part > 0])).sum() / 2 for part in (p, q)
-    )
-    # Rounding may leave equal frequencies below 0.
-    return float(np.sqrt(max(0.0, divergence)))
+    counts = Counter(one), Counter(other)
+    p, q = ([count[gram] for gram in counts[0] | counts[1]] for count in counts)
+    return float(jensenshannon(p, q, base=2))

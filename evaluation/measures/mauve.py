@@ -58,6 +58,6 @@ def frontier_area(p: np.ndarray, q: np.ndarray) -> float:
 
 def divergences(p: np.ndarray, mixtures: np.ndarray) -> np.ndarray:
     """KL(p | mixture) in nats of each of the mixtures [mixtures, clusters]; may be infinite."""
-    there = p > 0
+    positive = p > 0
     with np.errstate(divide="ignore"):
-        return (p[there] * np.log(p[there] / mixtures[:, there])).sum(axis=1)
+        return (p[positive] * np.log(p[positive] / mixtures[:, positive])).sum(axis=1)

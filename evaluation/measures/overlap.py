@@ -61,12 +61,14 @@ def make_reference(training: list[str], held_out: list[str], seed: int) -> Refer
     """
     random = np.random.default_rng(seed)
     size = -(-min(len(training), len(held_out)) // PARTS)
-    texts, counts = [], []
-    for rows in (training, held_out):
-        counts.append(min(len(rows) // size, MOST_PARTS))
-        texts += [rows[row] for row in random.permutation(len(rows))[: counts[-1] * size]]
-    bits = np.uint64(1) << np.arange(sum(counts), dtype=np.uint64)
-    return Reference(texts, np.repeat(bits, size), *counts, size)
+    num_training, num_held_out = (
+        min(len(rows) // size, MOST_PARTS) for rows in (training, held_out)
+    )
+    texts = []
+    for rows, count in ((training, num_training), (held_out, num_held_out)):
+        texts += [rows[row] for row in random.permutation(len(rows))[: count * size]]
+    bits = np.uint64(1) << np.arange(num_training + num_held_out, dtype=np.uint64)
+    return Reference(texts, np.repeat(bits, size), num_training, num_held_out, size)
 
 
 def keys(texts: list[str]) -> np.ndarray:

@@ -48,8 +48,8 @@ def length_feature(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
     return np.tanh(difference / difference.std())
 
 
-def length_controlled(features: np.ndarray, preference: np.ndarray) -> np.ndarray:
-    """The win rates that answers of equal length would have.
+def length_controlled(feature: np.ndarray, preference: np.ndarray) -> float:
+    """The win rate that answers of equal length would have.
 
     A logistic regression of the preference on a constant and the length feature, evaluated where
     that is 0 (Dubois et al. 2024, "Length-Controlled AlpacaEval"). The paper's third term, the
@@ -57,12 +57,9 @@ def length_controlled(features: np.ndarray, preference: np.ndarray) -> np.ndarra
     the answer finite where the data is separable.
 
     Args:
-        features, preference: float64 [resamples, pairs]; preferences from 0 to 1.
-
-    Returns:
-        float64 [resamples].
+        feature, preference: float64 [pairs]; preferences from 0 to 1.
     """
-    return np.array([expit(_fit(*row)[0]) for row in zip(features, preference)])
+    return float(expit(_fit(feature, preference)[0]))
 
 
 def _fit(feature: np.ndarray, preference: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 INK, GRID = "#f0000a", "#f0000b"
 SERIES = ("#f00001", "#f00002", "#f00003", "#f00004", "#f00005", "#f00006")
-# Beside colour, so that lines differ without it.
+# In addition to colour, so that lines differ without it.
 STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)))
 WIDTH, LINES_HEIGHT = 5.2, 3.3  # inches of 72 units
 FONT_SIZE = 10.5
@@ -47,17 +47,12 @@ def line_chart(chart: dict, key: str) -> str:
         figure = Figure(figsize=(WIDTH, LINES_HEIGHT), layout="constrained")
         axes = figure.subplots()
         for number, (label, points) in enumerate(chart["lines"].items()):
-            style = {
-                "color": SERIES[number % len(SERIES)],
-                "linestyle": STYLES[number % len(STYLES)],
-                "label": _short(label),
-                "marker": "." if len(points) == 1 else None,
-            }
             x, y = zip(*points) if points else ((), ())
-            if chart["kind"] == "step":
-                axes.step(x, y, where="mid", **style)
-            else:
-                axes.plot(x, y, **style)
+            axes.plot(
+                x, y, drawstyle="steps-mid" if chart["kind"] == "step" else "default",
+                color=SERIES[number % len(SERIES)], linestyle=STYLES[number % len(STYLES)],
+                marker="." if len(points) == 1 else None, label=_short(label),
+            )  # fmt: skip
         axes.set_xlabel(_short(chart["x_label"]))
         axes.set_ylabel(_short(chart["y_label"], 36))
         _tidy(axes)
@@ -88,7 +83,7 @@ def score_chart(name: str, scores: Sequence[dict], control: str, key: str) -> st
                     score["control"], -row, "D", markersize=7, markeredgewidth=1.6,
                     markerfacecolor="none", markeredgecolor=SERIES[1],
                 )  # fmt: skip
-            # Above its line rather than beside the axis: subjects may be long, screens narrow.
+            # Above its line rather than next to the axis: subjects may be long, screens narrow.
             axes.annotate(
                 _short(score["subject"], 60), (0, -row), xycoords=("axes fraction", "data"),
                 xytext=(0, 7), textcoords="offset points",
@@ -147,7 +142,7 @@ def _inline(figure: Figure, description: str) -> str:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
-    view = re.search(r'viewBox="[^"]+"', svg)[0]
+    (view,) = re.findall(r'viewBox="[^"]+"', svg)[:1]
     svg = svg[svg.index("</defs>") + len("</defs>") :].strip()  # of the first: a global style
     # Ids that something refers to are hashes of what they name and of the chart's key.
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))

@@ -9,10 +9,10 @@ themselves. Wall times of training are left out too, since they follow from who 
 import argparse
 import hashlib
 import json
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evaluation.results import Chart, Score, read_results
@@ -52,6 +52,11 @@ class Training:
     own_cost: tuple[float, float] | None
     metrics: list[dict]
 
+    @property
+    def seconds(self) -> float:
+        """What its steps took, as far as `metrics` say."""
+        return sum(line.get("seconds", 0) for line in self.metrics)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -70,6 +75,16 @@ class Samples:
     @property
     def prompted(self) -> bool:
         return self.manifest["prompt_style"] != UNCONDITIONAL
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """How often each reason ended a sample that is shown."""
+        return dict(Counter(each["finish_reason"] for each in self.shown).most_common())
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all samples that are shown."""
+        return sum(each.get("num_tokens", 0) for each in self.shown)
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,35 @@ class Annotations:
     records: list[dict]
     usd: float | None
     about_price: str
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """How many records have each status."""
+        return dict(Counter(record["status"] for record in self.records).most_common())
+
+    def tokens(self, side: str) -> int:
+        """Tokens of the `prompt` or the `completion` side of all requests."""
+        usages = (record.get("usage") for record in self.records)
+        return sum(usage[f"{side}_tokens"] for usage in usages if usage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The flags that name what a page is made of, and for whom it is."""
+
+    run: list[Path]
+    internal: bool
+    histogram: list[Path]
+    samples: list[Path]
+    evaluations: list[Path]
+    synthetic_runs: list[Path]
+    extraction: Path | None
+    selection: Path | None
+    annotations: Path | None
+    public_prompts: bool
+    real: Path | None
+    split: str | None
+    delta: float | None
 
 
 @dataclass(frozen=True)
@@ -120,58 +164,54 @@ class Material:
     real: list[str] = field(default_factory=list)
 
 
-def collect(args: argparse.Namespace) -> Material:
+def collect(sources: Sources) -> Material:
     """Read everything that the flags name.
 
     Without a guarantee nothing is covered, so a page for release gets the runs' flags alone.
 
-    Args:
-        args: flags of `evaluation.report`.
-
     Raises:
         UsageError: a folder is none of its kind, is damaged, or holds what may not be shown.
     """
-    runs = [read_training(path, args.internal) for path in args.run]
-    synthetic_runs = [read_training(path, args.internal) for path in args.synthetic_runs]
+    internal, ledgers = sources.internal, sources.histogram
+    runs = [read_training(path, internal) for path in sources.run]
+    synthetic_runs = [read_training(path, internal) for path in sources.synthetic_runs]
     for run in synthetic_runs:
         if run.arguments["eps"] != -1:
             raise UsageError(
                 f"--synthetic_runs {run.folder}: trained with differential privacy, so it read "
                 "private rows; name it before the flags, as a RUN"
             )
-    composed = composed_report(args.run, args.histogram, args.delta)
-    material = {
-        "internal": args.internal,
-        "composed": composed,
-        "ledgers": args.histogram,
-        "runs": runs,
-        "synthetic_runs": synthetic_runs,
-    }
+    composed = composed_report(sources.run, ledgers, sources.delta)
+    material = Material(internal, composed, ledgers, runs, synthetic_runs)
     if composed["guarantee"]:
         events = events_of(composed["mechanisms"])
-        material["curve"] = epsilon_over_steps(composed)
-        material["total_variation"] = compute_delta(events, 0.0, ADD_REMOVE)
-    elif not args.internal:
-        return Material(**material)
+        variation = compute_delta(events, 0.0, ADD_REMOVE)
+        curve = epsilon_over_steps(composed)
+        material = replace(material, curve=curve, total_variation=variation)
+    elif not internal:
+        return material
 
-    adapters = {digest for run in args.run + args.synthetic_runs for digest in weights_of(run)}
-    found = [read_sampled(path, None if args.internal else adapters) for path in args.samples]
-    selection = read_selection(args.selection, args.histogram) if args.selection else None
+    named = sources.run + sources.synthetic_runs
+    adapters = None if internal else {digest for run in named for digest in weights_of(run)}
+    samples = [read_sampled(path, adapters) for path in sources.samples]
+    selection = read_selection(sources.selection, ledgers) if sources.selection else None
     synthetic = {
-        sample["text"].strip() for each in found if not each.prompted for sample in each.shown
+        sample["text"].strip() for each in samples if not each.prompted for sample in each.shown
     }
     synthetic |= {text.strip() for text in selection.texts} if selection else set()
-    anything = args.internal or args.public_prompts
-    return Material(
-        **material,
-        samples=[each if anything else with_known_prompts(each, synthetic) for each in found],
-        extraction=read_extraction(args.extraction) if args.extraction else None,
+    if not (internal or sources.public_prompts):
+        samples = [with_known_prompts(each, synthetic) for each in samples]
+    annotations = None
+    if sources.annotations:
+        annotations = read_annotations(sources.annotations, None if internal else synthetic)
+    return replace(
+        material,
+        samples=samples,
+        extraction=read_extraction(sources.extraction) if sources.extraction else None,
         selection=selection,
-        annotations=read_annotations(args.annotations, None if args.internal else synthetic)
-        if args.annotations
-        else None,
-        results=[result for path in args.evaluations for result in read_folder(path, args)],
-        real=read_instructions(str(args.real), args.split) if args.real else [],
+        annotations=annotations,
+        results=[each for path in sources.evaluations for each in read_folder(path, internal)],
+        real=read_instructions(str(sources.real), sources.split) if sources.real else [],
     )
 
 
@@ -194,7 +234,7 @@ def read_object(path: Path, writer: str, **kinds: type) -> dict:
     """A JSON object with entries of the given types.
 
     Raises:
-        UsageError: it is not there, is no such object, or an entry is missing.
+        UsageError: it is missing, is not such an object, or lacks an entry.
     """
     with damage_named(path, writer):
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -213,10 +253,10 @@ def read_training(folder: Path, internal: bool) -> Training:
         float(config["arguments"]["eps"]), config["arguments"]["insecure_fixed_noise_seed"]
     own, own_cost = folder / "privacy_report.json", None
     if own.exists():
-        told = read_object(own, "train.py", guarantee=bool, epsilon=dict)
+        claim = read_object(own, "train.py", guarantee=bool, epsilon=dict)
         with damage_named(own, "train.py"):
-            if told["guarantee"]:
-                own_cost = float(told["epsilon"]["upper"]), float(told["delta"])
+            if claim["guarantee"]:
+                own_cost = float(claim["epsilon"]["upper"]), float(claim["delta"])
     metrics = folder / METRICS
     lines = list(read_jsonl(metrics)) if internal and metrics.is_file() else []
     with damage_named(metrics, "train.py"):
@@ -350,17 +390,17 @@ def read_annotations(folder: Path, synthetic: set[str] | None) -> Annotations:
     return Annotations(folder, manifest["model"], records, usd, about)
 
 
-def read_folder(folder: Path, args: argparse.Namespace) -> list[dict]:
+def read_folder(folder: Path, internal: bool) -> list[dict]:
     """Read the results of evaluations in a folder, the private ones on an internal page only.
 
     Raises:
         UsageError: there is none, or one is damaged.
     """
     results = read_results(folder, private=False)
-    if args.internal:
+    if internal:
         results += read_results(folder, private=True)
     if not results:
-        which = "no result of an evaluation" if args.internal else "no result that may be released"
+        which = "no result of an evaluation" if internal else "no result that may be released"
         raise UsageError(f"--evaluations {folder}: {which} there; leave it out")
     for result in results:
         with damage_named(folder / f"{result['tool']}.json", f"evaluation.{result['tool']}"):
@@ -380,46 +420,3 @@ def read_folder(folder: Path, args: argparse.Namespace) -> list[dict]:
                     for label, points in chart["lines"].items()
                 }
     return results
-
-
-# ------------------------------------------------------------------------ what may be printed
-
-_SECRET = re.compile(r"(?i)\b(?:sk|hf|ghp|xox[bp])[-_][\w-]{8,}")
-_SECRET_FLAG = re.compile(r"(?i)(--\w*(?:api_?key|token|secret|password))(=|\s+)\S+")
-# A path that leaves the current folder, where a word begins.
-_ELSEWHERE = re.compile(
-    r"(?<![^\s='\"(,:\[])(?:~[\w.-]*|\.\.)?/(?!/)(?:[^\s'\"(),:;]*/)?([^\s'\"(),:;/]+)/?"
-)
-
-
-def portable(text: object) -> str:
-    """`text` without what it says of this machine, or a key.
-
-    Paths below the current folder become relative to it; of others the last part stays.
-    """
-    text = str(text).replace(f"{Path.cwd()}/", "")
-    text = _SECRET_FLAG.sub(r"\1\2[secret]", _SECRET.sub("[secret]", text))
-    return _ELSEWHERE.sub(r"…/\1", text)
-
-
-def portable_word(word: object) -> str:
-    """`portable` of one word of a command line, or of a path: either may hold spaces."""
-    flag, equals, value = str(word).rpartition("=") if str(word).startswith("-") else ("", "", word)
-    value = str(value).replace(f"{Path.cwd()}/", "")
-    if re.match(r"(~[\w.-]*|\.\.)?/", value):
-        value = f"…/{Path(value).name}"
-    return portable(f"{flag}{equals}{value}")
-
-
-def printable(text: str) -> str:
-    """`text` without what no page can hold or what turns its lines round: each becomes U+FFFD.
-
-    That is control characters but for tab and newline, halves of surrogate pairs, and the marks
-    that override the direction of text.
-    """
-    text = text.replace("\r\n", "\n")
-    return re.sub(
-        "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]",
-        "\ufffd",
-        text,
-    )
