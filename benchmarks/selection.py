@@ -65,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    texts, _ = distinct_instructions(read_entries(args.texts, args.split))
+    kept, _ = distinct_instructions(read_entries(args.texts, args.split))
+    texts = list(kept.values())
     if len(texts) < 100:
         raise UsageError(f"--texts {args.texts!r} has {len(texts)} distinct texts; 100 are needed")
     vectors = embedded(texts, args)
@@ -160,7 +161,7 @@ def selected(
             f"--num_bins={args.num_bins}", f"--histogram_sigma={args.histogram_sigma}",
             f"--num_samples={size}", f"--select={rule}", f"--seed={seed}",
         ])  # fmt: skip
-        return pool[[row["id"] for row in read_jsonl(folder / "out" / "selected.jsonl")]]
+        return pool[[row["row"] for row in read_jsonl(folder / "out" / "selected.jsonl")]]
 
 
 def table(trials: list[dict]) -> str:

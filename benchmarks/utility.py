@@ -188,7 +188,8 @@ class Study:
         """Part the instructions into private and held-out ones, and embed both."""
         args, data = self.args, self.folder / "data"
         if not (data / "test.json").exists():
-            texts, _ = distinct_instructions(read_entries(args.instructions, args.split))
+            kept, _ = distinct_instructions(read_entries(args.instructions, args.split))
+            texts = list(kept.values())
             tokenizer = load_tokenizer(args.model_name)
             # One token more than may be there shows what would be cut.
             ids = training_ids(tokenizer, UNCONDITIONAL, texts, max_seq_len=args.max_seq_len + 1)
@@ -282,7 +283,7 @@ class Study:
             f"--num_samples={args.num_selected}", f"--seed={chosen.seed}",
             f"--output={output}",
         )  # fmt: skip
-        return [row["id"] for row in read_jsonl(output / "selected.jsonl")]
+        return [row["row"] for row in read_jsonl(output / "selected.jsonl")]
 
     def score(self) -> None:
         """Held-out losses of the base model, the generators and all tuned models."""

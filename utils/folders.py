@@ -55,6 +55,7 @@ def locked(
 
 def sibling_lock(path: Path) -> Path:
     """The lock of a file, or of a folder that is replaced as a whole."""
+    path = path.resolve()
     return path.with_name(f".{path.name}.lock")
 
 
