@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from privacy_checks.composition import composed_report
 from resample_with_dp_histogram import extract, resample
 from tests.resampling import save_embeddings, unit_vectors
-from tests.training import run_process
+from tests.training import ROOT, run_process
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
@@ -392,3 +394,16 @@ def test_the_real_command_ends_with_one_line_and_code_2(folders):
     done = run_process(*command)
     assert done.returncode == 0, done.stderr
     assert "python -m privacy_checks.report RUN --histogram" in done.stderr
+
+
+def test_histograms_recorded_at_once_keep_one_chain(tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    script = f"""
+from utils.privacy.ledger import record_histogram
+for _ in range(20):
+    record_histogram({str(ledger)!r}, num_examples=9, noise_multiplier=10.0, num_bins=4)
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert len(read_ledger(ledger)) == 60
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]
