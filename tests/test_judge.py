@@ -330,7 +330,7 @@ def test_judgements_of_other_answers_models_or_prompts_do_not_mix(tmp_path, monk
         run(tmp_path, server, limit=4)
         with pytest.raises(UsageError, match="model gpt-4o-mini, not m; .* name another --output"):
             run(tmp_path, server, model="m")
-        with pytest.raises(UsageError, match="temperature was 0.0 and is now 1.0"):
+        with pytest.raises(UsageError, match="temperature 0.0, not 1.0; .*name another --output"):
             run(tmp_path, server, temperature=1)
         write_sets(tmp_path, list("989"), list("111"))
         with pytest.raises(UsageError, match="2 judgements of other answers, or by another prompt"):
