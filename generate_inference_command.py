@@ -11,19 +11,32 @@ are not on this machine are warnings: the line may run on another one.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import launch_command, print_or_run
-from utils.command_line.parser import make_parser, positive_int, run_folder, to_argv
+from utils.command_line.parser import make_parser, parse, positive_int, run_folder, to_argv
 from utils.command_line.sampling_flags import (
+    SamplingSettings,
     add_sampling_arguments,
     check_adapter,
-    check_sampling_arguments,
+    check_sampling_settings,
     describe_decoding,
     read_instructions,
 )
 from utils.texts.prompts import UNCONDITIONAL, Instruction
+
+MISSING_HERE = "{} is not here; it must be where the command runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SamplingSettings):
+    """The flags of sampling, and those of the launch."""
+
+    gpus: int
+    run: bool
+    elsewhere: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,46 +55,53 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if args.elsewhere and args.run:
+    settings = parse(build_parser(), Settings, argv)
+    if settings.elsewhere and settings.run:
         raise UsageError("--elsewhere and --run exclude each other; leave one out")
-    warnings = check_sampling_arguments(args)
+    settings, warnings = check_sampling_settings(settings)
     instructions = None
-    if args.elsewhere and not Path(args.instruction_file).exists():
-        warnings.append(f"{args.instruction_file} is not here; it must be where the command runs")
+    if settings.elsewhere and not Path(settings.instruction_file).exists():
+        warnings.append(
+            f"{settings.instruction_file} is not here; it must be where the command runs"
+        )
     else:
-        instructions = read_instructions(args)
-    if args.elsewhere and args.adapter_path and not Path(args.adapter_path).exists():
-        warnings.append(f"{args.adapter_path} is not here; it must be where the command runs")
+        instructions = read_instructions(settings)
+    if settings.elsewhere and settings.adapter_path and not Path(settings.adapter_path).exists():
+        warnings.append(MISSING_HERE.format(settings.adapter_path))
     else:
-        warnings += check_adapter(args.adapter_path, args.prompt_style)
+        warnings += check_adapter(settings.adapter_path, settings.prompt_style)
 
     for warning in warnings:
         say(f"warning: {warning}")
-    say_summary(args, instructions)
+    say_summary(settings, instructions)
     inference_parser = make_parser("")
     add_sampling_arguments(inference_parser)
-    command = launch_command("inference.py", to_argv(inference_parser, args), args.gpus)
-    return print_or_run(command, args.run)
+    command = launch_command("inference.py", to_argv(inference_parser, settings), settings.gpus)
+    return print_or_run(command, settings.run)
 
 
-def say_summary(args: argparse.Namespace, instructions: list[Instruction] | None) -> None:
+def say_summary(settings: Settings, instructions: list[Instruction] | None) -> None:
     """Tell on stderr what the command will do."""
     if instructions is None:
-        samples = f"{args.num_samples:,}" if args.num_samples else "as the instruction file says"
+        samples = (
+            f"{settings.num_samples:,}" if settings.num_samples else "as the instruction file says"
+        )
     else:
         samples = f"{sum(instruction.count for instruction in instructions):,}"
-        if args.prompt_style != UNCONDITIONAL:
+        if settings.prompt_style != UNCONDITIONAL:
             samples += f" for {len(instructions):,} instructions"
-    longest = args.max_new_tokens or f"what the prompt leaves of {args.max_seq_len:,}"
+    longest = settings.max_new_tokens or f"what the prompt leaves of {settings.max_seq_len:,}"
     rows = [
         ("samples", samples),
-        ("model", f"{args.model_name}, {args.adapter_path or 'no adapter'}"),
-        ("prompt style", args.prompt_style),
-        ("decoding", f"{describe_decoding(args)}, seed {args.seed}"),
+        ("model", f"{settings.model_name}, {settings.adapter_path or 'no adapter'}"),
+        ("prompt style", settings.prompt_style),
+        ("decoding", f"{describe_decoding(settings)}, seed {settings.seed}"),
         ("new tokens", f"at most {longest}"),
-        ("engine", args.engine + ", in the environment that has it" * (args.engine == "vllm")),
-        ("outputs", f"{run_folder(args)}; the same command again goes on where it stopped"),
+        (
+            "engine",
+            settings.engine + ", in the environment that has it" * (settings.engine == "vllm"),
+        ),
+        ("outputs", f"{run_folder(settings)}; the same command again goes on where it stopped"),
     ]
     for name, value in rows:
         say(f"  {name:<20} {value}")

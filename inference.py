@@ -5,22 +5,22 @@
         --max_seq_len 128 --top_p 0.95 --prompt_style uncond_generation --num_samples 1000
 
 `generate_inference_command.py` prints this line. Samples are appended to
-inference_outputs/JOB_SESS/shard-RANK.jsonl as they are finished, one object a line: id, prompt,
-text, num_tokens (an end-of-sequence token included), finish_reason (stop, length, or
-prompt_too_long for a prompt that leaves no room). The same command again draws what is missing,
-and the texts do not depend on how often it was stopped.
+inference_outputs/JOB_SESS/shard-RANK.jsonl as they are finished, one object a line: id (the
+sample's number, which later stages call sample_id), prompt, text, num_tokens (an end-of-sequence
+token included), finish_reason (stop, length, or prompt_too_long for a prompt that leaves no room).
+The same command again draws what is missing, and the texts do not depend on how often it was
+stopped.
 """
 
 import argparse
-import hashlib
 import json
-import os
 import shutil
 import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import packages_distributions, version
 from itertools import accumulate
@@ -28,22 +28,21 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, run_folder
+from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, run_cli, say
+from utils.command_line.parser import make_parser, parse, run_folder
 from utils.command_line.sampling_flags import (
+    SamplingSettings,
     adapter_weights,
     add_sampling_arguments,
     check_adapter,
-    check_sampling_arguments,
+    check_sampling_settings,
     describe_decoding,
     read_instructions,
 )
-from utils.files import JsonlAppender, write_json
-from utils.folders import lock_folder
+from utils.files import JsonlAppender, sha256_of, write_json
 from utils.models.loading import (
     load_base_model,
     load_tokenizer,
@@ -53,26 +52,60 @@ from utils.models.loading import (
     share_cores,
 )
 from utils.models.lora import load_adapted
+from utils.runs.distributed import on_main_process
 from utils.runs.stopping import StopRequest, launched_by_accelerate
 from utils.sampling.decoding import STOP, Completion, Decoding, Request
-from utils.sampling.engines import cache_bytes, complete, fitting_batch_size
+from utils.sampling.engines import Model, cache_bytes, complete, fitting_batch_size
 from utils.sampling.shards import (
     MANIFEST_FILE,
     check_manifest,
     finish_reasons,
-    wait_for_other_processes,
+    rank_locked,
+    wait_for_other_ranks,
 )
 from utils.sampling.vllm_engine import MAX_SEQUENCES_ON_GPU, ModelFolder, check_vllm
-from utils.texts.prompts import UNCONDITIONAL, prompt_ids
+from utils.texts.prompts import UNCONDITIONAL, Instruction, prompt_ids
 
 SAVE_SECONDS = 1.0
 # Flags that decide what the texts are; samples that were drawn with other values do not mix.
-SETTINGS = (
+SHARED = (
     "prompt_style", "max_seq_len", "max_new_tokens", "no_sample", "top_k", "top_p", "temperature",
     "repetition_penalty", "seed", "engine", "no_merge",
 )  # fmt: skip
 VERSIONED = ("torch", "transformers", "peft", "accelerate")
 MERGED_MODEL = ".merged_model"  # in the run's folder while vLLM uses it
+
+
+class Wanted:
+    """The samples that a folder is to hold; copies of an instruction have consecutive numbers."""
+
+    def __init__(self, instructions: list[Instruction]):
+        self._instructions = instructions
+        self._ends = list(accumulate(instruction.count for instruction in instructions))
+        self.num_samples = self._ends[-1]
+
+    def instruction(self, sample_id: int) -> str:
+        """The instruction of a sample."""
+        return self._instructions[bisect_right(self._ends, sample_id)].text
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What draws: a model, loaded or for an engine to load, its tokenizer, and how to decode."""
+
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    decoding: Decoding
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one process drew."""
+
+    num_samples: int
+    num_tokens: int
+    seconds: float
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,93 +117,155 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     # ------------------------------------------------------------------ what is asked for
-    args = build_parser().parse_args(argv)
-    notices = check_sampling_arguments(args) + check_adapter(args.adapter_path, args.prompt_style)
-    if args.engine == "vllm":
+    settings, notices = check_sampling_settings(parse(build_parser(), SamplingSettings, argv))
+    notices += check_adapter(settings.adapter_path, settings.prompt_style)
+    if settings.engine == "vllm":
         check_vllm()
-    instructions = read_instructions(args)
-    ends = list(accumulate(instruction.count for instruction in instructions))
-    folder = run_folder(args)
+    wanted = Wanted(read_instructions(settings))
+    folder = run_folder(settings)
     state = PartialState(cpu=not torch.cuda.is_available())
     rank, num_ranks, is_main = state.process_index, state.num_processes, state.is_main_process
     if state.device.type == "cpu" and launched_by_accelerate():
         share_cores(num_ranks)
-    dtype = resolve_dtype(args.dtype, state.device)
-    settings = settings_of(args, dtype)
+    dtype = resolve_dtype(settings.dtype, state.device)
+    shared = shared_settings(settings, dtype)
     if is_main:
         for notice in notices:
             say(f"warning: {notice}")
 
-    # ------------------------------------------------------------------ the folder
-    lock, refusal = None, None
-    if is_main:
-        try:
-            lock = lock_folder(folder, shared=False)
-            check_manifest(folder, settings)
-        except UsageError as error:
-            refusal = str(error)
-    (refusal,) = broadcast_object_list([refusal])
-    if refusal:
-        raise UsageError(refusal)
-    done = finish_reasons(folder)
-    if all(id in done for id in range(ends[-1])):
-        return say_end(folder, done, ends[-1])
-    missing = [id for id in range(rank, ends[-1], num_ranks) if id not in done]
+    with ExitStack() as held:
+        # -------------------------------------------------------------- the folder
+        def claim() -> None:
+            held.enter_context(rank_locked(folder, rank))
+            check_manifest(folder, shared)
 
-    # ------------------------------------------------------------------ model
-    quiet_libraries()
-    tokenizer = load_tokenizer(args.model_name)
-    model, fingerprint = load_model(args, dtype)
-    settings["model_fingerprint"] = fingerprint
-    check_manifest(folder, settings)
-    stop_ids = stop_ids_of(model, tokenizer)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if is_main:
-        if positions and args.max_seq_len > positions:
+        on_main_process(claim)
+        done = finish_reasons(folder)
+        if all(sample_id in done for sample_id in range(wanted.num_samples)):
+            return say_end(folder, done, wanted.num_samples)
+        missing = [each for each in range(rank, wanted.num_samples, num_ranks) if each not in done]
+
+        # -------------------------------------------------------------- the model
+        sampler = prepare(settings, dtype, shared, wanted.num_samples, state)
+        # From here on the processes need each other no more; each holds the folder until it ends.
+        if not is_main:
+            held.enter_context(rank_locked(folder, rank))
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+        # -------------------------------------------------------------- sample
+        if is_main:
+            say_start(settings, wanted.num_samples, len(done), sampler.batch_size, state)
+        stop = StopRequest()
+        with (
+            JsonlAppender(folder / f"shard-{rank}.jsonl") as shard,
+            tqdm(total=len(missing), desc="sample", unit="sample", disable=not is_main) as bar,
+        ):
+            drawn = draw(settings, sampler, wanted, missing, shard, bar, stop)
+
+        # -------------------------------------------------------------- the end
+        if is_main:
             say(
-                f"warning: --max_seq_len {args.max_seq_len} goes beyond the {positions} positions "
-                f"that {args.model_name} was trained with"
+                f"{drawn.num_samples:,} samples in {drawn.seconds:.1f} s on this process: "
+                f"{drawn.num_samples / drawn.seconds:.2f} samples/s, "
+                f"{drawn.num_tokens / drawn.seconds:.0f} tokens/s"
             )
-        write_manifest(folder, args, settings, ends[-1])
-    if args.engine == "vllm":
-        model, batch_size = model_folder(args, model, tokenizer, folder / MERGED_MODEL, state)
+            wait_for_other_ranks(folder, num_ranks)
+            add_seconds(folder, drawn.seconds)
+            shutil.rmtree(folder / MERGED_MODEL, ignore_errors=True)
+        if stop.requested:
+            if is_main:
+                say(f"stopped; the same command again goes on with what {folder} lacks")
+            return EXIT_INTERRUPTED
+        return say_end(folder, finish_reasons(folder), wanted.num_samples) if is_main else EXIT_OK
+
+
+def shared_settings(settings: SamplingSettings, dtype: torch.dtype) -> dict:
+    """What all samples in a folder share, as far as it is known before the model is loaded."""
+    shared = {name: getattr(settings, name) for name in SHARED}
+    shared["dtype"] = str(dtype).removeprefix("torch.")
+    shared["adapter_sha256"] = None
+    if settings.adapter_path:
+        shared["adapter_sha256"] = sha256_of(adapter_weights(settings.adapter_path))
+    if settings.prompt_style != UNCONDITIONAL:
+        shared["instruction_file_sha256"] = sha256_of(settings.instruction_file)
+    return shared
+
+
+def prepare(
+    settings: SamplingSettings,
+    dtype: torch.dtype,
+    shared: dict,
+    num_samples: int,
+    state: PartialState,
+) -> Sampler:
+    """Load the model, check it against the samples so far, and write their manifest.
+
+    Args:
+        shared: see `shared_settings`.
+
+    Raises:
+        UsageError: the folder holds samples of another model.
+    """
+    folder = run_folder(settings)
+    quiet_libraries()
+    tokenizer = load_tokenizer(settings.model_name)
+    if settings.adapter_path is None:
+        model = load_base_model(settings.model_name, dtype)
     else:
-        model = model.to(state.device).eval()
-        batch_size = args.perdevice_bs or fitting_batch_size(model, args.max_seq_len)
-
-    # From here on the processes need each other no more; each holds the folder until it ends.
-    if is_main:
-        lock.close()
-        lock = lock_folder(folder, shared=True)
-    state.wait_for_everyone()
-    if not is_main:
-        lock = lock_folder(folder, shared=True)
-    state.destroy_process_group()
-
-    # ------------------------------------------------------------------ sample
+        merge = not settings.no_merge
+        model = load_adapted(settings.model_name, settings.adapter_path, dtype, merge=merge)
+    shared = shared | {"model_fingerprint": model_fingerprint(model)}
+    check_manifest(folder, shared)
     decoding = Decoding(
-        max_seq_len=args.max_seq_len,
-        max_new_tokens=args.max_new_tokens,
-        no_sample=args.no_sample,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop_ids=stop_ids,
+        max_seq_len=settings.max_seq_len,
+        max_new_tokens=settings.max_new_tokens,
+        no_sample=settings.no_sample,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        seed=settings.seed,
+        stop_ids=stop_ids_of(model, tokenizer),
     )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if state.is_main_process:
+        if positions and settings.max_seq_len > positions:
+            say(
+                f"warning: --max_seq_len {settings.max_seq_len} goes beyond the {positions} "
+                f"positions that {settings.model_name} was trained with"
+            )
+        write_manifest(folder, settings, shared, num_samples)
+    if settings.engine == "vllm":
+        found, batch_size = model_folder(settings, model, tokenizer, folder / MERGED_MODEL, state)
+        return Sampler(found, tokenizer, decoding, batch_size)
+    model = model.to(state.device).eval()
+    batch_size = settings.perdevice_bs or fitting_batch_size(model, settings.max_seq_len)
+    return Sampler(model, tokenizer, decoding, batch_size)
 
-    began = time.monotonic()
+
+def draw(
+    settings: SamplingSettings,
+    sampler: Sampler,
+    wanted: Wanted,
+    missing: list[int],
+    shard: JsonlAppender,
+    bar: tqdm,
+    stop: StopRequest,
+) -> Drawn:
+    """Draw the `missing` samples, or until `stop`, and append them to `shard` now and then."""
+    tokenizer = sampler.tokenizer
+    began = saved_at = time.monotonic()
 
     @lru_cache(maxsize=1024)
-    def prompt_of(index: int) -> list[int]:
-        return prompt_ids(tokenizer, args.prompt_style, instructions[index].text)
+    def prompt_of(instruction: str) -> list[int]:
+        return prompt_ids(tokenizer, settings.prompt_style, instruction)
 
     def requests() -> Iterator[Request]:
         nonlocal began
         began = time.monotonic()  # an engine that compiles first has taken none yet
-        for id in missing:
-            yield Request(id, prompt_of(bisect_right(ends, id)))
+        for sample_id in missing:
+            yield Request(sample_id, prompt_of(wanted.instruction(sample_id)))
 
     def record(completion: Completion) -> dict:
         tokens = completion.tokens
@@ -180,84 +275,46 @@ def main(argv: list[str] | None = None) -> int:
             clean_up_tokenization_spaces=False,
         )
         return {
-            "id": completion.id,
-            "prompt": instructions[bisect_right(ends, completion.id)].text,
+            "id": completion.sample_id,
+            "prompt": wanted.instruction(completion.sample_id),
             # What parts an answer from its prompt belongs to neither.
-            "text": text if args.prompt_style == UNCONDITIONAL else text.strip(),
+            "text": text if settings.prompt_style == UNCONDITIONAL else text.strip(),
             "num_tokens": len(tokens),
             "finish_reason": completion.finish_reason,
         }
 
-    if is_main:
-        say_start(args, ends[-1], len(done), batch_size, state.device, num_ranks)
-    stop = StopRequest()
-    saved_at = time.monotonic()
     num_tokens, finished = 0, []
-    drawn = complete(args.engine, model, requests(), decoding, batch_size, lambda: stop.requested)
-    with (
-        closing(drawn),
-        JsonlAppender(folder / f"shard-{rank}.jsonl") as shard,
-        tqdm(total=len(missing), desc="sample", unit="sample", disable=not is_main) as progress,
-    ):
-        for completion in drawn:
+    completions = complete(
+        settings.engine, sampler.model, requests(), sampler.decoding, sampler.batch_size,
+        lambda: stop.requested,
+    )  # fmt: skip
+    with closing(completions):
+        for completion in completions:
             finished.append(record(completion))
             num_tokens += len(completion.tokens)
-            progress.update()
+            bar.update()
             now = time.monotonic()
             if now - saved_at >= SAVE_SECONDS:
                 shard.append(finished)
                 finished, saved_at = [], now
-                progress.set_postfix_str(f"{num_tokens / (now - began):.0f} tokens/s")
+                bar.set_postfix_str(f"{num_tokens / (now - began):.0f} tokens/s")
         shard.append(finished)
-
-    # ------------------------------------------------------------------ the end
-    seconds = time.monotonic() - began
-    if is_main:
-        say(
-            f"{progress.n:,} samples in {seconds:.1f} s on this process: "
-            f"{progress.n / seconds:.2f} samples/s, {num_tokens / seconds:.0f} tokens/s"
-        )
-        wait_for_other_processes(lock)
-        add_seconds(folder, seconds)
-        shutil.rmtree(folder / MERGED_MODEL, ignore_errors=True)
-    if stop.requested:
-        if is_main:
-            say(f"stopped; the same command again goes on with what {folder} lacks")
-        return EXIT_INTERRUPTED
-    return say_end(folder, finish_reasons(folder), ends[-1]) if is_main else EXIT_OK
-
-
-def settings_of(args: argparse.Namespace, dtype: torch.dtype) -> dict:
-    """What all samples in a folder share, as far as it is known before the model is loaded."""
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings["dtype"] = str(dtype).removeprefix("torch.")
-    settings["adapter_sha256"] = None
-    if args.adapter_path:
-        settings["adapter_sha256"] = sha256(adapter_weights(args.adapter_path))
-    if args.prompt_style != UNCONDITIONAL:
-        settings["instruction_file_sha256"] = sha256(args.instruction_file)
-    return settings
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """The hash of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Drawn(bar.n, num_tokens, time.monotonic() - began)
 
 
 def write_manifest(
-    folder: Path, args: argparse.Namespace, settings: dict, num_samples: int
+    folder: Path, settings: SamplingSettings, shared: dict, num_samples: int
 ) -> None:
     """Write what the samples in `folder` share, before the first of them is written."""
     path = folder / MANIFEST_FILE
     seconds = json.loads(path.read_text()).get("seconds", 0.0) if path.exists() else 0.0
     names = {
-        name: getattr(args, name) for name in ("model_name", "adapter_path", "instruction_file")
+        name: getattr(settings, name) for name in ("model_name", "adapter_path", "instruction_file")
     }
     versions = {name: version(name) for name in VERSIONED}
-    if args.engine == "vllm":  # its CPU build has a distribution of another name
+    if settings.engine == "vllm":  # its CPU build has a distribution of another name
         versions["vllm"] = version(packages_distributions()["vllm"][0])
-    manifest = {**settings, "num_samples": num_samples, **names, "versions": versions}
+    manifest = {**shared, "num_samples": num_samples, **names, "versions": versions}
     write_json(path, manifest | {"seconds": seconds})
 
 
@@ -268,17 +325,8 @@ def add_seconds(folder: Path, seconds: float) -> None:
     write_json(path, manifest | {"seconds": round(manifest["seconds"] + seconds, 3)})
 
 
-def load_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
-    """The model to sample from, and its fingerprint."""
-    if args.adapter_path is None:
-        model = load_base_model(args.model_name, dtype)
-        return model, model_fingerprint(model)
-    model = load_adapted(args.model_name, args.adapter_path, dtype, merge=not args.no_merge)
-    return model, model_fingerprint(model)
-
-
 def model_folder(
-    args: argparse.Namespace,
+    settings: SamplingSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     merged: Path,
@@ -290,13 +338,13 @@ def model_folder(
         merged: where the first process writes the model with its adapter, for all of them.
     """
     on_gpu = state.device.type == "cuda"
-    batch_size = args.perdevice_bs
+    batch_size = settings.perdevice_bs
     if batch_size is None and on_gpu:
         batch_size = MAX_SEQUENCES_ON_GPU
     elif batch_size is None:
-        batch_size = fitting_batch_size(model, args.max_seq_len)
-    path, adapter = args.model_name, args.adapter_path if args.no_merge else None
-    if args.adapter_path and not args.no_merge:
+        batch_size = fitting_batch_size(model, settings.max_seq_len)
+    path, adapter = settings.model_name, settings.adapter_path if settings.no_merge else None
+    if settings.adapter_path and not settings.no_merge:
         path = str(merged)
         if state.is_main_process:
             shutil.rmtree(merged, ignore_errors=True)  # of a run that was killed
@@ -309,7 +357,7 @@ def model_folder(
         adapter=adapter,
         gpu=state.local_process_index if on_gpu else None,
         # Whole pages, so rounded up.
-        cache_bytes=batch_size * cache_bytes(model, args.max_seq_len + 128),
+        cache_bytes=batch_size * cache_bytes(model, settings.max_seq_len + 128),
     )
     return found, batch_size
 
@@ -322,26 +370,27 @@ def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
 
 
 def say_start(
-    args: argparse.Namespace,
+    settings: SamplingSettings,
     num_samples: int,
     num_done: int,
     batch_size: int,
-    device: torch.device,
-    num_ranks: int,
+    state: PartialState,
 ) -> None:
     """Tell what will be done."""
-    say(f"{num_samples:,} samples, {num_done:,} of them there; {describe_decoding(args)}")
     say(
-        f"{args.engine} engine, {num_ranks} x {device.type}, {batch_size} sequences of "
-        f"{args.max_seq_len} tokens at once"
+        f"{num_samples:,} samples, {num_done:,} of them drawn before; {describe_decoding(settings)}"
+    )
+    say(
+        f"{settings.engine} engine, {state.num_processes} x {state.device.type}, {batch_size} "
+        f"sequences of {settings.max_seq_len} tokens at once"
     )
 
 
 def say_end(folder: Path, done: dict[int, str], num_samples: int) -> int:
-    """Tell how the samples ended and where they are; the exit code says whether all are there."""
+    """Tell how the samples ended and where they are; the exit code says whether any is missing."""
     for reason, count in Counter(done.values()).most_common():
         say(f"  {reason:<20} {count:,}")
-    missing = sum(id not in done for id in range(num_samples))
+    missing = sum(sample_id not in done for sample_id in range(num_samples))
     if missing:
         say(f"{folder} lacks {missing:,} of {num_samples:,} samples: a process failed")
         return EXIT_FAILED

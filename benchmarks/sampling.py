@@ -172,7 +172,7 @@ def one_by_one(
             pad_token_id=0,
         )
         tokens = output[0, len(request.prompt) :].tolist()
-        yield completion_of(request.id, tokens, decoding.stop_ids)
+        yield completion_of(request.sample_id, tokens, decoding.stop_ids)
 
 
 def rate(run: dict) -> float:

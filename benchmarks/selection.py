@@ -62,7 +62,8 @@ class Settings(figures.Settings):
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, argv)
-    texts, _ = distinct_instructions(read_entries(settings.texts, settings.split))
+    kept, _ = distinct_instructions(read_entries(settings.texts, settings.split))
+    texts = list(kept.values())
     if len(texts) < 100:
         raise UsageError(
             f"--texts {settings.texts!r} has {len(texts)} distinct texts; 100 are needed"
@@ -150,7 +151,7 @@ def selected(
             f"--num_bins={settings.num_bins}", f"--histogram_sigma={settings.histogram_sigma}",
             f"--num_samples={size}", f"--select={rule}", f"--seed={seed}",
         ])  # fmt: skip
-        return pool[[row["id"] for row in read_jsonl(folder / "out" / "selected.jsonl")]]
+        return pool[[row["row"] for row in read_jsonl(folder / "out" / "selected.jsonl")]]
 
 
 def table(trials: list[dict]) -> str:

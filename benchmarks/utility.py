@@ -219,7 +219,8 @@ class Study:
         """Part the instructions into private and held-out ones, and embed both."""
         settings, data = self.settings, self.folder / "data"
         if not (data / "test.json").exists():
-            texts, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
+            kept, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
+            texts = list(kept.values())
             tokenizer, most = load_tokenizer(settings.model_name), settings.max_seq_len
             # One token more than may be there shows what would be cut.
             ids = training_ids(tokenizer, UNCONDITIONAL, texts, max_seq_len=most + 1)
@@ -304,7 +305,7 @@ class Study:
             f"--num_samples={settings.num_selected}", f"--seed={chosen.seed}",
             f"--output={output}",
         )  # fmt: skip
-        return [row["id"] for row in read_jsonl(output / "selected.jsonl")]
+        return [row["row"] for row in read_jsonl(output / "selected.jsonl")]
 
     def score(self) -> None:
         """Held-out losses of the base model, the generators and all tuned models."""

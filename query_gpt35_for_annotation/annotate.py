@@ -21,35 +21,40 @@ import math
 import signal
 import sys
 from collections import Counter
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from query_gpt35_for_annotation.client import ANSWERED, FAILED, Client, StopRun
 from query_gpt35_for_annotation.job import (
+    REMEDY,
     UNANSWERED,
     Job,
+    JobSettings,
+    RequestSettings,
     add_job_arguments,
     answers_file,
     check_folder,
     claim_folder,
-    exclusive,
     instruction_id,
-    job_from_arguments,
     number_within,
     pending_instructions,
+    read_job,
     read_records,
 )
 from query_gpt35_for_annotation.rate_limits import RateBudget
 from query_gpt35_for_annotation.spending import (
     Price,
+    PriceSettings,
     Spending,
     add_price_arguments,
     estimate,
-    price_from_arguments,
+    price_of,
 )
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, positive_int
+from utils.command_line.parser import make_parser, natural_int, parse, positive_int
 from utils.files import JsonlAppender
+from utils.folders import locked
 
 # So many refusals (400) without an answer between them show that no request of this form is
 # welcome: before the first answer, and after it.
@@ -58,6 +63,25 @@ _REFUSES_ALL = "the server refuses every request: "
 # So many instructions in a row, or one a worker, that run out of retries are an outage.
 _OUTAGE = 5
 INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(RequestSettings, PriceSettings):
+    """The flags that `finish_job` reads: those of a request, of its price and of a run."""
+
+    dry_run: bool
+    max_cost: float | None
+    concurrency: int
+    requests_per_minute: float | None
+    tokens_per_minute: float | None
+    timeout: float
+    max_retries: int
+    patience: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(JobSettings, RunSettings):
+    """The flags of `annotate`."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `finish_job` reads beside a job's own."""
+    """The flags of `RunSettings` that are not a request's."""
     add_price_arguments(parser)
     add = parser.add_argument
     add("--dry_run", action="store_true", help="estimate tokens and money and send nothing")
@@ -179,7 +203,7 @@ class Run:
         self._spending = spending
         self._refused: list[dict] = []
         self._unanswered_in_a_row = 0
-        self.outcomes = Counter()
+        self.outcomes: Counter[str] = Counter()
 
     async def finish(self, bar: tqdm) -> None:
         """Ask everything, or until the client stops."""
@@ -243,6 +267,7 @@ class Run:
 async def annotate(run: Run, client: Client, bar: tqdm) -> None:
     """Run to the end, to a stop, or to a Ctrl-C; a second Ctrl-C does not wait for answers."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
 
     def interrupt() -> None:
         if client.stop_reason:
@@ -264,30 +289,31 @@ async def annotate(run: Run, client: Client, bar: tqdm) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Annotate from the command line."""
-    args = build_parser().parse_args(argv)
-    return finish_job(job_from_arguments(args), args)
+    settings = parse(build_parser(), Settings, argv)
+    return finish_job(read_job(settings), settings)
 
 
-def finish_job(job: Job, args: argparse.Namespace) -> int:
+def finish_job(job: Job, settings: RunSettings) -> int:
     """Ask what the job's folder lacks, or with `--dry_run` estimate it; returns the exit code.
 
     Raises:
         UsageError: a `--max_cost` that cannot be kept, or a folder of another job.
     """
-    price, about_price = price_from_arguments(args)
+    price, about_price = price_of(settings.model, settings.input_price, settings.output_price)
     say(about_price)
-    if args.max_cost is not None and price is None:
-        raise UsageError(f"--max_cost {args.max_cost:g} needs a price: {about_price}")
-    if args.max_cost is not None and job.max_answer_tokens is None:
+    if settings.max_cost is not None and price is None:
+        raise UsageError(f"--max_cost {settings.max_cost:g} needs a price: {about_price}")
+    if settings.max_cost is not None and job.max_answer_tokens is None:
         raise UsageError(
-            f"--max_cost {args.max_cost:g} needs a bound on answers; do not name max_tokens in "
+            f"--max_cost {settings.max_cost:g} needs a bound on answers; do not name max_tokens in "
             "--drop_parameters"
         )
-    if args.dry_run:
-        print_estimate(job, price, args.limit)
+    if settings.dry_run:
+        print_estimate(job, price, settings.limit)
         return EXIT_OK
-    with exclusive(job.folder):
-        return run_job(job, price, args)
+    # Two processes would pay for the same answers.
+    with locked(job.folder, REMEDY):
+        return run_job(job, price, settings)
 
 
 def print_estimate(job: Job, price: Price | None, limit: int | None) -> None:
@@ -301,18 +327,18 @@ def print_estimate(job: Job, price: Price | None, limit: int | None) -> None:
         print(line)
 
 
-def run_job(job: Job, price: Price | None, args: argparse.Namespace) -> int:
+def run_job(job: Job, price: Price | None, settings: RunSettings) -> int:
     """Ask what the folder lacks and return the exit code."""
     records = claim_folder(job)
-    pending = pending_instructions(job, records, args.limit)
+    pending = pending_instructions(job, records, settings.limit)
     if not pending:
         say(f"nothing left to ask; the answers are in {answers_file(job.folder)}")
         return EXIT_OK
-    spending = Spending(job, price, args.max_cost, list(records.values()))
+    spending = Spending(job, price, settings.max_cost, list(records.values()))
     unmetered = {key: record["unmetered_attempts"] for key, record in records.items()}
     proven = any(record["status"] in ANSWERED for record in records.values())
     del records
-    total = len(job.instructions[: args.limit])
+    total = len(job.instructions[: settings.limit])
     done = total - len(pending)
     # A log file of a night should not hold a line for every tenth of a second.
     interval = 0.1 if sys.stderr.isatty() else 30
@@ -323,15 +349,15 @@ def run_job(job: Job, price: Price | None, args: argparse.Namespace) -> int:
         recorder = Recorder(file)
         client = Client(
             job,
-            RateBudget(args.requests_per_minute, args.tokens_per_minute),
+            RateBudget(settings.requests_per_minute, settings.tokens_per_minute),
             spending,
             recorder.keep,
-            args.timeout,
-            args.max_retries,
-            args.patience,
+            settings.timeout,
+            settings.max_retries,
+            settings.patience,
             proven,
         )
-        run = Run(client, recorder, pending, unmetered, args.concurrency, spending)
+        run = Run(client, recorder, pending, unmetered, settings.concurrency, spending)
         try:
             asyncio.run(annotate(run, client, bar))
         except asyncio.CancelledError:

@@ -12,14 +12,26 @@ import argparse
 import hashlib
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from query_gpt35_for_annotation.client import OK
 from query_gpt35_for_annotation.job import answers_file, read_records
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, positive_float
+from utils.command_line.parser import make_parser, parse, positive_float
 from utils.folders import save_dataset
 from utils.texts.data_sets import is_labelled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of `build_dataset`."""
+
+    answers: str
+    output: str
+    val_size: float
+    test_size: float
+    seed: int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,14 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def split_pairs(records: list[dict], val_size: int, test_size: int, seed: int) -> dict:
-    """Split records by the rank of a keyed hash of their ids.
+    """Split records by the rank of a keyed hash of their instructions.
 
     Returns:
         Records by split.
     """
 
     def rank(record: dict) -> bytes:
-        return hashlib.sha256(f"{seed}:{record['id']}".encode()).digest()
+        return hashlib.sha256(f"{seed}:{record['instruction_sha256']}".encode()).digest()
 
     ranked = sorted(records, key=rank)
     held_out = val_size + test_size
@@ -72,33 +84,33 @@ def split_pairs(records: list[dict], val_size: int, test_size: int, seed: int) -
 
 def main(argv: list[str] | None = None) -> None:
     """Build the data set from the command line."""
-    args = build_parser().parse_args(argv)
-    folder, output = Path(args.answers), Path(args.output)
-    if not is_labelled(args.output):
+    settings = parse(build_parser(), Settings, argv)
+    folder, output = Path(settings.answers), Path(settings.output)
+    if not is_labelled(settings.output):
         raise UsageError(
-            f"--output {args.output!r} must have a name that starts with 'labelled', such as "
+            f"--output {settings.output!r} must have a name that starts with 'labelled', such as "
             f"{str(output.with_name('labelled_' + output.name))!r}; training tells pairs by it"
         )
     if output.exists():
-        raise UsageError(f"--output {args.output!r} exists; name another, or remove it first")
+        raise UsageError(f"--output {settings.output!r} exists; name another, or remove it first")
     if not answers_file(folder).exists():
-        raise UsageError(f"--answers {args.answers!r} has no answers.jsonl; annotate writes it")
+        raise UsageError(f"--answers {settings.answers!r} has no answers.jsonl; annotate writes it")
     records = read_records(folder).values()
     pairs = [record for record in records if record["status"] == OK]
-    sizes = [
+    val_size, test_size = (
         math.ceil(size * len(pairs)) if size < 1 else int(size)
-        for size in (args.val_size, args.test_size)
-    ]
+        for size in (settings.val_size, settings.test_size)
+    )
     outcomes = Counter(record["status"] for record in records if record["status"] != OK)
     left_out = ", ".join(f"{number:,} {status}" for status, number in sorted(outcomes.items()))
     say(f"left out of {len(records):,} instructions: {left_out or 'none'}")
-    if sum(sizes) >= len(pairs):
+    if val_size + test_size >= len(pairs):
         raise UsageError(
-            f"--val_size and --test_size take {sum(sizes):,} of {len(pairs):,} usable answers, "
-            "which leaves none to train on"
+            f"--val_size and --test_size take {val_size + test_size:,} of {len(pairs):,} usable "
+            "answers, which leaves none to train on"
         )
-    splits = split_pairs(pairs, *sizes, args.seed)
-    preparation = {"answers": str(folder), "seed": args.seed, "left_out": outcomes}
+    splits = split_pairs(pairs, val_size, test_size, settings.seed)
+    preparation = {"answers": str(folder), "seed": settings.seed, "left_out": outcomes}
     save_dataset(output, splits, ["instruction", "answer"], preparation)
     rows = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
     say(f"wrote {output}: {rows}")

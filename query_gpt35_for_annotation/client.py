@@ -162,13 +162,14 @@ class Client:
             retries, or stopped). None where nothing was sent.
         """
         faults = refusals = 0
-        on_record, problem = unmetered, None
+        on_record = unmetered
+        problem: Exception | None = None
 
         async def put_on_record() -> None:
             nonlocal on_record
             if on_record == unmetered:
-                said = "the run ended while this request was in flight"
-                await self._keep(answer_record(instruction, UNANSWERED, unmetered + 1, error=said))
+                why = "the run ended while this request was in flight"
+                await self._keep(answer_record(instruction, UNANSWERED, unmetered + 1, error=why))
                 on_record += 1
 
         try:
@@ -277,32 +278,34 @@ class Client:
         """What an error status means for the run."""
         status, headers = error.status_code, error.response.headers
         codes = (error.code, error.type)
-        said = self._public(f"{status}, {error.response.text}")
+        answer = self._public(f"{status}, {error.response.text}")
         if status == 402 or any(code in _QUOTA_CODES for code in codes):
-            return StopRun(f"the account's quota is used up; top it up and run again ({said})")
+            return StopRun(f"the account's quota is used up; top it up and run again ({answer})")
         if status == 429:
-            return _RateLimited(said, retry_after_seconds(headers))
+            return _RateLimited(answer, retry_after_seconds(headers))
         if status in (408, 409) or status >= 500:
             maybe_paid = status in _GATEWAY_STATUS
-            return _TryAgain(said, maybe_paid, retry_after_seconds(headers))
+            return _TryAgain(answer, maybe_paid, retry_after_seconds(headers))
         if status in (401, 403):
-            return StopRun(f"the server refuses the key in OPENAI_API_KEY ({said})")
+            return StopRun(f"the server refuses the key in OPENAI_API_KEY ({answer})")
         if status in (404, 410) or "model_not_found" in codes:
             return StopRun(
                 f"the server has no model {body['model']!r}, or no such address. The vendor may "
                 "have retired the model: name another with --model. --base_url "
-                f"{self._job.base_url!r} should end in /v1 for most servers ({said})"
+                f"{self._job.base_url!r} should end in /v1 for most servers ({answer})"
             )
-        message = said.lower()
+        message = answer.lower()
         about_one = status == 413 or any(code in ABOUT_ONE_INSTRUCTION for code in codes)
         if about_one or _TOO_LONG_OR_FILTERED.search(message):
-            return _Rejected(said, blames_instruction=True)
+            return _Rejected(answer, blames_instruction=True)
         for name in self._job.decoding:
             # After an answer that these parameters brought, a mention means something else.
             mentioned = not (error.param or self.proven) and re.search(rf"\b{name}\b", message)
             if error.param == name or mentioned:
-                return StopRun(f"the model refuses the parameter {name}; {_remedy(name)} ({said})")
-        return _Rejected(said, blames_instruction=False)
+                return StopRun(
+                    f"the model refuses the parameter {name}; {_remedy(name)} ({answer})"
+                )
+        return _Rejected(answer, blames_instruction=False)
 
     def _public(self, text: object) -> str:
         """One short line of `text`, without the key: servers have been seen to repeat it."""
@@ -340,10 +343,10 @@ def answer_record(
         unmetered_attempts: requests for this instruction, in all runs, that may have been charged
             without telling their tokens.
         model: as the server names it.
-        usage: `prompt_tokens` and `completion_tokens`, None where the server told none.
+        usage: `prompt_tokens` and `completion_tokens`, None where the server gave none.
     """
     return {
-        "id": instruction_id(instruction),
+        "instruction_sha256": instruction_id(instruction),
         "instruction": instruction,
         "status": status,
         "answer": _storable(answer),
@@ -364,16 +367,18 @@ def read_completion(body: object) -> dict:
     """What a chat completion says: status, answer, model, finish_reason and usage.
 
     Raises:
-        ValueError: `body` is no chat completion, or has no choice.
+        ValueError: `body` is not a chat completion, or has no choice.
     """
     try:
+        if not isinstance(body, dict):
+            raise TypeError
         choice = body["choices"][0]
         message, finish_reason = choice["message"], choice.get("finish_reason")
         answer, refusal = message.get("content") or "", message.get("refusal")
         if not isinstance(answer, str):
             raise TypeError
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"no chat completion: {body}") from None
+        raise ValueError(f"not a chat completion: {body}") from None
     if refusal or finish_reason == "content_filter":
         status, answer = "refused", answer or refusal or ""
     elif not answer.strip():

@@ -6,11 +6,9 @@ A folder holds `manifest.json` (model, decoding, server), `answers.jsonl` (see
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +16,7 @@ from urllib.parse import urlsplit
 from utils.cli import UsageError, say
 from utils.command_line.parser import positive_int
 from utils.files import read_jsonl, write_json
+from utils.folders import require_same_settings
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 VENDOR_URL = "https://api.openai.com/v1"
@@ -25,6 +24,31 @@ MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens")
 DROPPABLE = ("temperature", "top_p", "max_tokens")
 # A record with this status has no outcome yet: the next run asks again.
 UNANSWERED = "unanswered"
+# What a user can do about a folder of answers that is not theirs to go on with.
+REMEDY = "name another --output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestSettings:
+    """The flags of a request, and `--limit`."""
+
+    model: str
+    base_url: str
+    temperature: float
+    top_p: float
+    max_tokens: int
+    max_tokens_parameter: str
+    drop_parameters: list[str]
+    limit: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings(RequestSettings):
+    """The flags of a job: what is asked, and where the answers go."""
+
+    instructions: str
+    split: str | None
+    output: str
 
 
 @dataclass(frozen=True)
@@ -32,7 +56,7 @@ class Job:
     """What is asked: one chat request an instruction, all with the same decoding.
 
     Attributes:
-        decoding: the request's parameters besides model and messages.
+        decoding: the request's parameters other than model and messages.
         instructions: distinct and not blank, in the order of the file.
     """
 
@@ -60,7 +84,7 @@ class Job:
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `job_from_arguments` reads."""
+    """The flags of `JobSettings`."""
     add = parser.add_argument
     add(
         "--instructions",
@@ -79,7 +103,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `job_for` reads, and `--limit`."""
+    """The flags of `RequestSettings`."""
     add = parser.add_argument
     add("--model", default="gpt-3.5-turbo", help="model name as the server knows it")
     add("--base_url", default=VENDOR_URL, help="OpenAI-compatible server, with its /v1")
@@ -107,13 +131,13 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def job_from_arguments(args: argparse.Namespace) -> Job:
+def read_job(settings: JobSettings) -> Job:
     """Read the instructions and settle what is asked.
 
     Raises:
         UsageError: unreadable instructions; or see `job_for`.
     """
-    texts = read_instructions(args.instructions, args.split)
+    texts = read_instructions(settings.instructions, settings.split)
     distinct = list(dict.fromkeys(text for text in texts if text.strip()))
     blank = sum(not text.strip() for text in texts)
     say(
@@ -121,56 +145,34 @@ def job_from_arguments(args: argparse.Namespace) -> Job:
         f"{len(texts) - blank - len(distinct):,} duplicates asked once, {blank:,} blank left out"
     )
     if not distinct:
-        raise UsageError(f"--instructions {args.instructions!r} holds blank instructions only")
-    return job_for(distinct, Path(args.output), args)
+        raise UsageError(f"--instructions {settings.instructions!r} holds blank instructions only")
+    return job_for(distinct, Path(settings.output), settings)
 
 
-def job_for(instructions: list[str], folder: Path, args: argparse.Namespace) -> Job:
+def job_for(instructions: list[str], folder: Path, settings: RequestSettings) -> Job:
     """The job of asking `instructions`, distinct and not blank, as the flags say.
 
     Raises:
         UsageError: a secret in `--base_url`, or no address there.
     """
-    address = urlsplit(args.base_url)
+    address = urlsplit(settings.base_url)
     if address.username or address.password or address.query:
         raise UsageError(
             "--base_url may hold no user name, password or query, since it is written to the "
             "manifest; the key goes into the environment variable OPENAI_API_KEY"
         )
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise UsageError(f"--base_url {args.base_url!r} must look like http://localhost:8000/v1")
+        raise UsageError(
+            f"--base_url {settings.base_url!r} must look like http://localhost:8000/v1"
+        )
     decoding = {
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        args.max_tokens_parameter: args.max_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        settings.max_tokens_parameter: settings.max_tokens,
     }
-    for name in args.drop_parameters:
-        del decoding[args.max_tokens_parameter if name == "max_tokens" else name]
-    return Job(folder, args.model, args.base_url.rstrip("/"), decoding, instructions)
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process: two would pay for the same answers.
-
-    The lock goes with the process, however that ends.
-
-    Raises:
-        UsageError: another process holds it, or it cannot be a folder.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"--output {str(folder)!r} is or lies in a file; name a folder") from None
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"--output {str(folder)!r} is in use by another process; wait for it, or name "
-                "another folder"
-            ) from None
-        yield
+    for name in settings.drop_parameters:
+        del decoding[settings.max_tokens_parameter if name == "max_tokens" else name]
+    return Job(folder, settings.model, settings.base_url.rstrip("/"), decoding, instructions)
 
 
 def check_folder(job: Job, records: dict[str, dict]) -> None:
@@ -189,27 +191,20 @@ def check_folder(job: Job, records: dict[str, dict]) -> None:
     if others:
         raise UsageError(
             f"{where} holds records of {len(others):,} instructions that are not in "
-            "--instructions; name another folder"
+            "--instructions; name another --output"
         )
     if not any(is_done(record) for record in records.values()):
         return
     path = job.folder / "manifest.json"
     if not path.exists():
-        raise UsageError(f"{where} has answers but no manifest.json; name another folder")
+        raise UsageError(f"{where} has answers but no manifest.json; name another --output")
     old, new = json.loads(path.read_text(encoding="utf-8")), job.manifest()
     if old["base_url"] != job.base_url:
         say(f"warning: earlier answers came from --base_url {old['base_url']}")
     old, new = ({"model": each["model"]} | each["decoding"] for each in (old, new))
-    differences = [
-        f"{name} was {json.dumps(old.get(name))} and is now {json.dumps(new.get(name))}"
-        for name in old | new
-        if old.get(name) != new.get(name)
-    ]
-    if differences:
-        raise UsageError(
-            f"{where} holds answers to another job: {'; '.join(differences)}. Name another "
-            "folder, or give the old settings"
-        )
+    require_same_settings(
+        old, new, f"{where} holds answers to another job, with", f"give the old ones, or {REMEDY}"
+    )
 
 
 def claim_folder(job: Job) -> dict[str, dict]:
@@ -240,10 +235,17 @@ def answers_file(folder: Path) -> Path:
 
 
 def read_records(folder: Path) -> dict[str, dict]:
-    """The last record of each instruction in `folder`, by id; none where the folder is new."""
-    if not answers_file(folder).exists():
-        return {}
-    return {record["id"]: record for record in read_jsonl(answers_file(folder))}
+    """The last record of each instruction in `folder`, by its hash; none where the folder is new.
+
+    Older versions called the hash `id`.
+    """
+    records: dict[str, dict] = {}
+    if answers_file(folder).exists():
+        for record in read_jsonl(answers_file(folder)):
+            if "id" in record:
+                record["instruction_sha256"] = record.pop("id")
+            records[record["instruction_sha256"]] = record
+    return records
 
 
 def is_done(record: dict) -> bool:

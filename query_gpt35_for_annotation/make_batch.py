@@ -12,23 +12,38 @@ and then merge the results with `python -m query_gpt35_for_annotation.read_batch
 import argparse
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from query_gpt35_for_annotation.job import (
+    REMEDY,
     Job,
+    JobSettings,
     add_job_arguments,
     claim_folder,
-    exclusive,
     instruction_id,
-    job_from_arguments,
     pending_instructions,
+    read_job,
 )
-from query_gpt35_for_annotation.spending import add_price_arguments, estimate, price_from_arguments
+from query_gpt35_for_annotation.spending import (
+    PriceSettings,
+    add_price_arguments,
+    estimate,
+    price_of,
+)
 from utils.cli import run_cli, say
-from utils.command_line.parser import make_parser, positive_int
+from utils.command_line.parser import make_parser, parse, positive_int
 from utils.files import write_atomic
+from utils.folders import locked
 
 REQUESTS_PER_FILE = 50_000
 BYTES_PER_FILE = 200_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(JobSettings, PriceSettings):
+    """The flags of `make_batch`."""
+
+    requests_per_file: int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +72,8 @@ def request_lines(job: Job, instructions: Iterable[str]) -> Iterator[bytes]:
 
 def split_lines(lines: Iterable[bytes], most_lines: int, most_bytes: int) -> Iterator[list[bytes]]:
     """Cut `lines`, in order, into parts of at most so many lines and bytes."""
-    part, size = [], 0
+    part: list[bytes] = []
+    size = 0
     for line in lines:
         if part and (len(part) == most_lines or size + len(line) > most_bytes):
             yield part
@@ -70,15 +86,15 @@ def split_lines(lines: Iterable[bytes], most_lines: int, most_bytes: int) -> Ite
 
 def main(argv: list[str] | None = None) -> None:
     """Write the batch files from the command line."""
-    args = build_parser().parse_args(argv)
-    job = job_from_arguments(args)
-    price, about_price = price_from_arguments(args)
-    with exclusive(job.folder):
-        pending = pending_instructions(job, claim_folder(job), args.limit)
+    settings = parse(build_parser(), Settings, argv)
+    job = read_job(settings)
+    price, about_price = price_of(settings.model, settings.input_price, settings.output_price)
+    with locked(job.folder, REMEDY):
+        pending = pending_instructions(job, claim_folder(job), settings.limit)
         # Numbers go on after those whose results were read, so that no name comes twice.
         used = (job.folder / "batch").glob("requests-*.read")
         first = 1 + max((int(path.stem.partition("-")[2]) for path in used), default=0)
-        per_file = min(args.requests_per_file, REQUESTS_PER_FILE)
+        per_file = min(settings.requests_per_file, REQUESTS_PER_FILE)
         parts = split_lines(request_lines(job, pending), per_file, BYTES_PER_FILE)
         for number, part in enumerate(parts, start=first):
             path = job.folder / "batch" / f"requests-{number:05d}.jsonl"

@@ -15,7 +15,7 @@ _HEADROOM = 0.96
 _WINDOW_SECONDS = 2
 _OVERLOAD_SHARE = 0.25
 _GROWTH = 1.25
-# So many refusals without one acceptance between them are no chance: every request waits.
+# So many refusals without one acceptance between them do not come by chance: every request waits.
 _STORM = 5
 # Refusals cost nothing, and a longer pause would outlast most storms by much.
 LONGEST_REFUSAL_PAUSE = 10
@@ -169,7 +169,7 @@ class RateBudget:
 
 def _number(text: str | None) -> float | None:
     try:
-        value = float(text)
-    except (TypeError, ValueError):
+        value = float(text or "")
+    except ValueError:
         return None
     return value if math.isfinite(value) and value >= 0 else None

@@ -9,6 +9,7 @@ left to ask again, with `annotate` or another `make_batch`.
 
 import argparse
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from query_gpt35_for_annotation.client import (
@@ -19,16 +20,25 @@ from query_gpt35_for_annotation.client import (
     read_completion,
 )
 from query_gpt35_for_annotation.job import (
+    REMEDY,
     UNANSWERED,
     answers_file,
-    exclusive,
     is_done,
     read_records,
     waiting_batches,
 )
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser
+from utils.command_line.parser import make_parser, parse
 from utils.files import JsonlAppender, read_jsonl
+from utils.folders import locked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of `read_batch`."""
+
+    output: str
+    results: list[str]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,15 +83,15 @@ def _object(value: object) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Merge results from the command line."""
-    args = build_parser().parse_args(argv)
-    folder = Path(args.output)
+    settings = parse(build_parser(), Settings, argv)
+    folder = Path(settings.output)
     if not (folder / "manifest.json").exists():
-        raise UsageError(f"--output {args.output!r} has no manifest.json; make_batch writes it")
-    for path in args.results:
+        raise UsageError(f"--output {settings.output!r} has no manifest.json; make_batch writes it")
+    for path in settings.results:
         if not Path(path).is_file():
-            raise UsageError(f"--results {path!r} is no file")
-    with exclusive(folder):
-        return merge(folder, [Path(path) for path in args.results])
+            raise UsageError(f"--results {path!r} is not a file")
+    with locked(folder, REMEDY):
+        return merge(folder, [Path(path) for path in settings.results])
 
 
 def merge(folder: Path, results: list[Path]) -> int:
@@ -94,10 +104,11 @@ def merge(folder: Path, results: list[Path]) -> int:
     earlier = read_records(folder)
     done = {key for key, record in earlier.items() if is_done(record)}
     unmetered = {key: record["unmetered_attempts"] for key, record in earlier.items()}
-    merged, outcomes = {}, Counter()
+    merged: dict[str, dict] = {}
+    outcomes: Counter[str] = Counter()
     for path in results:
         for result in read_jsonl(path):
-            key = result.get("custom_id")
+            key = str(result.get("custom_id"))
             if key in done or key in merged:
                 outcomes["already here"] += 1
             elif key not in instructions:

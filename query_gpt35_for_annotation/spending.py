@@ -17,6 +17,14 @@ BATCH_DISCOUNT = 0.5
 _MARKUP_TOKENS, _MOST_MARKUP_TOKENS = 8, 256
 
 
+@dataclass(frozen=True, kw_only=True)
+class PriceSettings:
+    """The flags of a price."""
+
+    input_price: float | None
+    output_price: float | None
+
+
 class BudgetReached(Exception):
     """Another request might pass `--max_cost`."""
 
@@ -34,7 +42,7 @@ class Price:
 
 
 def add_price_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `price_from_arguments` reads."""
+    """The flags of `PriceSettings`."""
     for side in ("input", "output"):
         parser.add_argument(
             f"--{side}_price", type=number_within(0, math.inf), metavar="USD",
@@ -43,24 +51,30 @@ def add_price_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
-def price_from_arguments(args: argparse.Namespace) -> tuple[Price | None, str]:
-    """The price of `args.model`, None where nobody knows it, and a line that says where it is from.
+def price_of(
+    model: str, input_price: float | None = None, output_price: float | None = None
+) -> tuple[Price | None, str]:
+    """The price of `model`, None where nobody knows it, and a line that says where it is from.
+
+    Args:
+        input_price, output_price: as the user gave them; that of the dated list where both are
+            None.
 
     Raises:
         UsageError: one price without the other.
     """
-    if (args.input_price is None) != (args.output_price is None):
+    if input_price is not None and output_price is not None:
+        price, source = Price(input_price, output_price), "as given by the flags"
+    elif input_price is not None or output_price is not None:
         raise UsageError("--input_price and --output_price go together; give both or none")
-    if args.input_price is not None:
-        price, source = Price(args.input_price, args.output_price), "as given by the flags"
     else:
         prices = json.loads(PRICES_FILE.read_text(encoding="utf-8"))
-        if args.model not in prices["models"]:
+        if model not in prices["models"]:
             return None, (
-                f"no price is known for model {args.model!r}; give --input_price and "
+                f"no price is known for model {model!r}; give --input_price and "
                 "--output_price in US dollars per million tokens"
             )
-        price = Price(**prices["models"][args.model])
+        price = Price(**prices["models"][model])
         source = f"list price as of {prices['as_of']}, check it"
     return price, f"price: ${price.input:g} in, ${price.output:g} out a million tokens ({source})"
 
@@ -98,7 +112,7 @@ class Spending:
         return self._usd(most_prompt_tokens(instruction), self._max_answer_tokens or 0)
 
     async def reserve(self, usd: float) -> None:
-        """Wait until a request of at most `usd` fits below the limit beside those in flight.
+        """Wait until a request of at most `usd` fits below the limit together with those in flight.
 
         Raises:
             BudgetReached: it does not fit, and none is in flight that might leave room.

@@ -27,7 +27,7 @@ class Clusters:
     Guarantee: the cluster of a vector depends on that vector and on the clusters alone, to the
     last bit. A float16 is a multiple of 2^-24 and a weight is rounded to one of 2^-26, so every
     product and every partial sum of x · weight is a multiple of 2^-50; for |x| about 1 and |c| at
-    most 2 it stays below 4 and so fits the 53 bits of a float64. Exact sums do not hang on their
+    most 2 it stays below 4 and so fits the 53 bits of a float64. Exact sums do not depend on their
     order: not on the shape of a block, on a row's place in it, on threads or on the library. In
     rounded arithmetic a row that leaves can move the others to where a kernel adds in another
     order, and one that lies between two clusters changes its bin; the histogram would then move by
@@ -54,7 +54,7 @@ class Clusters:
             int32 [rows].
 
         Raises:
-            UsageError: a row is no unit vector; NaN included.
+            UsageError: a row is not a unit vector; NaN included.
         """
         nearest = np.empty(len(vectors), dtype=np.int32)
         for place, block in blocks(vectors):
@@ -80,7 +80,7 @@ def fit_clusters(
         variance: share of the variance that the components keep.
 
     Raises:
-        UsageError: fewer vectors than clusters, or a row is no unit vector.
+        UsageError: fewer vectors than clusters, or a row is not a unit vector.
     """
     if len(vectors) < num_clusters:
         raise UsageError(
@@ -146,4 +146,5 @@ def kmeans(points: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
         min_points_per_centroid=1,
     )
     algorithm.train(points)
+    assert algorithm.centroids is not None
     return algorithm.centroids

@@ -13,6 +13,7 @@ batch, the longest first. A stopped run goes on with the same command, on any nu
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,9 @@ from resample_with_dp_histogram.embeddings import (
     texts_digest,
 )
 from utils.cli import UsageError, in_one_line, run_cli, say
-from utils.command_line.parser import make_parser, positive_int
+from utils.command_line.parser import make_parser, parse, positive_int
 from utils.files import fsync_folder, write_atomic, write_json
+from utils.folders import locked, names_in, require_same_settings, sibling_lock
 from utils.models.loading import model_fingerprint
 from utils.runs.run_folder import PRIVATE_README
 from utils.texts.text_inputs import FORMATS, read_instructions
@@ -43,6 +45,20 @@ DEFAULT_MODEL = "sentence-transformers/sentence-t5-base"
 # Batches that a device gets at once, and the least time between two saves.
 BATCHES_AT_ONCE = 8
 SAVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of `embed`."""
+
+    private: bool
+    synthetic: bool
+    instructions: str
+    split: str | None
+    output: Path
+    model: str
+    batch_size: int
+    devices: list[str] | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,35 +91,39 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    texts = read_instructions(args.instructions, args.split)
-    folder = location(args.output, args.private)
-    begun = read_manifest(args.output, args.private)
-    # A run that was killed while it began has left the page and nothing else.
-    if begun is None and {path.name for path in folder.glob("*")} - {"README.md"}:
-        raise UsageError(f"{folder} holds something else than embeddings; use another --output")
-    model = load_model(args.model)
-    settings = {
-        "texts_sha256": texts_digest(texts),
-        "model_fingerprint": model_fingerprint(model),
-    }
-    names = {"texts_sha256": "texts", "model_fingerprint": "model"}
-    for name, value in settings.items():
-        if begun is not None and begun[name] != value:
-            raise UsageError(
-                f"{args.output} holds embeddings with other {names[name]} "
-                f"({begun['num_texts']:,} texts, {begun['model']}); use another --output"
+    settings = parse(build_parser(), Settings, argv)
+    texts = read_instructions(settings.instructions, settings.split)
+    folder = location(settings.output, settings.private)
+    with locked(settings.output, "use another --output", sibling_lock(settings.output)):
+        begun = read_manifest(settings.output, settings.private)
+        # A run that was killed while it began has left the page and nothing else.
+        if begun is None and names_in(folder) - {"README.md"}:
+            raise UsageError(f"{folder} holds something else than embeddings; use another --output")
+        model = load_model(settings.model)
+        facts = {
+            "texts_sha256": texts_digest(texts),
+            "model_fingerprint": model_fingerprint(model),
+        }
+        if begun is not None:
+            require_same_settings(
+                {name: begun[name] for name in facts},
+                facts,
+                f"{settings.output} holds embeddings ({begun['num_texts']:,} texts, "
+                f"{begun['model']}) with",
+                "use another --output",
+                shown=False,
             )
-    manifest = begun or {
-        **settings,
-        "model": args.model,
-        "num_texts": len(texts),
-        "dimensions": model.get_embedding_dimension(),
-        "num_embedded": 0,
-    }
-    if begun is None:
-        begin(folder, args.private, manifest)
-    embed(texts, model, folder, manifest, args)
+        manifest = begun or {
+            **facts,
+            "model": settings.model,
+            "num_texts": len(texts),
+            "dimensions": model.get_embedding_dimension(),
+            "num_embedded": 0,
+        }
+        if begun is None:
+            begin(folder, settings.private, manifest)
+        devices = settings.devices or default_devices()
+        embed(texts, model, folder, manifest, settings.batch_size, devices)
     say(f"{len(texts):,} embeddings of {manifest['dimensions']} dimensions are in {folder}")
 
 
@@ -122,7 +142,7 @@ def load_model(name: str) -> "SentenceTransformer":
     except (OSError, ValueError, RuntimeError) as error:
         reason = in_one_line(error, 200)
         raise UsageError(
-            f"the encoder {name!r} is no sentence-transformers folder, and could not be fetched "
+            f"the encoder {name!r} is not a sentence-transformers folder, and could not be fetched "
             f"from the hub ({reason})"
         ) from None
 
@@ -140,9 +160,14 @@ def embed(
     model: "SentenceTransformer",
     folder: Path,
     manifest: dict,
-    args: argparse.Namespace,
+    batch_size: int,
+    devices: list[str],
 ) -> None:
     """Embed what is missing, the longest text first, and note after each save how far it came.
+
+    Args:
+        batch_size: texts in a batch on one device.
+        devices: one process each.
 
     Raises:
         UsageError: the model gives a text no direction (NaN or zero); its row is named.
@@ -155,8 +180,7 @@ def embed(
     vectors = open_vectors(folder, manifest, "r+")
     # Known from the texts alone, so that a later run finds the same first `num_embedded` done.
     order = np.argsort([-len(text) for text in texts], kind="stable")
-    devices = args.devices or default_devices()
-    rows_at_once = BATCHES_AT_ONCE * args.batch_size * len(devices)
+    rows_at_once = BATCHES_AT_ONCE * batch_size * len(devices)
     pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
     saved_at = time.monotonic()
     try:
@@ -165,7 +189,7 @@ def embed(
                 rows = order[start : start + rows_at_once]
                 embeddings = model.encode(
                     [texts[row] for row in rows],
-                    batch_size=args.batch_size,
+                    batch_size=batch_size,
                     show_progress_bar=False,
                     **({"pool": pool} if pool else {"device": devices[0]}),
                 )

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import UsageError
+from utils.folders import require_same_settings
 
 VECTORS_FILE, MANIFEST_FILE = "embeddings.npy", "manifest.json"
 PRIVATE_FOLDER = "private"
@@ -75,7 +76,7 @@ def read_manifest(folder: Path, private: bool) -> dict | None:
 
 
 def open_vectors(folder: Path, manifest: dict, mode: str) -> np.memmap:
-    """Map the vectors beside a manifest into memory.
+    """Map the vectors next to a manifest into memory.
 
     Args:
         folder: where both lie.
@@ -92,8 +93,8 @@ def open_vectors(folder: Path, manifest: dict, mode: str) -> np.memmap:
     expected = (manifest["num_texts"], manifest["dimensions"])
     if vectors.dtype != np.float16 or vectors.shape != expected:
         raise UsageError(
-            f"{path} holds {vectors.dtype} {list(vectors.shape)}, but {MANIFEST_FILE} beside it "
-            f"says float16 {list(expected)}; embed the texts again"
+            f"{path} holds {vectors.dtype} {list(vectors.shape)}, but {MANIFEST_FILE} "
+            f"next to it says float16 {list(expected)}; embed the texts again"
         )
     return vectors
 
@@ -121,13 +122,14 @@ def open_embeddings(folder: Path, private: bool) -> Embeddings:
 
 def require_same_model(one: Embeddings, other: Embeddings) -> None:
     """Raise a UsageError unless both were made by one model."""
-    for name in ("model_fingerprint", "dimensions"):
-        if one.manifest[name] != other.manifest[name]:
-            raise UsageError(
-                f"{one.folder} was embedded by {one.manifest['model']} and {other.folder} by "
-                f"{other.manifest['model']} (another {name.replace('_', ' ')}); embed both with "
-                "the same model"
-            )
+    names = ("model_fingerprint", "dimensions")
+    require_same_settings(
+        {name: one.manifest[name] for name in names},
+        {name: other.manifest[name] for name in names},
+        f"{one.folder} was embedded by {one.manifest['model']} and {other.folder} by "
+        f"{other.manifest['model']}, with",
+        "embed both with the same model",
+    )
 
 
 def blocks(vectors: np.ndarray, rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, np.ndarray]]:
@@ -147,7 +149,7 @@ def lengths(block: np.ndarray) -> np.ndarray:
 
 
 def require_unit(block: np.ndarray, rows: np.ndarray, where: str) -> None:
-    """Raise a UsageError that names the first row that is no unit vector (NaN included).
+    """Raise a UsageError that names the first row that is not a unit vector (NaN included).
 
     Args:
         block: float64 [rows, dimensions].
@@ -156,6 +158,6 @@ def require_unit(block: np.ndarray, rows: np.ndarray, where: str) -> None:
     wrong = rows[~(np.abs(lengths(block) - 1) < UNIT_TOLERANCE)]
     if len(wrong):
         raise UsageError(
-            f"{where}, row {wrong[0]} (from 0) is no unit vector: NaN, infinite, zero or not of "
+            f"{where}, row {wrong[0]} (from 0) is not a unit vector: NaN, infinite, zero or not of "
             "embed's making; embed the texts again"
         )

@@ -3,9 +3,11 @@
     python -m resample_with_dp_histogram.extract --instructions inference_outputs/mine \\
         --output synthetic/mine
 
-Writes OUTPUT/instructions.jsonl, one {"instruction": text} a line in the order of the input, and
-preparation.json with the counts. Dropped are texts without a word (empty), sampled texts that were
-cut before their end (truncated), and texts whose words came before in the same order (duplicate).
+Writes OUTPUT/instructions.jsonl, one object a line in the order of the input: row (its number from
+0), sample_id and shard (the sample that it was and the file that holds that sample; null where the
+input does not say) and instruction. preparation.json has the counts. Dropped are texts without a
+word (empty), sampled texts that were cut before their end (truncated), and texts whose words came
+before in the same order (duplicate).
 
 This is for synthetic texts, where nothing is spent. Private ones are embedded as they are: what
 deduplication does to one row depends on the others, which no guarantee for a row covers.
@@ -15,17 +17,28 @@ import argparse
 import hashlib
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser
+from utils.command_line.parser import make_parser, parse
 from utils.files import write_json
 from utils.folders import PREPARATION_FILE, whole_folder
+from utils.sampling.shards import Origin, origins
 from utils.texts.text_filters import comparison_form
 from utils.texts.text_inputs import FORMATS, read_entries
 
 INSTRUCTIONS_FILE = "instructions.jsonl"
 EMPTY, TRUNCATED, DUPLICATE = "empty", "truncated", "duplicate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of `extract`."""
+
+    instructions: list[str]
+    split: str | None
+    output: Path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,33 +59,44 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    if args.output.exists():
-        raise UsageError(f"--output {str(args.output)!r} exists; name another, or remove it first")
-    entries = [entry for path in args.instructions for entry in read_entries(path, args.split)]
+    settings = parse(build_parser(), Settings, argv)
+    output = settings.output
+    if output.exists():
+        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    entries: list[str | None] = []
+    samples: list[Origin] = []
+    for path in settings.instructions:
+        entries += read_entries(path, settings.split)
+        samples += origins(Path(path), cut=True)
+        samples += [Origin()] * (len(entries) - len(samples))
     kept, dropped = distinct_instructions(entries)
     counts = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
     say(f"{len(entries):,} texts: {len(kept):,} kept; dropped: {counts}")
     if not kept:
-        raise UsageError(f"{' '.join(args.instructions)!r} holds no instruction to keep")
-    with whole_folder(args.output) as folder:
+        raise UsageError(f"{' '.join(settings.instructions)!r} holds no instruction to keep")
+    with whole_folder(output) as folder:
         with open(folder / INSTRUCTIONS_FILE, "w", encoding="utf-8") as file:
-            for text in kept:
-                file.write(json.dumps({"instruction": text}, ensure_ascii=False) + "\n")
-        preparation = {"sources": args.instructions, "kept": len(kept), "dropped": dropped}
+            for row, (place, text) in enumerate(kept.items()):
+                record = {"row": row, **samples[place]._asdict(), "instruction": text}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        preparation = {"sources": settings.instructions, "kept": len(kept), "dropped": dropped}
         write_json(folder / PREPARATION_FILE, preparation)
-    say(f"wrote {args.output / INSTRUCTIONS_FILE}")
+    say(f"wrote {output / INSTRUCTIONS_FILE}")
 
 
-def distinct_instructions(entries: list[str | None]) -> tuple[list[str], Counter]:
-    """The texts that are distinct in `comparison_form`, stripped, and why the others are dropped.
+def distinct_instructions(entries: list[str | None]) -> tuple[dict[int, str], Counter[str]]:
+    """The texts that are distinct in `comparison_form`, and why the others are dropped.
 
     Args:
         entries: texts, None for one that was cut before its end; see `read_entries`.
+
+    Returns:
+        Stripped texts by their place in `entries`, and the dropped by reason.
     """
-    kept, dropped = [], Counter({EMPTY: 0, TRUNCATED: 0, DUPLICATE: 0})
+    kept: dict[int, str] = {}
+    dropped = Counter({EMPTY: 0, TRUNCATED: 0, DUPLICATE: 0})
     seen = set()
-    for entry in entries:
+    for place, entry in enumerate(entries):
         if entry is None:
             dropped[TRUNCATED] += 1
             continue
@@ -85,7 +109,7 @@ def distinct_instructions(entries: list[str | None]) -> tuple[list[str], Counter
             dropped[DUPLICATE] += 1
         else:
             seen.add(digest)
-            kept.append(entry.strip())
+            kept[place] = entry.strip()
     return kept, dropped
 
 

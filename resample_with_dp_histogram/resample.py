@@ -14,13 +14,15 @@ noise is drawn, and composes with training:
     python -m privacy_checks.report outputs/mine --histogram LEDGER
 
 The number N of private rows is a public constant, as it is in training, and the default size of
-the selection. Writes to OUTPUT, all of which may be released if the report there says so:
-selected.jsonl, histograms.json and .png, clusters.npz, resampling_report.json.
+the selection. Writes to OUTPUT, all of which may be released if its report says so:
+selected.jsonl (row is a text's number in the pool from 0; sample_id and shard are the sample that
+it was, if the pool says), histograms.json and .png, clusters.npz, resampling_report.json.
 """
 
 import argparse
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +44,13 @@ from resample_with_dp_histogram.selection import (
     total_variation,
 )
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, positive_int
+from utils.command_line.parser import make_parser, natural_int, parse, positive_int
 from utils.files import write_json
 from utils.folders import whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
 from utils.privacy.guarantee import UNIT
 from utils.privacy.ledger import read_histograms, read_ledger, record_histogram
+from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
 from utils.texts.text_inputs import FORMATS, read_instructions
 
@@ -72,6 +75,26 @@ NOT_COVERED = [
     "several rows about one person: the unit is a row",
     "timing and other side channels of the machine",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of `resample`."""
+
+    private_embeddings: Path
+    synthetic_embeddings: Path
+    synthetic_instructions: str
+    split: str | None
+    output: Path
+    num_bins: int
+    num_samples: int | None
+    select: str
+    max_copies: int
+    seed: int
+    histogram_sigma: float
+    num_train_examples: int | None
+    ledger: Path | None
+    insecure_fixed_noise_seed: int | None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -153,32 +176,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     # ------------------------------------------------------------------ what is asked for
-    args = build_parser().parse_args(argv)
-    if args.output.exists():
-        raise UsageError(f"--output {str(args.output)!r} exists; name another, or remove it first")
-    insecure = check_noise(args)
-    private = open_embeddings(args.private_embeddings, private=True)
-    synthetic = open_embeddings(args.synthetic_embeddings, private=False)
+    settings = parse(build_parser(), Settings, argv)
+    output, num_bins, sigma = settings.output, settings.num_bins, settings.histogram_sigma
+    if output.exists():
+        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    random = source_of_noise(sigma, settings.insecure_fixed_noise_seed)
+    private = open_embeddings(settings.private_embeddings, private=True)
+    synthetic = open_embeddings(settings.synthetic_embeddings, private=False)
     require_same_model(private, synthetic)
-    texts = read_instructions(args.synthetic_instructions, args.split)
-    check_texts(args.synthetic_instructions, texts, synthetic)
-    num_examples = args.num_train_examples or len(private.vectors)
-    num_samples = args.num_samples or num_examples
-    copies = args.max_copies if args.select == CONDITIONAL else 1
+    texts = read_instructions(settings.synthetic_instructions, settings.split)
+    check_texts(settings.synthetic_instructions, texts, synthetic)
+    samples = origins(Path(settings.synthetic_instructions), cut=False) or [Origin()] * len(texts)
+    num_examples = settings.num_train_examples or len(private.vectors)
+    num_samples = settings.num_samples or num_examples
+    copies = settings.max_copies if settings.select == CONDITIONAL else 1
     check_size(num_samples, len(texts), copies)
-    ledger = args.ledger or args.private_embeddings / LEDGER_FILE
+    ledger = settings.ledger or settings.private_embeddings / LEDGER_FILE
     read_histograms(ledger, num_examples)
 
     # ------------------------------------------------------------------ clusters and counts
     steps = tqdm(total=3, desc="cluster", unit="step")
-    clusters = fit_clusters(
-        synthetic.vectors, args.num_bins, args.seed, str(args.synthetic_embeddings)
-    )
+    clusters = fit_clusters(synthetic.vectors, num_bins, settings.seed, str(synthetic.folder))
     steps.update()
-    synthetic_bins = clusters.assign(synthetic.vectors, str(args.synthetic_embeddings))
-    pool = np.bincount(synthetic_bins, minlength=args.num_bins)
+    synthetic_bins = clusters.assign(synthetic.vectors, str(synthetic.folder))
+    pool = np.bincount(synthetic_bins, minlength=num_bins)
     steps.update()
-    private_bins = clusters.assign(private.vectors, str(args.private_embeddings))
+    private_bins = clusters.assign(private.vectors, str(private.folder))
     steps.update()
     steps.close()
 
@@ -186,22 +209,19 @@ def main(argv: list[str] | None = None) -> None:
     record_histogram(
         ledger,
         num_examples=num_examples,
-        noise_multiplier=args.histogram_sigma,
-        num_bins=args.num_bins,
-        insecure=insecure,
+        noise_multiplier=sigma,
+        num_bins=num_bins,
+        insecure=settings.insecure_fixed_noise_seed is not None,
     )
-    random = SecureRandom()
-    if insecure:
-        random = SecureRandom.insecure_fixed(args.insecure_fixed_noise_seed, "histogram")
-    noisy = noisy_histogram(private_bins, args.num_bins, args.histogram_sigma, random)
+    noisy = noisy_histogram(private_bins, num_bins, sigma, random)
     del private_bins
     # From here on everything is post-processing.
     target = project_to_simplex(noisy, num_examples)
 
     # ------------------------------------------------------------------ the selection
-    choice = np.random.default_rng(args.seed)
+    choice = np.random.default_rng(settings.seed)
     share = largest_remainders
-    if args.select == CONDITIONAL:
+    if settings.select == CONDITIONAL:
 
         def share(probabilities: np.ndarray, size: int) -> np.ndarray:
             return choice.multinomial(size, probabilities)
@@ -214,12 +234,12 @@ def main(argv: list[str] | None = None) -> None:
         "synthetic": pool,
         "selected": allocation.counts,
     }
-    report = build_report(args, num_examples, clusters, ledger, histograms, allocation, rows)
-    with whole_folder(args.output) as folder:
-        write_selection(folder / "selected.jsonl", texts, synthetic_bins, rows)
+    report = build_report(settings, num_examples, clusters, ledger, histograms, allocation, rows)
+    with whole_folder(output) as folder:
+        write_selection(folder / "selected.jsonl", texts, samples, synthetic_bins, rows)
         lists = {name: values.tolist() for name, values in histograms.items()}
         write_json(folder / "histograms.json", lists)
-        (folder / "histograms.png").write_bytes(plot(histograms, args.histogram_sigma))
+        (folder / "histograms.png").write_bytes(plot(histograms, sigma))
         np.savez(
             folder / "clusters.npz",
             weights=clusters.weights,
@@ -227,23 +247,23 @@ def main(argv: list[str] | None = None) -> None:
             synthetic_bins=synthetic_bins,
         )
         write_json(folder / "resampling_report.json", report)
-    say_end(args.output, ledger, report)
+    say_end(output, ledger, report)
 
 
-def check_noise(args: argparse.Namespace) -> bool:
-    """Refuse a noise that no accountant can be trusted with; whether the noise is a known one."""
-    insecure = args.insecure_fixed_noise_seed is not None
-    if insecure:
-        say("warning: --insecure_fixed_noise_seed: the noise is known, so there is NO guarantee")
-    if not (insecure and args.histogram_sigma == 0):
+def source_of_noise(sigma: float, insecure_seed: int | None) -> SecureRandom:
+    """The generator of the noise; refuses a noise that no accountant can be trusted with."""
+    if not (insecure_seed is not None and sigma == 0):
         try:
-            SampledGaussian(1.0, args.histogram_sigma / SENSITIVITY, 1)
+            SampledGaussian(1.0, sigma / SENSITIVITY, 1)
         except UsageError as error:
             raise UsageError(
-                f"--histogram_sigma {args.histogram_sigma:g} gives no guarantee that can be stated "
-                f"({error}); use 10"
+                f"--histogram_sigma {sigma:g} gives no guarantee that can be stated ({error}); "
+                "use 10"
             ) from None
-    return insecure
+    if insecure_seed is None:
+        return SecureRandom()
+    say("warning: --insecure_fixed_noise_seed: the noise is known, so there is NO guarantee")
+    return SecureRandom.insecure_fixed(insecure_seed, "histogram")
 
 
 def check_texts(path: str, texts: list[str], synthetic: Embeddings) -> None:
@@ -271,7 +291,7 @@ def check_size(num_samples: int, pool_size: int, copies: int) -> None:
 
 
 def build_report(
-    args: argparse.Namespace,
+    settings: Settings,
     num_examples: int,
     clusters: Clusters,
     ledger: Path,
@@ -280,18 +300,20 @@ def build_report(
     rows: np.ndarray,
 ) -> dict:
     """What was done, and what is guaranteed: a JSON-able dict."""
-    insecure = args.insecure_fixed_noise_seed is not None
+    insecure = settings.insecure_fixed_noise_seed is not None
     return {
         "guarantee": not insecure,
         "why": "the noise came from a known seed (a test)" if insecure else "",
         "unit": UNIT,
         "neighbouring_relation": ADD_REMOVE,
         "mechanism": "Gaussian histogram",
-        "noise_multiplier": args.histogram_sigma / SENSITIVITY,
+        "noise_multiplier": settings.histogram_sigma / SENSITIVITY,
         "sensitivity": SENSITIVITY,
         "num_examples": num_examples,
-        "num_bins": args.num_bins,
-        "grid_spacing": None if args.histogram_sigma == 0 else grid_spacing(args.histogram_sigma),
+        "num_bins": settings.num_bins,
+        "grid_spacing": None
+        if settings.histogram_sigma == 0
+        else grid_spacing(settings.histogram_sigma),
         "noise_source": (
             "INSECURE: a fixed seed"
             if insecure
@@ -304,8 +326,8 @@ def build_report(
             "principal_components": clusters.num_components,
         },
         "selection": {
-            "select": args.select,
-            "seed": args.seed,
+            "select": settings.select,
+            "seed": settings.seed,
             "num_samples": len(rows),
             "distinct_rows": len(np.unique(rows)),
             "pool": int(histograms["synthetic"].sum()),
@@ -323,11 +345,18 @@ def build_report(
     }
 
 
-def write_selection(path: Path, texts: list[str], bins: np.ndarray, rows: np.ndarray) -> None:
-    """One object a line: the row's number in the pool, its text and its bin."""
+def write_selection(
+    path: Path, texts: list[str], samples: list[Origin], bins: np.ndarray, rows: np.ndarray
+) -> None:
+    """One object a line: the row's number in the pool, the sample it was, its text and its bin."""
     with open(path, "w", encoding="utf-8") as file:
         for row in rows.tolist():
-            record = {"id": row, "instruction": texts[row], "bin": int(bins[row])}
+            record = {
+                "row": row,
+                **samples[row]._asdict(),
+                "instruction": texts[row],
+                "bin": int(bins[row]),
+            }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

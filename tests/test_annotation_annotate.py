@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from query_gpt35_for_annotation import annotate
-from query_gpt35_for_annotation.job import Job, exclusive, instruction_id, read_records
+from query_gpt35_for_annotation.job import Job, instruction_id, read_records
 from query_gpt35_for_annotation.rate_limits import backoff
 from query_gpt35_for_annotation.spending import Price, Spending
 from tests.annotation_server import MinuteLimit, Reply, Server, answer, completion, error
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl
+from utils.folders import locked
 
 KEY = "sk-secret-0123456789"
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,7 @@ def run(folder, server, number, **flags):
 def outcomes(folder):
     """How many outcomes each instruction has in the file, which keeps every line ever written."""
     lines = read_jsonl(folder / "out" / "answers.jsonl")
-    return Counter(line["id"] for line in lines if line["status"] != "unanswered")
+    return Counter(line["instruction_sha256"] for line in lines if line["status"] != "unanswered")
 
 
 def everything_written(folder):
@@ -421,18 +422,20 @@ def test_a_second_process_on_a_folder_is_refused(tmp_path):
             run(tmp_path, server, 100)
         process.kill()
         process.communicate()
-        with exclusive(tmp_path / "out"):
+        with locked(tmp_path / "out", ""):
             pass
 
 
 def test_a_folder_keeps_to_its_settings_and_takes_more_instructions(tmp_path, capsys):
     with Server() as server:
         run(tmp_path, server, 10)
-        with pytest.raises(UsageError, match="temperature was 0.7 and is now 0.5"):
+        with pytest.raises(UsageError, match="temperature 0.7, not 0.5; .* name another --output"):
             run(tmp_path, server, 10, temperature=0.5)
-        with pytest.raises(UsageError, match="top_p was 0.95 and is now null"):
+        with pytest.raises(UsageError, match="top_p 0.95, not None; .* name another --output"):
             run(tmp_path, server, 10, drop_parameters="top_p")
-        with pytest.raises(UsageError, match='model was "gpt-3.5-turbo" and is now "m"'):
+        with pytest.raises(
+            UsageError, match="model gpt-3.5-turbo, not m; .* name another --output"
+        ):
             run(tmp_path, server, 10, model="m")
         with pytest.raises(UsageError, match="records of 3 instructions that are not in"):
             run(tmp_path, server, 7)
@@ -443,6 +446,18 @@ def test_a_folder_keeps_to_its_settings_and_takes_more_instructions(tmp_path, ca
     assert f"earlier answers came from --base_url {server.url}" in capsys.readouterr().err
     assert (len(server.requests), len(moved.requests)) == (15, 1)
     assert len(read_records(tmp_path / "out")) == 16
+
+
+def test_answers_of_older_versions_are_known(tmp_path):
+    with Server() as server:
+        run(tmp_path, server, 4)
+        file = tmp_path / "out" / "answers.jsonl"
+        old = [{"id": line.pop("instruction_sha256")} | line for line in read_jsonl(file)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in old))
+        code, records = run(tmp_path, server, 6)
+        assert (code, len(server.requests)) == (0, 6)
+    assert records.keys() == {instruction_id(f"q{each}") for each in range(6)}
+    assert all(key == record["instruction_sha256"] for key, record in records.items())
 
 
 def test_the_manifest_says_who_was_asked_and_how(tmp_path):
@@ -456,7 +471,8 @@ def test_the_manifest_says_who_was_asked_and_how(tmp_path):
     assert server.requests[0].body == {"model": "gpt-3.5-turbo", "messages": message} | decoding
     (record,) = records.values()
     assert record == {
-        "id": hashlib.sha256(b"q0").hexdigest(), "instruction": "q0", "status": "ok",
+        "instruction_sha256": hashlib.sha256(b"q0").hexdigest(), "instruction": "q0",
+        "status": "ok",
         "answer": "answer to q0", "model": "fake-0301", "finish_reason": "stop",
         "usage": {"prompt_tokens": 10, "completion_tokens": 20}, "unmetered_attempts": 0,
         "error": None,

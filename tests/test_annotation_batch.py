@@ -161,5 +161,5 @@ def test_unusable_arguments_are_explained():
     with pytest.raises(UsageError, match="'out' has no manifest.json"):
         read("i.json")
     make()
-    with pytest.raises(UsageError, match="'nowhere' is no file"):
+    with pytest.raises(UsageError, match="'nowhere' is not a file"):
         read("nowhere")

@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, name,
     assert "step-000002 is damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sha256", "write_json"])
+@pytest.mark.parametrize("failing", ["save_file", "sha256_of", "write_json"])
 def test_a_failed_save_leaves_the_previous_one_and_nothing_half_made(
     tmp_path, monkeypatch, failing
 ):

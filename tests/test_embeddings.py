@@ -66,5 +66,5 @@ def test_a_row_that_is_no_unit_vector_is_named(value):
     block = unit_vectors(5).astype(np.float64)
     embeddings.require_unit(block, np.arange(5), "here")
     block[3] *= value
-    with pytest.raises(UsageError, match=r"here, row 13 \(from 0\) is no unit vector"):
+    with pytest.raises(UsageError, match=r"here, row 13 \(from 0\) is not a unit vector"):
         embeddings.require_unit(block, np.arange(10, 15), "here")

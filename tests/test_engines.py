@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +13,16 @@ from scipy import stats
 
 from privacy_checks.tiny_model import tiny_llama
 from utils.cli import UsageError
-from utils.folders import lock_folder
+from utils.folders import names_in
 from utils.sampling import engines
 from utils.sampling.decoding import Completion, Decoding, Request
 from utils.sampling.engines import complete, fitting_batch_size
-from utils.sampling.shards import check_manifest, finish_reasons
+from utils.sampling.shards import (
+    check_manifest,
+    finish_reasons,
+    rank_locked,
+    wait_for_other_ranks,
+)
 
 ENGINES = ("continuous", "static")  # vLLM has an environment, and tests, of its own
 
@@ -41,7 +47,7 @@ def random_requests(number, seed=0, longest=40, vocabulary=259):
 
 def tokens_of(engine, model, requests, decoding, batch_size=4):
     """Drawn tokens by id."""
-    return {c.id: c.tokens for c in complete(engine, model, requests, decoding, batch_size)}
+    return {c.sample_id: c.tokens for c in complete(engine, model, requests, decoding, batch_size)}
 
 
 def constant_model(logits):
@@ -73,7 +79,7 @@ def test_greedy_equals_generate_one_by_one(engine, model):
             max_new_tokens=GREEDY.limit(request.prompt),
             eos_token_id=EOS,
         )[0, len(request.prompt) :]
-        assert drawn[request.id] == expected.tolist()
+        assert drawn[request.sample_id] == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_repetition_penalty_equals_generate_and_spares_padding():
             max_new_tokens=decoding.limit(request.prompt),
             eos_token_id=EOS,
         )[0, len(request.prompt) :]
-        assert drawn[request.id] == expected.tolist()
+        assert drawn[request.sample_id] == expected.tolist()
     assert drawn != tokens_of("static", model, requests, GREEDY)
 
 
@@ -229,7 +235,7 @@ def test_finish_reasons(engine, model):
     third = free[0][2]
     requests = [Request(0, [1]), Request(1, [1] * 48), Request(2, [1] * 60), Request(3, [1] * 46)]
     decoding = replace(SAMPLING, stop_ids=frozenset([EOS, third]))
-    ended = {c.id: c for c in complete(engine, model, requests, decoding, 4)}
+    ended = {c.sample_id: c for c in complete(engine, model, requests, decoding, 4)}
     first_stop = free[0].index(third) + 1
     assert ended[0] == Completion(0, free[0][:first_stop], "stop")
     assert ended[1] == Completion(1, [], "prompt_too_long")
@@ -263,7 +269,7 @@ def test_requests_are_taken_as_they_are_needed(engine, model):
 
     def requests():
         for request in random_requests(2000):
-            taken.append(request.id)
+            taken.append(request.sample_id)
             yield request
 
     drawn = complete(engine, model, requests(), SAMPLING, 4)
@@ -304,17 +310,34 @@ def test_fitting_batch_size_on_a_cpu(model):
 
 
 def test_a_folder_has_one_run_with_many_processes(tmp_path):
-    first = lock_folder(tmp_path / "new", shared=False)
-    for shared in (False, True):
-        with pytest.raises(UsageError, match="another run is sampling into"):
-            lock_folder(tmp_path / "new", shared=shared)
-    first.close()
-    ranks = [lock_folder(tmp_path / "new", shared=True) for _ in range(2)]
-    ranks.pop().close()
-    with pytest.raises(UsageError, match="another run"):
-        lock_folder(tmp_path / "new", shared=False)
-    ranks.pop().close()
-    lock_folder(tmp_path / "new", shared=False).close()
+    folder = tmp_path / "new"
+    refused = pytest.raises(UsageError, match="in use by another .* another --job_sess")
+    with rank_locked(folder, 0), rank_locked(folder, 1):
+        for rank in (0, 1):
+            with refused:
+                rank_locked(folder, rank).__enter__()
+    with rank_locked(folder, 3), pytest.raises(UsageError, match="new is in use"):
+        rank_locked(folder, 0).__enter__()
+    with rank_locked(folder, 0):
+        assert names_in(folder) == set()
+
+
+def test_the_first_process_waits_for_the_others(tmp_path):
+    ended = []
+
+    def other(ready):
+        with rank_locked(tmp_path, 2):
+            ready.set()
+            time.sleep(0.5)
+            ended.append(2)
+
+    ready = threading.Event()
+    thread = threading.Thread(target=other, args=(ready,))
+    thread.start()
+    ready.wait()
+    wait_for_other_ranks(tmp_path, 3)
+    assert ended == [2]
+    thread.join()
 
 
 def test_samples_without_a_manifest_are_not_added_to(tmp_path):

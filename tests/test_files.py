@@ -1,6 +1,7 @@
 """Files that survive a kill: atomic writes, and JSON lines that heal a torn end."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from utils.cli import UsageError
-from utils.files import JsonlAppender, read_jsonl, write_atomic, write_json
+from utils.files import JsonlAppender, read_jsonl, sha256_of, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,6 +81,14 @@ def test_json_keeps_other_scripts_readable(tmp_path):
     assert "größer" in text
     assert text.endswith("}\n")
     assert json.loads(text) == {"name": "größer", "values": [1, None]}
+
+
+def test_the_hash_of_a_file(tmp_path):
+    # FIPS 180-4's example, and a file larger than any buffer.
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+    (tmp_path / "large").write_bytes(b"x" * 3_000_000)
+    assert sha256_of(tmp_path / "large") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
 
 
 RECORDS = [{"text": "line\nbreak"}, {"text": "\u2028 and é"}, {"text": ""}]

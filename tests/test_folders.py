@@ -1,15 +1,27 @@
-"""Folders that appear whole or not at all, under failures and real kills."""
+"""Locks, settings that must stay, and folders that appear whole, under failures and real kills."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from datasets import load_from_disk
 
-from utils.folders import PREPARATION_FILE, save_dataset, whole_folder
+from utils.cli import UsageError
+from utils.folders import (
+    LOCK_FILE,
+    PREPARATION_FILE,
+    locked,
+    names_in,
+    require_same_settings,
+    save_dataset,
+    sibling_lock,
+    whole_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +59,97 @@ with whole_folder({str(target)!r}) as folder:
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def holder(block):
+    """A process that is in the `with` block named, until it is killed here."""
+    script = f"""
+import time
+from pathlib import Path
+from utils.folders import locked, sibling_lock, whole_folder
+with {block}:
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+# ------------------------------------------------------------------ locks
+
+
+def test_a_folder_has_one_holder_and_a_kill_frees_it(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    with holder(f"locked(Path({str(folder)!r}), 'use another --job_sess')") as process:
+        refusal = rf"^{folder} is in use by another process; .* or use another --job_sess$"
+        with pytest.raises(UsageError, match=refusal), locked(folder, "use another --job_sess"):
+            pass
+        process.kill()
+        process.wait()
+        # What the killed process left holds nobody up, and is not the user's.
+        assert names(folder) == [LOCK_FILE]
+        assert names_in(folder) == set()
+        with locked(folder, ""):
+            (folder / "file").touch()
+    assert names(folder) == ["file"]
+
+
+def test_a_lock_that_waits_never_lets_two_in(tmp_path):
+    path, inside, most = tmp_path / "ledger.jsonl", [], []
+
+    def add():
+        for _ in range(20):
+            with locked(path, "", sibling_lock(path), wait=True):
+                inside.append(1)
+                most.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 80
+    assert max(most) == 1
+    assert names(tmp_path) == []
+
+
+def test_a_file_is_no_folder_to_hold(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UsageError, match="is a file or lies in one; name another"):
+            locked(path, "name another").__enter__()
+
+
+# ------------------------------------------------------------------ the same settings
+
+
+def test_every_setting_that_differs_is_named_with_both_values_and_the_remedy():
+    before, now = {"lr": 0.1, "seed": 1, "old": 2}, {"lr": 0.2, "seed": 1, "new": "x"}
+    require_same_settings(before, before.copy(), "a run with", "use another --job_sess")
+    with pytest.raises(UsageError) as caught:
+        require_same_settings(before, now, "outputs/a holds a run with", "use another --job_sess")
+    assert str(caught.value) == (
+        "outputs/a holds a run with lr 0.1, not 0.2, and old 2, not None, and new None, not x; "
+        "use another --job_sess"
+    )
+
+
+def test_private_values_are_not_shown():
+    with pytest.raises(UsageError, match="^a run with another hash; go away$") as caught:
+        require_same_settings(
+            {"hash": "abc"}, {"hash": "def"}, "a run with", "go away", shown=False
+        )
+    assert not {"abc", "def"} & set(str(caught.value).split())
+
+
+# ------------------------------------------------------------------ whole folders
 
 
 def test_the_target_appears_at_the_end_and_alone(tmp_path):
@@ -102,6 +205,30 @@ def test_a_kill_at_either_rename_loses_nothing_of_the_old_folder(tmp_path, numbe
         raise RuntimeError
     assert names(tmp_path) == ["target"]
     assert text_in(target) == "old"
+
+
+def test_two_processes_do_not_fill_one_target(tmp_path):
+    target = tmp_path / "target"
+    fill(target, "old")
+    with holder(f"whole_folder({str(target)!r})") as process:
+        with pytest.raises(UsageError, match=rf"^{target} is in use by another process"):
+            fill(target, "new")
+        assert text_in(target) == "old"
+        process.kill()
+        process.wait()
+        fill(target, "new")
+    assert names(tmp_path) == ["target"]
+    assert text_in(target) == "new"
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path):
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    fill(real, "old")
+    link.symlink_to(real)
+    fill(link, "new")
+    assert link.is_symlink()
+    assert text_in(real) == text_in(link) == "new"
+    assert (names(tmp_path), names(real.parent)) == (["disk", "link"], ["real"])
 
 
 def test_every_file_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):

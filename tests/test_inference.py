@@ -301,10 +301,10 @@ def test_odd_prompts_are_prompts(folder, tiny_model_dir, engine):
 @pytest.mark.parametrize(
     ("shard", "message"),
     [
-        ('{"foo": 1}\n', "line 1 is no sample"),
-        ('{"id": "3", "finish_reason": "stop"}\n', "line 1 is no sample"),
+        ('{"foo": 1}\n', "line 1 is not a sample"),
+        ('{"id": "3", "finish_reason": "stop"}\n', "line 1 is not a sample"),
         ("not json\n", "line 1 is not a JSON object"),
-        ('{"id": 3, "finish_reason": "stop"}\n' * 2, "line 2: sample 3 is there a second time"),
+        ('{"id": 3, "finish_reason": "stop"}\n' * 2, "line 2: sample 3 comes a second time"),
     ],
 )
 def test_foreign_lines_in_a_shard(folder, tiny_model_dir, shard, message):
@@ -451,7 +451,9 @@ def test_a_signal_stops_soon_and_says_how_to_go_on(
 def test_two_runs_at_once_do_not_share_a_folder(folder, tiny_model_dir, processes):
     process = start(processes, flags(tiny_model_dir, **LONG))
     wait_for_lines(1, process)
-    with pytest.raises(UsageError, match="another run is sampling into inference_outputs/job"):
+    with pytest.raises(
+        UsageError, match="inference_outputs/job is in use by another .*another --job_sess"
+    ):
         run(tiny_model_dir, **LONG)
     process.kill()
     process.join()

@@ -233,7 +233,10 @@ def test_sets_without_a_common_instruction_are_refused(tmp_path):
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):
     write_sets(tmp_path, ["9"], ["1"])
-    with Server() as server, pytest.raises(UsageError, match="in a file; name a folder"):
+    with (
+        Server() as server,
+        pytest.raises(UsageError, match="is a file or lies in one; name another --output"),
+    ):
         run(tmp_path, server, output=tmp_path / "ours.json")
 
 
@@ -284,7 +287,7 @@ def test_kill_9_and_ctrl_c_lose_nothing_and_pay_for_nothing_twice(tmp_path):
             judge.main(command)
         assert len(server.requests) <= 300 + concurrency
     lines = read_jsonl(tmp_path / "out" / "judgements" / "answers.jsonl")
-    outcomes = Counter(line["id"] for line in lines if line["status"] == "ok")
+    outcomes = Counter(line["instruction_sha256"] for line in lines if line["status"] == "ok")
     assert len(outcomes) == 300
     assert set(outcomes.values()) == {1}
     assert values(tmp_path / "out")["win rate"] == 1
@@ -325,9 +328,9 @@ def test_judgements_of_other_answers_models_or_prompts_do_not_mix(tmp_path, monk
     write_sets(tmp_path, list("999"), list("111"))
     with Server(annotation_server.judge(better)) as server:
         run(tmp_path, server, limit=4)
-        with pytest.raises(UsageError, match='model was "gpt-4o-mini" and is now "m"'):
+        with pytest.raises(UsageError, match="model gpt-4o-mini, not m; .* name another --output"):
             run(tmp_path, server, model="m")
-        with pytest.raises(UsageError, match="temperature was 0.0 and is now 1.0"):
+        with pytest.raises(UsageError, match="temperature 0.0, not 1.0; .*name another --output"):
             run(tmp_path, server, temperature=1)
         write_sets(tmp_path, list("989"), list("111"))
         with pytest.raises(UsageError, match="2 judgements of other answers, or by another prompt"):

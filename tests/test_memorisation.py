@@ -321,7 +321,7 @@ def test_single_texts_of_odd_characters_can_be_measured(sets, tmp_path):
         (["--model_name=x"], "--model_name needs --run"),
         (["--held_out={training}"], "are the same rows"),
         (["--run=/nowhere"], "there is no run_config.json"),
-        (["--embedding_model=/nowhere"], "no sentence-transformers folder"),
+        (["--embedding_model=/nowhere"], "not a sentence-transformers folder"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(sets, tmp_path, more, message):

@@ -34,7 +34,7 @@ def test_the_quick_start_runs_from_a_fresh_clone(tmp_path):
         samples = list(read_jsonl(clone / "inference_outputs" / job / "shard-0.jsonl"))
         assert sorted(sample["id"] for sample in samples) == list(range(count))
     selected = list(read_jsonl(clone / "resampling/quickstart/selected/selected.jsonl"))
-    assert len({row["id"] for row in selected}) == 12
+    assert len({row["row"] for row in selected}) == 12
     composed = re.search(r"is \((\S+), 1e-05\)-differentially private", done.stdout)
     runs = [clone / "outputs" / job for job in ("quickstart_instructions", "quickstart_answers")]
     ledger = clone / "resampling/quickstart/private_data/histogram_ledger.jsonl"

@@ -2,20 +2,23 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 
 from privacy_checks.composition import composed_report
-from resample_with_dp_histogram import resample
+from resample_with_dp_histogram import extract, resample
 from tests.resampling import save_embeddings, unit_vectors
-from tests.training import run_process
+from tests.training import ROOT, run_process
 from utils.cli import UsageError
-from utils.files import read_jsonl, write_json
+from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
 from utils.privacy.ledger import LEDGER_FILE, Ledger, read_ledger, record_histogram
 from utils.privacy.plan import PrivacyPlan
+from utils.sampling.shards import origins
 
 POOL, PRIVATE, BINS = 400, 120, 8
 TEXTS = [f"instruction {number}" for number in range(POOL)]
@@ -206,10 +209,64 @@ def test_the_selection_follows_the_private_histogram(folders):
     distance = report["total_variation_to_private"]
     assert distance["selected"] < 0.05 < 0.3 < distance["synthetic"]
     rows = list(read_jsonl(folders / "out" / "selected.jsonl"))
-    assert [row["instruction"] for row in rows] == [TEXTS[row["id"]] for row in rows]
-    assert len({row["id"] for row in rows}) == 60
+    assert [row["instruction"] for row in rows] == [TEXTS[row["row"]] for row in rows]
+    assert len({row["row"] for row in rows}) == 60
     counted = np.bincount([row["bin"] for row in rows], minlength=BINS)
     np.testing.assert_array_equal(counted, histograms["selected"])
+
+
+def test_a_selected_row_leads_back_to_its_samples_line(folders, tmp_path):
+    """Sampling folder, extraction, selection: through the rows that extraction drops."""
+    texts = [("cut", "length") if n % 50 == 7 else (TEXTS[n], "stop") for n in range(POOL)]
+    for rank in (1, 0):
+        lines = [
+            {"id": n, "prompt": "", "text": text, "num_tokens": 2, "finish_reason": reason}
+            for n, (text, reason) in enumerate(texts)
+            if n % 2 == rank
+        ]
+        shard = tmp_path / "sampled" / f"shard-{rank}.jsonl"
+        with JsonlAppender(shard) as file:
+            file.append(lines[::-1] + [lines[3] | {"id": POOL + rank}])  # a duplicate
+    (tmp_path / "more.txt").write_text("one more\nand another\n")
+    sources = [str(tmp_path / "more.txt"), str(tmp_path / "sampled")]
+    extract.main(["--instructions", *sources, f"--output={tmp_path / 'extracted'}"])
+    pool = list(read_jsonl(tmp_path / "extracted" / "instructions.jsonl"))
+    assert [row["row"] for row in pool] == list(range(len(pool)))
+    assert len(pool) == POOL - 8 + 2
+    pool_texts = [row["instruction"] for row in pool]
+    vectors = unit_vectors(len(pool), seed=1)
+    save_embeddings(folders / "synthetic", vectors, private=False, texts=pool_texts)
+    resample.main(
+        [
+            *flags(folders, "out", f"--num_samples={len(pool)}"),
+            f"--synthetic_instructions={tmp_path / 'extracted' / 'instructions.jsonl'}",
+        ]
+    )
+    selected = list(read_jsonl(folders / "out" / "selected.jsonl"))
+    assert sorted(row["row"] for row in selected) == list(range(len(pool)))
+    for row in selected:
+        assert {name: row[name] for name in pool[0]} == pool[row["row"]]
+        if row["shard"] is None:
+            assert (row["sample_id"], row["row"] < 2) == (None, True)
+            continue
+        (sample,) = (
+            sample for sample in read_jsonl(row["shard"]) if sample["id"] == row["sample_id"]
+        )
+        assert sample["text"] == row["instruction"]
+
+
+def test_a_pool_of_samples_or_of_bare_texts_is_traced_as_far_as_it_goes(tmp_path):
+    (tmp_path / "shard-0.jsonl").write_text(
+        '{"id": 4, "text": "a", "finish_reason": "length"}\n'
+        '{"id": 9, "text": "b", "finish_reason": "stop"}\n'
+    )
+    shard = str(tmp_path / "shard-0.jsonl")
+    for source in (tmp_path, tmp_path / "shard-0.jsonl"):
+        assert origins(source, cut=True) == [(4, shard), (9, shard)]
+        assert origins(source, cut=False) == [(9, shard)]
+    (tmp_path / "old.jsonl").write_text('{"instruction": "a"}\n')
+    assert origins(tmp_path / "old.jsonl", cut=False) == [(None, None)]
+    assert origins(tmp_path / "texts.json", cut=False) == []
 
 
 def test_the_size_defaults_to_the_number_of_private_rows(folders):
@@ -231,7 +288,7 @@ def test_conditional_selection_exceeds_the_shape_of_the_pool(folders):
     assert histograms["selected"].sum() == 900
     assert report["selection"]["overflow"] == 0
     assert report["total_variation_to_private"]["selected"] < 0.1
-    ids = [row["id"] for row in read_jsonl(folders / "out" / "selected.jsonl")]
+    ids = [row["row"] for row in read_jsonl(folders / "out" / "selected.jsonl")]
     assert 2 < np.bincount(ids).max() <= 10
     assert report["selection"]["distinct_rows"] == len(set(ids)) < POOL
 
@@ -279,7 +336,7 @@ def damaged(rows, seed):
 BAD = {
     "other model": (
         replace("private", unit_vectors(PRIVATE), model_fingerprint="x", model="another"),
-        "another model fingerprint.*; embed both with the same model",
+        "with model_fingerprint x, not .*; embed both with the same model",
     ),
     "other count": (
         replace("synthetic", unit_vectors(POOL - 1), texts=TEXTS[1:]),
@@ -338,3 +395,16 @@ def test_the_real_command_ends_with_one_line_and_code_2(folders):
     done = run_process(*command)
     assert done.returncode == 0, done.stderr
     assert "python -m privacy_checks.report RUN --histogram" in done.stderr
+
+
+def test_histograms_recorded_at_once_keep_one_chain(tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    script = f"""
+from utils.privacy.ledger import record_histogram
+for _ in range(20):
+    record_histogram({str(ledger)!r}, num_examples=9, noise_multiplier=10.0, num_bins=4)
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert len(read_ledger(ledger)) == 60
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]

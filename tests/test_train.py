@@ -482,13 +482,13 @@ def test_other_data_of_the_same_size_is_refused(stopped, tmp_path):
     rows = [{"instruction": "x" * 20}] * NUM_EXAMPLES
     other = tmp_path / "other"
     datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(other)
-    with pytest.raises(UsageError, match="another training data"):
+    with pytest.raises(UsageError, match="another training_data"):
         stopped("--resume=auto", dataset=str(other))
 
 
 def test_another_base_model_is_refused(stopped, tmp_path):
     save_tiny_model(tmp_path / "other", seed=5)
-    with pytest.raises(UsageError, match="another base model fingerprint"):
+    with pytest.raises(UsageError, match="another base_model_fingerprint"):
         stopped("--resume=auto", model=str(tmp_path / "other"))
 
 

@@ -79,7 +79,7 @@ def test_completions_and_their_reasons(fake):
     requests = [Request(0, [10]), Request(1, [18]), Request(2, [1] * 48), Request(3, [5] * 46)]
     decoding = replace(SAMPLING, stop_ids=frozenset([20]))
     found = list(complete("vllm", FOLDER, requests, decoding, 4))
-    assert sorted(found, key=lambda completion: completion.id) == [
+    assert sorted(found, key=lambda completion: completion.sample_id) == [
         Completion(0, list(range(11, 21)), "stop"),
         Completion(1, [19, 20], "stop"),
         Completion(2, [], "prompt_too_long"),

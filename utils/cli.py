@@ -48,7 +48,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
         # The disk is full or not ours: no defect. What was written before stands.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        say(f"error: {error}; mend it and run the same command again")
+        say(f"error: {error}; make room or give access, and run the same command again")
         code = EXIT_FAILED
     except KeyboardInterrupt:
         say("interrupted")

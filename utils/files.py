@@ -1,5 +1,6 @@
 """Files that survive a kill at any moment: atomic writes and append-only JSON lines."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,12 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict]:

@@ -1,18 +1,95 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders: who may write to one, what it may go on with, and how it appears at once."""
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from utils.cli import UsageError
 from utils.files import fsync_folder, write_json
 
 # How a prepared folder was made.
 PREPARATION_FILE = "preparation.json"
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def locked(
+    place: Path, remedy: str, lock: Path | None = None, *, wait: bool = False
+) -> Iterator[None]:
+    """Hold `place` for this process, until the block ends or the process does, however it ends.
+
+    Args:
+        place: what is held, a folder or a file.
+        remedy: what else a refused user can do, such as "use another --output".
+        lock: the file that stands for it; `LOCK_FILE` in the folder `place` if None. It and its
+            folder are made, and it goes when the block ends; a kill leaves it, held by nobody.
+        wait: for the other process's end, in place of a refusal.
+
+    Raises:
+        UsageError: another process holds it, or its folder is a file.
+    """
+    lock = lock or place / LOCK_FILE
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{lock.parent} is a file or lies in one; {remedy}") from None
+    held = FileLock(lock)
+    try:
+        held.acquire(blocking=wait)
+    except Timeout:
+        raise UsageError(
+            f"{place} is in use by another process; wait for its end, stop it, or {remedy}"
+        ) from None
+    try:
+        yield
+    finally:
+        # Removed while held: a process that opened this file before finds it gone, and makes
+        # another.
+        lock.unlink(missing_ok=True)
+        held.release()
+
+
+def sibling_lock(path: Path) -> Path:
+    """The lock of a file, or of a folder that is replaced as a whole."""
+    path = path.resolve()
+    return path.with_name(f".{path.name}.lock")
+
+
+def names_in(folder: Path) -> set[str]:
+    """What a folder holds besides its lock; nothing where there is none."""
+    return {path.name for path in folder.glob("*")} - {LOCK_FILE}
+
+
+def require_same_settings(
+    before: Mapping[str, object],
+    now: Mapping[str, object],
+    where: str,
+    remedy: str,
+    *,
+    shown: bool = True,
+) -> None:
+    """Refuse to go on with what was begun with other settings.
+
+    Args:
+        before, now: settings by name; a missing one is None.
+        where: what was begun, up to the word "with", such as "outputs/mine holds a run with".
+        remedy: what the user can do, such as "use another --output".
+        shown: whether the message may hold values; private ones it may not.
+
+    Raises:
+        UsageError: names every setting that differs, with both values.
+    """
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differing:
+        words = [
+            f"{name} {before.get(name)}, not {now.get(name)}" if shown else f"another {name}"
+            for name in differing
+        ]
+        raise UsageError(f"{where} {', and '.join(words)}; {remedy}")
 
 
 @contextmanager
@@ -21,34 +98,38 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 
     A failure leaves `target` as it was, and so does a kill: one that falls between the two
     renames at the end leaves the old folder under another name, and the next call puts it back.
-    That call also removes whatever else a kill left behind, so two calls for one target must not
-    run at the same time.
+    That call also removes whatever else a kill left behind.
 
     Args:
-        target: the folder to make; one that exists is replaced.
+        target: the folder to make; one that exists is replaced. Of a symbolic link, what it leads
+            to is replaced.
 
     Yields:
         An empty folder next to `target`.
+
+    Raises:
+        UsageError: another process is making `target`.
     """
-    target = Path(target)
+    target = Path(target).resolve()
     temporary = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
-    if replaced.exists() and not target.exists():
-        replaced.rename(target)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        _fsync_tree(temporary)
-    except BaseException:
+    with locked(target, "name another folder", sibling_lock(target)):
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    temporary.rename(target)
-    fsync_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _fsync_tree(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            target.rename(replaced)
+        temporary.rename(target)
+        fsync_folder(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _fsync_tree(folder: Path) -> None:
@@ -67,7 +148,7 @@ def save_dataset(
     Args:
         target: the folder to make; one that exists is replaced.
         splits: rows by split, none of them empty.
-        preparation: how the rows were made, kept beside them as `PREPARATION_FILE`.
+        preparation: how the rows were made, kept next to them as `PREPARATION_FILE`.
     """
     from datasets import Dataset, DatasetDict, disable_progress_bars
 
@@ -82,25 +163,3 @@ def save_dataset(
             }
         ).save_to_disk(folder)
         write_json(folder / PREPARATION_FILE, preparation)
-
-
-def lock_folder(folder: Path, *, shared: bool) -> TextIO:
-    """Keep other runs out of `folder` until what is returned is closed, or the process ends.
-
-    The first process of a run takes the lock for itself, and shares it with the others once the
-    folder is in order. A run's lock lasts as long as any of its processes.
-
-    Raises:
-        UsageError: another run has the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115 (the caller holds it)
-    try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UsageError(
-            f"another run is sampling into {folder}; wait for its end, stop it, or use another "
-            "--job_sess"
-        ) from None
-    return lock

@@ -7,7 +7,6 @@ themselves. Wall times of training are left out too, since they follow from who 
 """
 
 import argparse
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,10 @@ from pathlib import Path
 from evaluation.results import Chart, Score, read_results
 from privacy_checks.composition import composed_report, epsilon_over_steps, events_of
 from query_gpt35_for_annotation.job import Job, answers_file, read_records
-from query_gpt35_for_annotation.spending import Spending, price_from_arguments
+from query_gpt35_for_annotation.spending import Spending, price_of
 from utils.cli import UsageError
 from utils.command_line.sampling_flags import ADAPTER_WEIGHTS
-from utils.files import read_jsonl
+from utils.files import read_jsonl, sha256_of
 from utils.folders import PREPARATION_FILE
 from utils.privacy.accounting import ADD_REMOVE, compute_delta
 from utils.privacy.ledger import read_ledger
@@ -281,7 +280,7 @@ def losses_of(line: dict) -> list[float]:
 def weights_of(run: Path) -> list[str]:
     """SHA-256 of the weights of a run's adapter, which a folder of samples names."""
     files = [run / "adapter" / name for name in ADAPTER_WEIGHTS]
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return [sha256_of(file) for file in files if file.is_file()]
 
 
 def read_sampled(folder: Path, adapters: set[str] | None) -> Samples:
@@ -372,9 +371,7 @@ def read_annotations(folder: Path, synthetic: set[str] | None) -> Annotations:
         raise UsageError(f"--annotations {folder}: no {answers_file(folder).name} there")
     with damage_named(folder, "annotate"):
         records = list(read_records(folder).values())
-        price, about = price_from_arguments(
-            argparse.Namespace(model=manifest["model"], input_price=None, output_price=None)
-        )
+        price, about = price_of(manifest["model"])
         job = Job(folder, **manifest, instructions=[])
         usd = Spending(job, price, None, records).spent if price else None
         statuses = [record["status"] for record in records]

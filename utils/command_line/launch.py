@@ -1,4 +1,4 @@
-"""Launch lines for the shell, printed or run; how a launched script learns that it must stop."""
+"""Launch lines for the shell, printed or run."""
 
 import os
 import shlex
@@ -50,7 +50,7 @@ def launch_command(
     launcher = ["accelerate", "launch", "--quiet", "--num_machines", str(num_machines)]
     launcher += ["--num_processes", str(processes)]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    if num_machines > 1:
+    if num_machines > 1 and main_process_ip is not None:
         launcher += ["--machine_rank", str(machine_rank), "--main_process_ip", main_process_ip]
     if processes > 1:
         port = main_process_port or (DEFAULT_PORT if num_machines > 1 else ANY_FREE_PORT)

@@ -4,11 +4,21 @@ import argparse
 import math
 import re
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from utils.cli import EXIT_USAGE, say
 
 Settings = TypeVar("Settings")
+
+
+class JobSettings(Protocol):
+    """What the settings of training and of sampling share: where the job is written."""
+
+    @property
+    def output_dir(self) -> str: ...
+
+    @property
+    def job_sess(self) -> str: ...
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -43,11 +53,11 @@ def parse(
     return settings(**vars(parser.parse_args(argv)))
 
 
-def to_argv(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """Flags that make `parser` give `args` again; those at their default are left out."""
-    argv = []
+def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
+    """Flags that make `parser` give `settings` again; those at their default are left out."""
+    argv: list[str] = []
     for action in parser._actions:
-        value = getattr(args, action.dest, action.default)
+        value = getattr(settings, action.dest, action.default)
         if action.dest == "help" or (value == action.default and not action.required):
             continue
         flag = action.option_strings[0]
@@ -62,9 +72,9 @@ def to_argv(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[s
     return argv
 
 
-def run_folder(args: argparse.Namespace) -> Path:
+def run_folder(settings: JobSettings) -> Path:
     """Where the run is written."""
-    return Path(args.output_dir) / args.job_sess
+    return Path(settings.output_dir) / settings.job_sess
 
 
 def job_name(text: str) -> str:

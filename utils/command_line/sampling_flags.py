@@ -2,7 +2,9 @@
 
 import argparse
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from utils.cli import UsageError
 from utils.command_line.parser import natural_int, positive_int
@@ -13,6 +15,34 @@ from utils.texts.prompts import UNCONDITIONAL, Instruction, read_instruction_fil
 ENGINE_NAMES = ("continuous", "static", "vllm")
 LOWEST_TEMPERATURE = 1e-4  # below it, logits would overflow
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """The flags of `inference.py`."""
+
+    instruction_file: str
+    model_name: str
+    prompt_style: str
+    max_seq_len: int
+    dtype: str
+    job_sess: str
+    perdevice_bs: int | None
+    seed: int
+    adapter_path: str | None
+    no_merge: bool
+    output_dir: str
+    engine: str
+    no_sample: bool
+    top_k: int
+    top_p: float
+    temperature: float
+    repetition_penalty: float
+    max_new_tokens: int | None
+    num_samples: int | None
+
+
+Settings = TypeVar("Settings", bound=SamplingSettings)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,47 +106,47 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
                        f"number in the instruction file of {UNCONDITIONAL}")  # fmt: skip
 
 
-def check_sampling_arguments(args: argparse.Namespace) -> list[str]:
+def check_sampling_settings(settings: Settings) -> tuple[Settings, list[str]]:
     """Refuse values that no run can mean, before anything is read.
 
     Returns:
-        Warnings, one line each.
+        The settings, with the engine that can do what they ask for, and warnings, one line each.
 
     Raises:
         UsageError: see its message.
     """
-    if not 0 < args.top_p <= 1:
-        raise UsageError(f"--top_p {args.top_p}: must be above 0 and at most 1 (1: off)")
-    if not (math.isfinite(args.temperature) and args.temperature >= LOWEST_TEMPERATURE):
+    if not 0 < settings.top_p <= 1:
+        raise UsageError(f"--top_p {settings.top_p}: must be above 0 and at most 1 (1: off)")
+    if not (math.isfinite(settings.temperature) and settings.temperature >= LOWEST_TEMPERATURE):
         raise UsageError(
-            f"--temperature {args.temperature}: must be a number of {LOWEST_TEMPERATURE} or more; "
-            "use --no_sample for the likeliest token"
+            f"--temperature {settings.temperature}: must be a number of {LOWEST_TEMPERATURE} or "
+            "more; use --no_sample for the likeliest token"
         )
-    if not (math.isfinite(args.repetition_penalty) and args.repetition_penalty > 0):
+    if not (math.isfinite(settings.repetition_penalty) and settings.repetition_penalty > 0):
         raise UsageError(
-            f"--repetition_penalty {args.repetition_penalty}: must be above 0 (1: off)"
+            f"--repetition_penalty {settings.repetition_penalty}: must be above 0 (1: off)"
         )
-    if args.num_samples is not None and args.prompt_style != UNCONDITIONAL:
+    if settings.num_samples is not None and settings.prompt_style != UNCONDITIONAL:
         raise UsageError(
-            f"--num_samples {args.num_samples} goes with --prompt_style {UNCONDITIONAL}; with "
-            f"{args.prompt_style} the instruction file's COUNT says how many"
+            f"--num_samples {settings.num_samples} goes with --prompt_style {UNCONDITIONAL}; with "
+            f"{settings.prompt_style} the instruction file's COUNT says how many"
         )
-    if args.no_merge and args.adapter_path is None:
-        raise UsageError("--no_merge needs --adapter_path: there is no adapter to keep apart")
+    if settings.no_merge and settings.adapter_path is None:
+        raise UsageError("--no_merge needs --adapter_path: without one nothing can be kept apart")
     warnings = []
-    if args.no_sample:
+    if settings.no_sample:
         without_effect = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
         for name, default in without_effect.items():
-            if getattr(args, name) != default:
-                warnings.append(f"--no_sample: --{name} {getattr(args, name)} has no effect")
-    if args.engine == "continuous" and args.repetition_penalty != 1:
-        args.engine = "static"
+            if getattr(settings, name) != default:
+                warnings.append(f"--no_sample: --{name} {getattr(settings, name)} has no effect")
+    if settings.engine == "continuous" and settings.repetition_penalty != 1:
+        settings = replace(settings, engine="static")
         warnings.append("--repetition_penalty: the continuous engine has none; --engine static")
-    return warnings
+    return settings, warnings
 
 
 def check_adapter(adapter_path: str | None, prompt_style: str) -> list[str]:
-    """Refuse an adapter that is not there, or was trained with another prompt style.
+    """Refuse an adapter that is missing, or was trained with another prompt style.
 
     Returns:
         Warnings, one line each.
@@ -151,26 +181,26 @@ def adapter_weights(folder: str) -> Path:
     raise UsageError(f"the adapter {folder!r} has no weights: {ADAPTER_WEIGHTS[0]} is missing")
 
 
-def read_instructions(args: argparse.Namespace) -> list[Instruction]:
+def read_instructions(settings: SamplingSettings) -> list[Instruction]:
     """What to sample: texts, each with its number of samples.
 
     Raises:
         UsageError: the file is missing or does not fit the prompt style.
     """
-    blocks = read_instruction_file(args.instruction_file)
-    if args.prompt_style != UNCONDITIONAL:
+    blocks = read_instruction_file(settings.instruction_file)
+    if settings.prompt_style != UNCONDITIONAL:
         return blocks
-    number = args.num_samples
+    number = settings.num_samples
     if number is None:
         text = blocks[0].text.strip()
         if len(blocks) > 1 or not (text.isascii() and text.isdigit() and int(text) > 0):
             raise UsageError(
-                f"{args.instruction_file}: with --prompt_style {UNCONDITIONAL} its one block holds "
-                f"the number of samples, found {text[:40]!r}; add --num_samples, or use the "
+                f"{settings.instruction_file}: with --prompt_style {UNCONDITIONAL} its one block "
+                f"holds the number of samples, found {text[:40]!r}; add --num_samples, or use the "
                 "prompt style of these instructions"
             )
         number = int(text) * blocks[0].count
-    if args.no_sample and number > 1:
+    if settings.no_sample and number > 1:
         raise UsageError(
             f"--no_sample draws {number:,} times the same text from an empty prompt; leave it "
             "out, or add --num_samples 1"
@@ -178,13 +208,15 @@ def read_instructions(args: argparse.Namespace) -> list[Instruction]:
     return [Instruction("", number)]
 
 
-def describe_decoding(args: argparse.Namespace) -> str:
+def describe_decoding(settings: SamplingSettings) -> str:
     """The decoding flags in words."""
-    if args.no_sample:
+    if settings.no_sample:
         parts = ["the likeliest token"]
     else:
-        parts = [f"temperature {args.temperature:g}"]
-        parts += [f"top-k {args.top_k}"] * (args.top_k > 0)
-        parts += [f"top-p {args.top_p:g}"] * (args.top_p < 1)
-    parts += [f"repetition penalty {args.repetition_penalty:g}"] * (args.repetition_penalty != 1)
+        parts = [f"temperature {settings.temperature:g}"]
+        parts += [f"top-k {settings.top_k}"] * (settings.top_k > 0)
+        parts += [f"top-p {settings.top_p:g}"] * (settings.top_p < 1)
+    parts += [f"repetition penalty {settings.repetition_penalty:g}"] * (
+        settings.repetition_penalty != 1
+    )
     return ", ".join(parts)

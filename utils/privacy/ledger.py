@@ -8,6 +8,7 @@ from pathlib import Path
 
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl
+from utils.folders import locked, sibling_lock
 from utils.privacy.plan import PrivacyPlan
 
 LEDGER_FILE = "privacy_ledger.jsonl"
@@ -151,7 +152,6 @@ def record_histogram(
     Raises:
         UsageError: see `read_histograms`.
     """
-    records = read_histograms(path, num_examples)
     content = {
         "kind": HISTOGRAM,
         "run": os.urandom(16).hex(),
@@ -161,8 +161,12 @@ def record_histogram(
         "num_bins": num_bins,
         "insecure": insecure,
     }
-    with JsonlAppender(path) as file:
-        _append(file, records[-1]["chain"] if records else "", content)
+    path = Path(path)
+    # Two that read the same last line would both continue it, and break the chain.
+    with locked(path, "use another --ledger", sibling_lock(path), wait=True):
+        records = read_histograms(path, num_examples)
+        with JsonlAppender(path) as file:
+            _append(file, records[-1]["chain"] if records else "", content)
 
 
 def read_plan(ledger_path: str | os.PathLike) -> PrivacyPlan:

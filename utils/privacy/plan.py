@@ -5,10 +5,11 @@ Generator, sampler, clipping, noise, ledger and report all read one frozen `Priv
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 from utils.cli import UsageError
+from utils.folders import require_same_settings
 from utils.privacy.accounting import (
     ADD_REMOVE,
     SampledGaussian,
@@ -73,14 +74,13 @@ class PrivacyPlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def require_same(self, other: "PrivacyPlan", where: str) -> None:
-        """Raise a UsageError that names the first field in which `other` differs."""
-        for field in fields(self):
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            if ours != theirs:
-                raise UsageError(
-                    f"{where} holds a run whose privacy plan has {field.name} {theirs}, not "
-                    f"{ours}; use that value or another --job_sess"
-                )
+        """Raise a UsageError that names every field in which `other` differs."""
+        require_same_settings(
+            asdict(other),
+            asdict(self),
+            f"{where} holds a run whose privacy plan has",
+            "use that value or another --job_sess",
+        )
 
 
 def make_plan(

@@ -1,6 +1,5 @@
 """Atomic checkpoints that know whether they are whole, and the way back from them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.cli import say
-from utils.files import write_json
+from utils.files import sha256_of, write_json
 from utils.folders import whole_folder
 
 ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = "adapter.safetensors", "optimizer.pt", "state.json"
@@ -57,7 +56,7 @@ def save_checkpoint(
         save_file(tensors, temporary / ADAPTER_FILE)
         torch.save(optimizer, temporary / OPTIMIZER_FILE)
         write_json(temporary / STATE_FILE, {**state, "step": step})
-        sums = {file.name: _sha256(file) for file in temporary.iterdir()}
+        sums = {file.name: sha256_of(file) for file in temporary.iterdir()}
         write_json(temporary / SUMS_FILE, sums)
     for old in _checkpoints(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -98,13 +97,8 @@ def _damage(path: Path) -> str | None:
     try:
         sums = json.loads((path / SUMS_FILE).read_text())
         for name in (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE):
-            if sums[name] != _sha256(path / name):
+            if sums[name] != sha256_of(path / name):
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

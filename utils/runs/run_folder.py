@@ -14,6 +14,7 @@ from pathlib import Path
 
 from utils.cli import UsageError
 from utils.files import write_atomic, write_json
+from utils.folders import names_in, require_same_settings
 from utils.versions import versions_of
 
 # What may leave the building; a test fails on anything else outside checkpoints/ and private/.
@@ -51,21 +52,22 @@ def require_usable(folder: Path, settings: dict, resume: str) -> None:
         settings: the flags of this run by their names, see `TrainingSettings.run_settings`.
 
     Raises:
-        UsageError: names the first setting that differs, or the flag that continues the run.
+        UsageError: names every setting that differs, or the flag that continues the run.
     """
     if not holds_run(folder):
         # A run that was killed while it began has left these two, and nothing in them.
-        foreign = {path.name for path in folder.glob("*")} - {"private", "checkpoints"}
+        foreign = names_in(folder) - {"private", "checkpoints"}
         if foreign:
             raise UsageError(f"{folder} exists and is no run of this tool; use another --job_sess")
         return
     begun_with = json.loads((folder / CONFIG_FILE).read_text())["arguments"]
-    for name, value in begun_with.items():
-        if name not in FREE_ON_RESUME and settings.get(name) != value:
-            raise UsageError(
-                f"{folder} holds a run with --{name} {value}, not {settings.get(name)}; "
-                "use that value and --resume auto, or another --job_sess"
-            )
+    fixed = begun_with.keys() - FREE_ON_RESUME
+    require_same_settings(
+        {f"--{name}": begun_with[name] for name in begun_with if name in fixed},
+        {f"--{name}": settings.get(name) for name in fixed},
+        f"{folder} holds a run with",
+        "use that value and --resume auto, or another --job_sess",
+    )
     if resume != "auto":
         raise UsageError(
             f"{folder} holds a run with these settings; add --resume auto to continue it, or use "
@@ -94,12 +96,14 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
         return
     begun_with = json.loads((folder / CONFIG_FILE).read_text())
     begun_with |= json.loads(private_file.read_text())
-    for name, value in (identity | private_identity).items():
-        if begun_with.get(name) != value:
-            raise UsageError(
-                f"{folder} holds a run with another {name.replace('_', ' ')}, so it cannot be "
-                "continued with this one; use another --job_sess"
-            )
+    now = identity | private_identity
+    require_same_settings(
+        {name: begun_with.get(name) for name in now},
+        now,
+        f"{folder} holds a run with",
+        "use another --job_sess",
+        shown=False,
+    )
 
 
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:

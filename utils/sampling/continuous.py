@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from itertools import islice
 
 import torch
@@ -61,7 +61,7 @@ def continuous_engine(
     decoding: Decoding,
     batch_size: int,
     should_stop: Callable[[], bool],
-) -> Iterator[Completion]:
+) -> Generator[Completion, None, None]:
     """Continuous batching: a finished text makes room for the next one at once.
 
     The one place that knows transformers' continuous batching, whose arguments and attributes
@@ -116,7 +116,7 @@ def continuous_engine(
             for request in islice(requests, 2 * max_requests - under_way):
                 manager.add_request(
                     request.prompt,
-                    request_id=str(request.id),
+                    request_id=str(request.sample_id),
                     max_new_tokens=decoding.limit(request.prompt),
                     eos_token_id=sorted(decoding.stop_ids),
                 )

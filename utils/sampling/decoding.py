@@ -1,11 +1,11 @@
 """What the sampling engines share: requests, completions, decoding settings, and the draw.
 
-Every token is drawn from one uniform number, a hash of (seed, id of the sample, position). So a
-sample's text is decided by the seed, its id, its prompt and the model: whatever else is in the
-batch, however many processes there are, and however often the run was stopped. (Floating-point
-sums hang on the shape of a batch, so that a token whose number falls on the very border between
-two may differ.) This is more than a convenience: a run that drew afresh after every stop would
-keep the short texts, which are finished first, and redraw the long ones.
+Every token is drawn from one uniform number, a hash of (seed, number of the sample, position). So
+a sample's text is decided by the seed, its number, its prompt and the model: whatever else is in
+the batch, however many processes there are, and however often the run was stopped. (Floating-point
+sums depend on the shape of a batch, so that a token whose uniform number falls on the very border
+between two may differ.) This is more than a convenience: a run that drew afresh after
+every stop would keep the short texts, which are finished first, and redraw the long ones.
 """
 
 import hashlib
@@ -50,9 +50,9 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, as token ids, and the id of the sample to draw for it."""
+    """A prompt, as token ids, and the number of the sample to draw for it."""
 
-    id: int
+    sample_id: int
     prompt: list[int]
 
 
@@ -60,17 +60,17 @@ class Request:
 class Completion:
     """The tokens drawn for a request, a stop token included, and why there are no more."""
 
-    id: int
+    sample_id: int
     tokens: list[int]
     finish_reason: str
 
 
-def completion_of(id: int, tokens: list[int], stop_ids: frozenset[int]) -> Completion:
+def completion_of(sample_id: int, tokens: list[int], stop_ids: frozenset[int]) -> Completion:
     """A completion that ends with the first stop token, or with the last token."""
     for number, token in enumerate(tokens, start=1):
         if token in stop_ids:
-            return Completion(id, tokens[:number], STOP)
-    return Completion(id, tokens, LENGTH)
+            return Completion(sample_id, tokens[:number], STOP)
+    return Completion(sample_id, tokens, LENGTH)
 
 
 def uniform_bits(seed: int, sample: str, position: int) -> int:
@@ -80,7 +80,7 @@ def uniform_bits(seed: int, sample: str, position: int) -> int:
 
 
 class Drawer:
-    """Takes the next token of every row of a batch, and notices logits that are no numbers."""
+    """Takes the next token of every row of a batch, and notices logits that are not finite."""
 
     def __init__(self, decoding: Decoding, device: torch.device):
         self._decoding = decoding
@@ -102,7 +102,7 @@ class Drawer:
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens.unsqueeze(-1), 0.0)
 
     def check(self) -> None:
-        """Refuse to go on after logits that are no numbers.
+        """Refuse to go on after logits that are not finite.
 
         Raises:
             UsageError: there were some.

@@ -1,10 +1,11 @@
-"""Sampling: engines behind one interface, and the folder that a stopped run goes on with."""
+"""Sampling engines behind one interface, and the batch size that fits a device."""
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
+from typing import TypeAlias
 
 import torch
 from transformers import (
@@ -29,9 +30,10 @@ from utils.sampling.vllm_engine import ModelFolder, vllm_engine
 
 MAX_BATCH_SIZE_ON_CPU, MAX_BATCH_SIZE = 64, 128
 
-Model = PreTrainedModel | ModelFolder
+Model: TypeAlias = PreTrainedModel | ModelFolder
 Engine = Callable[
-    [Model, Iterable[Request], Decoding, int, Callable[[], bool]], Iterator[Completion]
+    [Model, Iterable[Request], Decoding, int, Callable[[], bool]],
+    Generator[Completion, None, None],
 ]
 
 
@@ -42,7 +44,7 @@ def complete(
     decoding: Decoding,
     batch_size: int,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Completion]:
+) -> Generator[Completion, None, None]:
     """Draw a text for every request, in whatever order they are finished.
 
     Args:
@@ -55,16 +57,16 @@ def complete(
         One completion a request. A prompt without room for a token gets an empty one.
 
     Raises:
-        UsageError: the model's logits are no numbers, or it does not fit in memory.
+        UsageError: the model's logits are not finite, or it does not fit in memory.
     """
-    too_long = deque()
+    too_long: deque[Completion] = deque()
 
     def fitting() -> Iterator[Request]:
         for request in requests:
             if decoding.limit(request.prompt) > 0:
                 yield request
             else:
-                too_long.append(Completion(request.id, [], PROMPT_TOO_LONG))
+                too_long.append(Completion(request.sample_id, [], PROMPT_TOO_LONG))
 
     drawn = ENGINES[engine](model, fitting(), decoding, batch_size, should_stop)
     with closing(drawn):
@@ -103,13 +105,15 @@ class StaticDraw(LogitsProcessor):
     """The draw for the rows of a left-padded batch."""
 
     def __init__(self, batch: list[Request], width: int, seed: int, drawer: Drawer):
-        self._rows = [(str(request.id), width - len(request.prompt)) for request in batch]
+        self._rows = [(str(request.sample_id), width - len(request.prompt)) for request in batch]
         self._seed = seed
         self._drawer = drawer
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         length = input_ids.shape[1]
-        bits = [uniform_bits(self._seed, id, length - padding) for id, padding in self._rows]
+        bits = [
+            uniform_bits(self._seed, sample, length - padding) for sample, padding in self._rows
+        ]
         return self._drawer(scores, torch.tensor(bits, device=scores.device))
 
 
@@ -131,7 +135,7 @@ def static_engine(
     batch_size: int,
     should_stop: Callable[[], bool],
     batches_sorted_together: int = 64,
-) -> Iterator[Completion]:
+) -> Generator[Completion, None, None]:
     """`generate` on left-padded batches of prompts of similar length."""
     # What a model brings along (its own temperature, top-p, length) decides nothing here.
     model.generation_config = GenerationConfig()
@@ -164,10 +168,7 @@ def static_engine(
                 return
             drawer.check()
             for request, limit, tokens in zip(batch, limits, output[:, width:].tolist()):
-                yield completion_of(request.id, tokens[:limit], decoding.stop_ids)
-
-
-# ---------------------------------------------------------------------- continuous batching
+                yield completion_of(request.sample_id, tokens[:limit], decoding.stop_ids)
 
 
 ENGINES: dict[str, Engine] = {
@@ -175,6 +176,3 @@ ENGINES: dict[str, Engine] = {
     "static": static_engine,
     "vllm": vllm_engine,
 }
-
-
-# ---------------------------------------------------------------------- the folder of samples

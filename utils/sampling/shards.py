@@ -1,29 +1,69 @@
-"""The folder of sampled texts: manifest and shards, which a stopped run goes on with."""
+"""The folder of sampled texts: manifest and shards, which a stopped run goes on with.
 
-import fcntl
+A sample is known by its number, unique in its folder, and the shard that holds it. A shard's lines
+call the number `id`, which is their published form; everywhere else it is `sample_id`.
+"""
+
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple
 
 from utils.cli import UsageError
 from utils.files import read_jsonl
+from utils.folders import LOCK_FILE, locked, require_same_settings
 
 MANIFEST_FILE = "manifest.json"
+FINISHED = "stop"  # the finish_reason of a text that has an end
 
 
-def wait_for_other_processes(lock: TextIO) -> None:
-    """Return when no other process of this run shares the lock any more."""
-    fcntl.flock(lock, fcntl.LOCK_EX)
+class Origin(NamedTuple):
+    """The sample that a text was: its number, and the path of its shard; None where unknown."""
+
+    sample_id: int | None = None
+    shard: str | None = None
+
+
+def _lock_of(folder: Path, rank: int) -> Path:
+    return folder / (f"{LOCK_FILE}-{rank}" if rank else LOCK_FILE)
+
+
+@contextmanager
+def rank_locked(folder: Path, rank: int) -> Iterator[None]:
+    """Hold `folder` for one process of a run, rank 0 before the others.
+
+    A run lasts as long as any of its processes: each holds a lock of its own, and rank 0 is
+    refused while a process of an earlier run holds one.
+
+    Raises:
+        UsageError: another run has the folder.
+    """
+    remedy = "use another --job_sess"
+    with locked(folder, remedy, _lock_of(folder, rank)):
+        if rank == 0:
+            for lock in folder.glob(f"{LOCK_FILE}-*"):
+                with locked(folder, remedy, lock):
+                    pass
+        yield
+
+
+def wait_for_other_ranks(folder: Path, num_ranks: int) -> None:
+    """Return when no other process of this run holds `folder` any more."""
+    for rank in range(1, num_ranks):
+        with locked(folder, "", _lock_of(folder, rank), wait=True):
+            pass
 
 
 def check_manifest(folder: Path, settings: dict) -> None:
     """Refuse to add samples to others that were drawn with other settings.
 
     Args:
-        settings: what this run is to share with the samples in `folder`.
+        settings: what this run is to share with the samples in `folder`, as far as their manifest
+            knows it.
 
     Raises:
-        UsageError: names the setting, the value of the samples there, and this run's.
+        UsageError: names the settings, the values of the samples in `folder`, and this run's.
     """
     path = folder / MANIFEST_FILE
     if not path.exists():
@@ -32,41 +72,64 @@ def check_manifest(folder: Path, settings: dict) -> None:
                              "--job_sess")  # fmt: skip
         return
     try:
-        there = json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except ValueError:
-        there = None
-    if not isinstance(there, dict):
+        manifest = None
+    if not isinstance(manifest, dict):
         raise UsageError(f"{path} is damaged; use another --job_sess")
-    for name, value in settings.items():
-        if name in there and there[name] != value:
-            raise UsageError(
-                f"{folder} holds samples with {name} {there[name]}, not {value}; use that one, or "
-                "another --job_sess"
-            )
+    known = settings.keys() & manifest.keys()
+    require_same_settings(
+        {name: manifest[name] for name in settings if name in known},
+        {name: settings[name] for name in settings if name in known},
+        f"{folder} holds samples with",
+        "use what they have, or another --job_sess",
+    )
 
 
 def finish_reasons(folder: Path) -> dict[int, str]:
-    """Why each sample in `folder` ended, by its id; what is not in here is still to be drawn.
+    """Why each sample in `folder` ended, by its number; what is not in here is still to be drawn.
 
     Raises:
-        UsageError: a line is no sample, or a sample is there twice.
+        UsageError: a line is not a sample, or a sample comes twice.
     """
-    reasons = {}
+    reasons: dict[int, str] = {}
     for shard in sorted(folder.glob("shard-*.jsonl")):
         for number, record in enumerate(read_jsonl(shard), start=1):
-            id, reason = record.get("id"), record.get("finish_reason")
-            if not (type(id) is int and isinstance(reason, str)):
-                raise UsageError(f"{shard}, line {number} is no sample: it lacks id or "
+            sample_id, reason = record.get("id"), record.get("finish_reason")
+            if not (type(sample_id) is int and isinstance(reason, str)):
+                raise UsageError(f"{shard}, line {number} is not a sample: it lacks id or "
                                  "finish_reason; remove it, or use another --job_sess")  # fmt: skip
-            if id in reasons:
-                raise UsageError(f"{shard}, line {number}: sample {id} is there a second time; "
+            if sample_id in reasons:
+                raise UsageError(f"{shard}, line {number}: sample {sample_id} comes a second time; "
                                  "remove one of them, or use another --job_sess")  # fmt: skip
-            reasons[id] = reason
+            reasons[sample_id] = reason
     return reasons
 
 
+def origins(source: Path, *, cut: bool) -> list[Origin]:
+    """The sample that each entry of `source` was, in its order; [] where it cannot say.
+
+    Args:
+        source: any source of texts. A sampling folder, a shard, and what `extract` made of them
+            know their samples.
+        cut: whether texts that were cut before their end have a place in the list.
+    """
+    if source.is_dir():
+        files = sorted(source.glob("shard-*.jsonl"))
+    else:
+        files = [source] if source.suffix == ".jsonl" else []
+    return [
+        Origin(row.get("sample_id"), row.get("shard"))
+        if "finish_reason" not in row
+        else Origin(row.get("id"), str(file))
+        for file in files
+        for row in read_jsonl(file)
+        if cut or row.get("finish_reason", FINISHED) == FINISHED
+    ]
+
+
 def read_samples(folder: Path) -> list[dict]:
-    """All samples of a folder in order of their ids.
+    """All samples of a folder in order of their numbers.
 
     Raises:
         UsageError: the folder holds no shard.

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ HOW_TO_INSTALL = (
     "environment's: make one of its own with `python -m venv .venv-vllm && .venv-vllm/bin/pip "
     "install -r benchmarks/requirements-vllm.txt`, and run its Python"
 )
-# What a launcher tells its processes of each other; vLLM would take it as told to itself.
+# What a launcher tells its processes of each other; vLLM would take it as meant for itself.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
                       "MASTER_PORT")  # fmt: skip
 MAX_SEQUENCES_ON_GPU = 256
@@ -65,7 +65,7 @@ def vllm_engine(
     decoding: Decoding,
     batch_size: int,
     should_stop: Callable[[], bool],
-) -> Iterator[Completion]:
+) -> Generator[Completion, None, None]:
     """vLLM's continuous batching, each sample with a generator of its own seed."""
     check_vllm()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -88,7 +88,7 @@ def vllm_engine(
             "to blame, take it out: pip uninstall torchvision torchaudio torchcodec"
         ) from None
 
-    options = {}
+    options: dict[str, object] = {}
     adapter = None
     if model.adapter is not None:
         config = json.loads((Path(model.adapter) / "adapter_config.json").read_text())
@@ -118,7 +118,7 @@ def vllm_engine(
             top_k=decoding.top_k,
             top_p=decoding.top_p,
             repetition_penalty=decoding.repetition_penalty,
-            seed=sample_seed(decoding.seed, request.id),
+            seed=sample_seed(decoding.seed, request.sample_id),
             max_tokens=decoding.limit(request.prompt),
             stop_token_ids=sorted(decoding.stop_ids),
             detokenize=False,
@@ -130,8 +130,8 @@ def vllm_engine(
         while not should_stop():
             for request in islice(requests, 2 * batch_size - under_way):
                 engine.add_request(
-                    str(request.id), {"prompt_token_ids": request.prompt}, parameters(request),
-                    lora_request=adapter,
+                    str(request.sample_id), {"prompt_token_ids": request.prompt},
+                    parameters(request), lora_request=adapter,
                 )  # fmt: skip
                 under_way += 1
             if not under_way:
