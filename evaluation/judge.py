@@ -19,6 +19,7 @@ A local judge needs no key: add --base_url http://localhost:8000/v1
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from evaluation.results import (
     table,
     write_result,
 )
-from query_gpt35_for_annotation.annotate import add_run_arguments, finish_job
+from query_gpt35_for_annotation.annotate import RunSettings, add_run_arguments, finish_job
 from query_gpt35_for_annotation.client import OK
 from query_gpt35_for_annotation.job import (
     Job,
@@ -52,7 +53,7 @@ from query_gpt35_for_annotation.job import (
     read_records,
 )
 from utils.cli import EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser
+from utils.command_line.parser import make_parser, parse
 
 TOOL = "judge"
 JUDGEMENTS_FOLDER = "judgements"
@@ -81,6 +82,16 @@ Reply with one line that holds one word and nothing else: A if answer A is bette
 is better, tie if neither is."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    """The flags of the judge."""
+
+    ours: Path
+    theirs: Path
+    output: Path
+    private: bool
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the judge."""
     parser = make_parser(__doc__)
@@ -100,10 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     # ------------------------------------------------------------------ what is asked for
-    args = build_parser().parse_args(argv)
-    require_new_result(args.output, TOOL)
-    folder = judgements_folder(args.output, args.private)
-    ours, theirs = read_answers(args.ours), read_answers(args.theirs)
+    settings = parse(build_parser(), Settings, argv)
+    require_new_result(settings.output, TOOL)
+    folder = judgements_folder(settings.output, settings.private)
+    ours, theirs = read_answers(settings.ours), read_answers(settings.theirs)
     shared = [instruction for instruction in ours.texts if instruction in theirs.texts]
     if not shared:
         raise UsageError(
@@ -116,14 +127,14 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(shared):,} instructions with answers of {ours.name} and of {theirs.name}, each "
         "judged in both orders"
     )
-    job = job_for(distinct, folder, args)
+    job = job_for(distinct, folder, settings)
     require_same_judgements(job)
 
     # ------------------------------------------------------------------ judge
-    if args.private and not args.dry_run:
+    if settings.private and not settings.dry_run:
         say(f"warning: private instructions or answers are sent to {job.base_url}")
-    code = finish_job(job, args)
-    if code != EXIT_OK or args.dry_run:
+    code = finish_job(job, settings)
+    if code != EXIT_OK or settings.dry_run:
         return code
     records = read_records(folder)
     if pending_instructions(job, records, None):
@@ -140,21 +151,21 @@ def main(argv: list[str] | None = None) -> int:
         record = judgements[pair][order]
         reply = record["answer"] or record["error"] or ""
         raise UsageError(
-            f"no pair has two verdicts: {args.model} says {_named([reply], 1)}, for example. Use "
-            "another --model or a higher --max_tokens, with another --output"
+            f"no pair has two verdicts: {settings.model} says {_named([reply], 1)}, for example. "
+            "Use another --model or a higher --max_tokens, with another --output"
         )
-    subjects = (f"ours: {ours.name}", f"theirs: {theirs.name}", args.model)
+    subjects = (f"ours: {ours.name}", f"theirs: {theirs.name}", settings.model)
     result = Result(
         tool=TOOL,
         title="Win rate of answers, by a judge",
-        private=args.private,
+        private=settings.private,
         interval=BOOTSTRAP,
         scores=scores_of(verdicts[judged], np.array(lengths, dtype=float)[judged], *subjects),
         control="equally good answers, and a judge that prefers no position",
         notes=[*notes_on_verdicts(verdicts, judgements), *notes_on_sets(ours, theirs)],
     )
     print(table(result))
-    write_result(args.output, result, vars(args) | {"prompt": PROMPT})
+    write_result(settings.output, result, vars(settings) | {"prompt": PROMPT})
     return EXIT_OK
 
 

@@ -6,7 +6,6 @@ no text is shown that may be a private row: prompts and annotated instructions h
 themselves. Wall times of training are left out too, since they follow from who was sampled.
 """
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence

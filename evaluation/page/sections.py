@@ -1,11 +1,11 @@
 """The figures, charts and texts of a report's page. Its words are in the templates."""
 
-import argparse
 import math
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -398,7 +398,7 @@ def sampling_argv(samples: Samples) -> list[str]:
     """Flags that a folder of samples was drawn with, from its manifest."""
     parser = make_parser("")
     add_sampling_arguments(parser)
-    given = argparse.Namespace(**samples.manifest)
+    given = SimpleNamespace(**samples.manifest)
     given.job_sess, given.output_dir = samples.folder.name, str(samples.folder.parent)
     if samples.prompted:
         given.num_samples = None
