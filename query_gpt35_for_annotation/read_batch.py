@@ -29,6 +29,7 @@ from query_gpt35_for_annotation.job import (
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import make_parser
 from utils.files import JsonlAppender, read_jsonl
+from utils.texts.rows import raw_rows
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,7 +97,9 @@ def merge(folder: Path, results: list[Path]) -> int:
     unmetered = {key: record["unmetered_attempts"] for key, record in earlier.items()}
     merged, outcomes = {}, Counter()
     for path in results:
-        for result in read_jsonl(path):
+        for result in raw_rows(path, form=".jsonl"):
+            if not isinstance(result, dict):
+                raise UsageError(f"--results {str(path)!r} holds more than objects, one a line")
             key = result.get("custom_id")
             if key in done or key in merged:
                 outcomes["already here"] += 1

@@ -60,8 +60,8 @@ def test_a_file_is_named_after_its_generator_or_after_itself(tmp_path):
     [
         ('[{"instruction"', "as JSON"),
         ("", "as JSON"),
-        (b"\xff\xfe[]", "as JSON"),
-        ({"instruction": "a", "output": "b"}, "no JSON list of objects"),
+        (b"\xff\xfe[]", "UTF-16"),
+        ({"instruction": "a", "output": "b"}, "must hold a list"),
         (["a"], "no JSON list of objects"),
         ([], "no answer with a word"),
         (objects(("a", " "), ("b", "")), "no answer with a word"),
