@@ -51,7 +51,7 @@ def test_a_file_is_named_after_its_generator_or_after_itself(tmp_path):
     file.write_text(json.dumps(objects(("a", "x"), ("b", ""), generator="gpt")))
     answers = read_answers(file)
     assert (answers.name, answers.texts) == ("gpt", {"a": "x", "b": ""})
-    file.write_text(json.dumps(objects(("a", "x"))))
+    file.write_text("\ufeff" + json.dumps(objects(("a", "x"))), encoding="utf-8")
     assert read_answers(file).name == "some"
 
 
