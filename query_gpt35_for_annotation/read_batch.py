@@ -31,6 +31,7 @@ from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import make_parser, parse
 from utils.files import JsonlAppender, read_jsonl
 from utils.folders import locked
+from utils.texts.rows import raw_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,9 @@ def merge(folder: Path, results: list[Path]) -> int:
     merged: dict[str, dict] = {}
     outcomes: Counter[str] = Counter()
     for path in results:
-        for result in read_jsonl(path):
+        for result in raw_rows(path, form=".jsonl"):
+            if not isinstance(result, dict):
+                raise UsageError(f"--results {str(path)!r} holds more than objects, one a line")
             key = str(result.get("custom_id"))
             if key in done or key in merged:
                 outcomes["already here"] += 1

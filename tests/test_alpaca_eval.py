@@ -51,7 +51,7 @@ def test_a_file_is_named_after_its_generator_or_after_itself(tmp_path):
     file.write_text(json.dumps(objects(("a", "x"), ("b", ""), generator="gpt")))
     answers = read_answers(file)
     assert (answers.name, answers.texts) == ("gpt", {"a": "x", "b": ""})
-    file.write_text(json.dumps(objects(("a", "x"))))
+    file.write_text("\ufeff" + json.dumps(objects(("a", "x"))), encoding="utf-8")
     assert read_answers(file).name == "some"
 
 
@@ -60,8 +60,8 @@ def test_a_file_is_named_after_its_generator_or_after_itself(tmp_path):
     [
         ('[{"instruction"', "as JSON"),
         ("", "as JSON"),
-        (b"\xff\xfe[]", "as JSON"),
-        ({"instruction": "a", "output": "b"}, "not a JSON list of objects"),
+        (b"\xff\xfe[]", "UTF-16"),
+        ({"instruction": "a", "output": "b"}, "must hold a list"),
         (["a"], "not a JSON list of objects"),
         ([], "no answer with a word"),
         (objects(("a", " "), ("b", "")), "no answer with a word"),

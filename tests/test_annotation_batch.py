@@ -151,6 +151,19 @@ def test_results_in_parts_are_merged_once_and_strangers_are_counted(capsys):
     assert not list((OUT / "batch").glob("*.jsonl"))
 
 
+def test_the_last_result_needs_no_newline_and_a_torn_one_is_named():
+    _, requests = make()
+    write_results(requests)
+    text = Path("results.jsonl").read_text().rstrip("\n")
+    for content, line in ((text[:-9], 10), (text + "\n\n[1]\n", 11)):
+        Path("results.jsonl").write_text(content)
+        with pytest.raises(UsageError, match=f"results.jsonl.*line {line}|more than objects"):
+            read()
+    Path("results.jsonl").write_text("\ufeff" + text)
+    assert read() == 0
+    assert len(read_records(OUT)) == 10
+
+
 def test_files_keep_to_the_limits_on_lines_and_bytes():
     lines = [b"x" * size for size in (5, 5, 5, 30, 1, 1, 1, 1)]
     parts = list(split_lines(lines, most_lines=3, most_bytes=12))

@@ -51,7 +51,7 @@ def test_shards_become_distinct_instructions_and_every_drop_is_counted(tmp_path,
     ("lines", "message"),
     [
         ('{"id": 0, "text": "a"}\n{"id": 1, "te\n{"id": 2, "text": "b"}\n', "line 2 is not a JSON"),
-        ('{"id": 0, "text": "a"}\n{"step": 1, "loss": 2.0}\n', "shard-0.jsonl, entry 2 is no"),
+        ('{"id": 0, "text": "a"}\n{"step": 1, "loss": 2.0}\n', "shard-0.jsonl, entry 2 has no"),
         ("", "holds no instruction to keep"),
         ('{"text": "  "}\n', "holds no instruction to keep"),
     ],

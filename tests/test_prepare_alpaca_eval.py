@@ -61,7 +61,7 @@ def test_an_output_is_replaced_only_when_told(prepare):
     [
         ('[{"instruction": "x"}', "cannot read --input"),
         ([], "not a JSON list of objects, or an empty one"),
-        ({"instruction": "x"}, "not a JSON list of objects"),
+        ({"instruction": "x"}, "must hold a list"),
         ([{"instruction": "x"}, {"prompt": "y"}], "object 1: needs an 'instruction'"),
         ([{"instruction": "x"}, "y"], "object 1: needs an 'instruction'"),
         ([{"instruction": "  "}], "object 0: needs an 'instruction'"),

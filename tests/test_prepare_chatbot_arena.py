@@ -375,16 +375,6 @@ def test_a_folder_gives_its_files_in_order_of_their_names(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("block", [3, 100, 1 << 20])
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_list_is_read_across_blocks(tmp_path, monkeypatch, block, indent):
-    monkeypatch.setattr(prepare_chatbot_arena, "JSON_BLOCK", block)
-    rows = [*many(5), conversation('a "quoted ] , [" text', "x")]
-    path = tmp_path / "rows.json"
-    path.write_text("\ufeff[" + json.dumps(rows, indent=indent)[1:] + "\n", encoding="utf-8")
-    assert read_all(path) == rows
-
-
 def test_the_real_command_answers_for_bad_input_and_unreachable_hub_with_code_2(tmp_path):
     (tmp_path / "rows.jsonl").write_text("oops\n")
     for source in (tmp_path / "rows.jsonl", "lmsys/lmsys-chat-1m"):

@@ -1,11 +1,16 @@
-"""Files that survive a kill at any moment: atomic writes and append-only JSON lines."""
+"""Files that survive a kill at any moment, and text files that people bring.
 
+The first are written atomically, or hold JSON lines that are only ever appended.
+"""
+
+import codecs
+import gzip
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from utils.cli import UsageError
 
@@ -102,3 +107,25 @@ def _length_of_complete_lines(file, block: int = 1 << 16) -> int:
             return start + newline + 1
         end = start
     return 0
+
+
+def open_text(
+    path: str | os.PathLike, *, newline: str | None = None, errors: str = "strict"
+) -> TextIO:
+    """Open a UTF-8 file from any editor: a byte-order mark is taken off, `.gz` is unpacked.
+
+    Args:
+        newline, errors: see `open`.
+
+    Raises:
+        UsageError: the file is UTF-16 or UTF-32, which a mark or a zero byte at its start shows.
+    """
+    opener = gzip.open if Path(path).suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        start = cast(bytes, file.read(4))
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in start:
+        raise UsageError(
+            f"{str(path)!r} cannot be read: it is UTF-16 or UTF-32, not UTF-8; save it as UTF-8, "
+            "such as with: iconv -f UTF-16 -t UTF-8"
+        )
+    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig", newline=newline, errors=errors))

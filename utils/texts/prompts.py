@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import UsageError
-from utils.files import write_atomic
+from utils.files import open_text, write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,9 +67,10 @@ def training_ids(
     """
     if style == UNCONDITIONAL:
         prompts = [prompt_ids(tokenizer, style, "")] * len(instructions)
-        texts = _encode_plain(tokenizer, style, instructions)
-        full = [prompt + text for prompt, text in zip(prompts, texts)]
+        encoded = _encode_plain(tokenizer, style, instructions)
+        full = [prompt + ids for prompt, ids in zip(prompts, encoded)]
     else:
+        assert answers is not None
         texts = [_prompt_text(tokenizer, style, instruction) for instruction in instructions]
         separator = _ANSWER_SEPARATORS.get(style, " ")
         prompts = _encode(tokenizer, style, texts)
@@ -138,11 +139,13 @@ def read_instruction_file(path: str | os.PathLike) -> list[Instruction]:
     """Read blocks of a line `### BOI ### COUNT`, the text, and a line `### EOI ###`.
 
     Raises:
-        UsageError: no such file, no block, a block without end, a COUNT that is no whole number.
+        UsageError: no such file, not UTF-8, no block, a block without end, or a COUNT that is not
+            a whole number.
     """
     try:
         # Not splitlines: a Unicode line separator inside a text is part of it.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        with open_text(path) as file:
+            lines = file.read().split("\n")
     except FileNotFoundError:
         made_by = (
             "; make it with: python data/prepare_alpaca_eval.py"
@@ -152,7 +155,9 @@ def read_instruction_file(path: str | os.PathLike) -> list[Instruction]:
         raise UsageError(f"no instruction file {str(path)!r}{made_by}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read instruction file {str(path)!r}: {error}") from None
-    blocks, begun, text = [], None, []
+    blocks: list[Instruction] = []
+    begun: str | None = None
+    text: list[str] = []
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.startswith(BEGIN):

@@ -48,7 +48,7 @@ class TokenisedExamples:
         """A hash of every token. Computed from private data: for `private/` alone."""
         digest = hashlib.sha256()
         for array in (self.ids, self.offsets, self.loss_starts):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def collate(
@@ -101,7 +101,7 @@ def tokenise(
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in TOKEN_FILES}
         for arrays in _token_arrays(rows, tokenizer, style, max_seq_len):
             for name, file in files.items():
-                file.write(arrays[name])
+                file.write(arrays[name].data)
 
 
 def open_tokens(folder: Path) -> TokenisedExamples:

@@ -1,0 +1,363 @@
+"""The one reader of users' files: from every form that people have to rows. No torch.
+
+A row is an object (JSON), a row of a table (parquet, saved data sets), or a lone text (a member of
+a JSON list, a line or block of a text file, a pickled string), which counts as an `instruction`.
+Rows are read one after another, and of tables the needed columns alone, so that a file may be
+larger than memory and nothing depends on columns that nobody asked for.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from utils.cli import UsageError, in_one_line
+from utils.files import open_text
+from utils.folders import PREPARATION_FILE
+from utils.texts.pickles import read_pickled_strings
+from utils.texts.prompts import BEGIN, read_instruction_file
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# The files of a data set.
+FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
+FORMATS = (
+    ".json, .jsonl or .txt (.gz too), .pkl, .parquet, a saved datasets folder, a folder of "
+    "shard-*.jsonl"
+)
+# Append-only files of `inference.py`, whose last line a kill may have torn.
+SHARDS = "shard-*.jsonl"
+JSON_BLOCK, LONGEST_JSON_ROW = 1 << 20, 1 << 26  # characters
+TABLE_BLOCK = 1000  # rows
+
+
+class MissingColumn(UsageError):
+    """A row lacks a wanted column.
+
+    Attributes:
+        column: the one that is wanted.
+        names: those that are there.
+    """
+
+    def __init__(self, message: str, column: str, names: list[str]):
+        super().__init__(message)
+        self.column, self.names = column, names
+
+
+def read_rows(
+    files: Iterable[Path], columns: Mapping[str, Collection[str]]
+) -> Iterator[dict[str, str]]:
+    """Yield the texts in `columns` of every row of `files`.
+
+    Args:
+        columns: wanted columns, and the names that each may have in the files, the preferred first.
+
+    Raises:
+        UsageError: see `raw_rows` and `pick`.
+    """
+    names = [name for alternatives in columns.values() for name in alternatives]
+    for file in files:
+        for number, value in enumerate(raw_rows(file, names), start=1):
+            yield pick(file, number, value, columns)
+
+
+def read_table(files: Iterable[Path], columns: Mapping[str, Collection[str]]) -> "pyarrow.Table":
+    """The rows of `read_rows` as a table of strings in memory."""
+    import pyarrow
+
+    schema = pyarrow.schema([(column, pyarrow.string()) for column in columns])
+    rows, blocks = read_rows(files, columns), [schema.empty_table()]
+    while block := list(islice(rows, TABLE_BLOCK)):
+        blocks.append(pyarrow.Table.from_pylist(block, schema))
+    return pyarrow.concat_tables(blocks)
+
+
+def count_rows(files: Iterable[Path], columns: Mapping[str, Collection[str]]) -> int:
+    """How many rows `read_rows` yields: of tables from their metadata, of other files by reading.
+
+    Raises:
+        UsageError: see `read_rows`; of a table the first row alone is looked at.
+    """
+    total = 0
+    for file in files:
+        rows = read_rows([file], columns)
+        if form_of(file) == ".parquet":
+            next(rows, None)
+            import pyarrow.parquet
+
+            total += pyarrow.parquet.read_metadata(file).num_rows
+        elif form_of(file) == ".arrow":
+            next(rows, None)
+            total += sum(batch.num_rows for batch in _arrow_batches(file))
+        else:
+            total += sum(1 for _ in rows)
+    return total
+
+
+def raw_rows(file: Path, names: Collection[str] = (), form: str | None = None) -> Iterator[object]:
+    """Yield what stands in one file, entry by entry: objects as dicts, texts as strings.
+
+    Args:
+        names: the columns to read of a table; of those, the ones that it lacks are left out.
+        form: the suffix that tells how to read the file; its own by default.
+
+    Raises:
+        UsageError: the file cannot be read as what its suffix says; names the line or the entry.
+    """
+    try:
+        yield from _READERS[form or form_of(file)](file, names)
+    except UsageError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise UsageError(f"{str(file)!r} cannot be read: {in_one_line(error, 300)}") from None
+
+
+def pick(
+    file: Path, number: int, value: object, columns: Mapping[str, Collection[str]]
+) -> dict[str, str]:
+    """The texts in `columns` of an entry of `raw_rows`.
+
+    Args:
+        number: of the entry in its file, from 1; blank lines are no entries.
+        columns: see `read_rows`.
+
+    Raises:
+        MissingColumn: none of a column's names is there.
+        UsageError: the entry is neither a text nor an object, or a value is not a valid text.
+    """
+    row = {"instruction": value} if isinstance(value, str) else value
+    if not isinstance(row, dict):
+        kind = type(value).__name__
+        raise UsageError(
+            f"{file}, entry {number} is neither a text nor an object but of type {kind}"
+        )
+    texts = {}
+    for column, alternatives in columns.items():
+        name = next((name for name in alternatives if name in row), None)
+        if name is None:
+            there = _names_of_table(file) or [str(name) for name in row]
+            raise MissingColumn(
+                f"{file}, entry {number} has no column {' or '.join(map(repr, alternatives))}, "
+                f"only {', '.join(there)}",
+                column,
+                there,
+            )
+        text = row[name]
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise UsageError(f"{file}, entry {number}, column {name!r} is of type {kind}, not text")
+        if not _is_unicode(text):
+            raise UsageError(
+                f"{file}, entry {number}, column {name!r} is not valid Unicode: it has half a "
+                "surrogate pair; correct it, or leave the row out"
+            )
+        texts[column] = text
+    return texts
+
+
+def form_of(file: Path) -> str:
+    """The suffix that tells how to read a file, which may be packed by gzip."""
+    return Path(file.name.removesuffix(".gz")).suffix
+
+
+def is_readable(file: Path) -> bool:
+    """Whether a file has the suffix of a known form."""
+    return form_of(file) in _READERS
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split in a folder: saved by `datasets`, or NAME with a data set's suffix.
+
+    Raises:
+        UsageError: see `saved_files`.
+    """
+    files = {
+        file.name.removesuffix(suffix): [file]
+        for suffix in reversed(FILE_SUFFIXES)
+        for file in sorted(folder.glob(f"*{suffix}"))
+        if file.name not in ("dataset_dict.json", PREPARATION_FILE)
+    }
+    states = sorted(folder.glob("*/state.json"))
+    return files | {state.parent.name: saved_files(state.parent) for state in states}
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """The files of a data set, or of one split of it, that `datasets` saved.
+
+    Raises:
+        UsageError: its `state.json` does not name them.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{str(folder)!r} cannot be read: state.json is damaged: {error}"
+        ) from None
+
+
+def _names_of_table(file: Path) -> list[str]:
+    """Every column of a table; none for other files."""
+    if form_of(file) == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_schema(file).names
+    return next(_arrow_batches(file)).schema.names if form_of(file) == ".arrow" else []
+
+
+def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[object]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(file)
+    columns = [name for name in table.schema_arrow.names if name in names]
+    for batch in table.iter_batches(TABLE_BLOCK, columns=columns):
+        yield from batch.to_pylist()
+
+
+def _arrow_rows(file: Path, names: Collection[str]) -> Iterator[object]:
+    for batch in _arrow_batches(file):
+        part = batch.select([name for name in batch.schema.names if name in names])
+        for start in range(0, batch.num_rows, TABLE_BLOCK):
+            yield from part.slice(start, TABLE_BLOCK).to_pylist()
+
+
+def _arrow_batches(file: Path) -> Iterator["pyarrow.RecordBatch"]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as source:
+        yield from pyarrow.ipc.open_stream(source)
+
+
+@contextmanager
+def _opened(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file to read; a ValueError names the line of bytes that are not UTF-8."""
+    try:
+        with open_text(file, newline=newline) as stream:
+            yield stream
+    except UnicodeDecodeError:
+        with open_text(file, newline=newline, errors="surrogateescape") as stream:
+            number = next(n for n, line in enumerate(stream, start=1) if not _is_unicode(line))
+        raise ValueError(f"line {number} is not UTF-8; save the file as UTF-8") from None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_rows(file: Path, _: Collection[str]) -> Iterator[object]:
+    with _opened(file) as stream:
+        if stream.read(len(BEGIN)) == BEGIN:
+            yield from (block.text for block in read_instruction_file(file))
+            return
+        stream.seek(0)
+        yield from (line.removesuffix("\n") for line in stream if not line.isspace())
+
+
+def _json_rows(file: Path, _: Collection[str], *, may_be_one_object: bool) -> Iterator[object]:
+    """The members of a JSON list or the objects of JSON lines, whichever the file holds."""
+    with _opened(file, newline="\n") as stream:
+        first = next((c for c in iter(partial(stream.read, 1), "") if not c.isspace()), "")
+        if first == "[":
+            yield from _list_members(stream)
+            return
+        stream.seek(0)
+        lines = ((n, line) for n, line in enumerate(stream, start=1) if not line.isspace())
+        head = list(islice(lines, 2))
+        if not may_be_one_object and (len(head) < 2 or not _is_json(head[0][1])):
+            _refuse_one_value(file)
+        for number, line in chain(head, lines):
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if file.match(SHARDS) and not line.endswith("\n"):
+                    return
+                reason = _why_not_json(line, error)
+                raise ValueError(f"line {number} is not a JSON object: {reason}") from None
+
+
+def _why_not_json(line: str, error: Exception) -> str:
+    if line.rstrip().endswith(",") and _is_json(line.rstrip()[:-1]):
+        return "it ends with a comma; remove the comma at the end of every line"
+    if not line.endswith("\n"):
+        return "the file ends in it; get the file again, or remove its last line"
+    return getattr(error, "msg", str(error))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse_one_value(file: Path) -> None:
+    """Say how to make a list of the one JSON value that a file is; return if it is not one."""
+    with open_text(file) as stream:
+        text = stream.read()
+    try:
+        value = json.loads(text if text.strip() else "null")
+    except ValueError:
+        return
+    lists = (
+        [key for key in value if isinstance(value[key], list)] if isinstance(value, dict) else []
+    )
+    fix = f"save what stands under {lists[0]!r} alone" if lists else "put [ before and ] after it"
+    raise ValueError(
+        f"it must hold a list of texts or of objects as JSON, or an object a line; {fix}"
+    )
+
+
+# Between two members of a list: a comma; and where no member follows, the closing bracket.
+_GAP = re.compile(r"\s*(,?)\s*(\]?)")
+
+
+def _list_members(stream: TextIO) -> Iterator[object]:
+    """Yield the members of a JSON list, whose opening bracket is read, without holding it whole."""
+    decoder, number = json.JSONDecoder(), 1
+    buffer, position = stream.read(JSON_BLOCK), 0
+    while True:
+        gap = _GAP.match(buffer, position)
+        assert gap  # it matches nothing, too
+        comma, end = gap.groups()
+        if end and comma:
+            raise ValueError(f"a comma stands after the last entry, {number - 1}; remove it")
+        if end:
+            if (buffer[gap.end() :] + stream.read(JSON_BLOCK)).strip():
+                raise ValueError("more stands after the end of its list; leave one list in a file")
+            return
+        problem = None
+        try:
+            if bool(comma) != (number > 1):
+                raise ValueError("a comma before it, or the end of the list, is missing")
+            member, after = decoder.raw_decode(buffer, gap.end())
+        except ValueError as error:
+            problem, after = getattr(error, "msg", str(error)), len(buffer)
+        may_go_on = after == len(buffer) and after - position <= LONGEST_JSON_ROW
+        if may_go_on and (block := stream.read(JSON_BLOCK)):
+            buffer, position = buffer[position:] + block, 0
+            continue
+        if problem:
+            raise ValueError(f"entry {number} cannot be read as JSON: {problem}")
+        yield member
+        number, position = number + 1, after
+
+
+_READERS: dict[str, Callable[[Path, Collection[str]], Iterator[object]]] = {
+    ".json": partial(_json_rows, may_be_one_object=False),
+    ".jsonl": partial(_json_rows, may_be_one_object=True),
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+    ".txt": _text_rows,
+    ".pkl": lambda file, _: iter(read_pickled_strings(file.read_bytes())),
+}
