@@ -15,24 +15,16 @@ from utils.privacy.accounting import (
     compute_epsilon,
     epsilon_bounds,
 )
-from utils.privacy.guarantee import COVERED, NOT_COVERED, UNIT
+from utils.privacy.guarantee import COVERED, NOT_COVERED, NOTHING_COVERED, UNIT, listed
 from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, read_ledger, read_plan, require_head
 from utils.privacy.plan import PrivacyPlan
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 
 HISTOGRAM_MECHANISM = "Gaussian histogram"
-
-
 STEPS = ("steps_planned", "steps_taken", "steps_lost")
-
-
 # Factors between delta and the other deltas of the table.
 OTHER_DELTAS = (10, 0.1, 0.01)
-
-
 CURVE_POINTS = 24
-
-
 # The claim in privacy_report.json may come from another version of the accountant.
 CLAIM_TOLERANCE = 0.02
 
@@ -64,29 +56,29 @@ def composed_report(
             is named twice; the runs' deltas differ and none is given; or no accountant can be
             trusted with the values.
     """
-    runs = [_read_run(run) for run in ([runs] if isinstance(runs, Path) else runs)]
-    for run in runs:
-        if run.plan is None:
-            return _no_guarantee(run)
-    _require_distinct(runs)
-    events = _histograms(histograms, [run.private_rows for run in runs])
-    for run in runs:
-        if run.without_guarantee:
-            return _no_guarantee(run)
+    folders = [runs] if isinstance(runs, Path) else list(runs)
+    plain = [folder for folder in folders if _arguments(folder)["eps"] == -1]
+    read = [_read_run(folder) for folder in folders if folder not in plain]
+    if plain:
+        return _no_guarantee(plain[:1], "trained without differential privacy")
+    _require_distinct(read)
+    events = _histograms(histograms, [run.private_rows for run in read])
+    known = [run.folder for run in read if run.is_insecure]
+    if known:
+        return _no_guarantee(known[:1], "noise and sampling came from a known seed (a test)")
     if any(event["insecure"] for event in events):
-        why = "a histogram's noise came from a known seed (a test)"
-        return _no_guarantee(*runs, why=why)
-    for run in runs:
+        return _no_guarantee(folders, "a histogram's noise came from a known seed (a test)")
+    for run in read:
         _require_claim(run)
-    training = [run.mechanism(run.steps, len(runs) > 1) for run in runs]
-    recorded = [run.mechanism(run.steps_recorded, len(runs) > 1) for run in runs]
-    facts = [run.facts() for run in runs]
+    training = [run.mechanism(run.steps, len(read) > 1) for run in read]
+    recorded = [run.mechanism(run.steps_recorded, len(read) > 1) for run in read]
+    facts = [run.facts() for run in read]
     not_covered = [
         *NOT_COVERED,
         "other runs and histograms of the same private dataset, whose ledgers are not named here: "
         "every one of them adds to epsilon",
     ]
-    reserved = {run.plan.reserved_histogram_sigma for run in runs if run.plan.reserved}
+    reserved = {event.noise_multiplier for run in read for event in run.plan.reserved}
     if reserved and not events:
         not_covered += [
             f"the histogram of sigma {sigma:g} that the run's target also pays for: name its "
@@ -95,22 +87,22 @@ def composed_report(
         ]
     return {
         "guarantee": True,
-        "run": _names(runs),
+        "run": _names(folders),
         "unit": UNIT,
         "neighbouring_relations": list(relations),
-        **(facts[0] if len(runs) == 1 else {"runs": facts}),
+        **(facts[0] if len(read) == 1 else {"runs": facts}),
         "mechanisms": [*training, *events],
         **{name: sum(run[name] for run in facts) for name in STEPS},
         **_costs(
             [*training, *events],
             [*recorded, *events] if recorded != training else None,
-            _common_delta(runs) if delta is None else delta,
-            max(run.plan.target_epsilon for run in runs) if epsilon is None else epsilon,
+            _common_delta(read) if delta is None else delta,
+            max(run.plan.target_epsilon for run in read) if epsilon is None else epsilon,
             relations,
         ),
         "checks": [
-            f"{run.folder}: {check}" if len(runs) > 1 else check
-            for run in runs
+            f"{run.folder}: {check}" if len(read) > 1 else check
+            for run in read
             for check in run.checks
         ],
         "covered": COVERED + [f"the noisy histogram in {event['ledger']}" for event in events],
@@ -120,24 +112,24 @@ def composed_report(
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run's folder says: nothing but `without_guarantee` where it was trained without DP.
+    """What the folder of a DP run says.
 
     Attributes:
-        without_guarantee: why there is no guarantee; "" if there is one.
+        is_insecure: noise and sampling came from a known seed.
         num_canary_rows: rows of N that are canaries, which only training reads.
         steps, steps_recorded: those in the released model, and in the ledger.
         ledger_end: its last chain value; chains begin with a random run id.
     """
 
     folder: Path
-    without_guarantee: str
-    plan: PrivacyPlan | None = None
-    num_canary_rows: int = 0
-    steps: int = 0
-    steps_recorded: int = 0
-    own_report: dict | None = None
-    checks: Sequence[str] = ()
-    ledger_end: str = ""
+    is_insecure: bool
+    plan: PrivacyPlan
+    num_canary_rows: int
+    steps: int
+    steps_recorded: int
+    own_report: dict
+    checks: Sequence[str]
+    ledger_end: str
 
     @property
     def private_rows(self) -> int:
@@ -169,23 +161,18 @@ class _Run:
         }
 
 
-def _names(runs: Sequence[_Run]) -> str:
-    return " and ".join(str(run.folder) for run in runs)
+def _names(folders: Sequence[Path]) -> str:
+    return " and ".join(map(str, folders))
 
 
-def _no_guarantee(*runs: _Run, why: str = "") -> dict:
+def _no_guarantee(folders: Sequence[Path], why: str) -> dict:
     return {
         "guarantee": False,
-        "why": why or runs[0].without_guarantee,
-        "run": _names(runs),
+        "why": why,
+        "run": _names(folders),
         "covered": [],
-        "not_covered": ["everything: treat the adapter and all its outputs as private data"],
+        "not_covered": [NOTHING_COVERED],
     }
-
-
-def _listed(numbers: Sequence[float]) -> str:
-    """Distinct numbers, for a sentence."""
-    return " and ".join(f"{number:.15g}" for number in dict.fromkeys(numbers))
 
 
 def _require_distinct(runs: Sequence[_Run]) -> None:
@@ -203,7 +190,7 @@ def _common_delta(runs: Sequence[_Run]) -> float:
     deltas = {run.plan.delta for run in runs}
     if len(deltas) > 1:
         raise UsageError(
-            f"the runs were planned for the deltas {_listed(sorted(deltas))}, and a guarantee has "
+            f"the runs were planned for the deltas {listed(sorted(deltas))}, and a guarantee has "
             "one; give --delta"
         )
     return deltas.pop()
@@ -221,23 +208,25 @@ def _read_json(path: Path, *needed: str) -> dict:
     return value
 
 
-def _read_run(folder: Path) -> _Run:
-    """Read a run, and check its ledger against all that kept the ledger's head."""
+def _arguments(folder: Path) -> dict:
+    """The flags of a run."""
     if not holds_run(folder):
         raise UsageError(f"{folder} holds no run: there is no {CONFIG_FILE}")
-    arguments = _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
-    if arguments["eps"] == -1:
-        return _Run(folder, "trained without differential privacy")
+    return _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
+
+
+def _read_run(folder: Path) -> _Run:
+    """Read a DP run, and check its ledger against all that kept the ledger's head."""
+    arguments = _arguments(folder)
     if not (folder / LEDGER_FILE).exists():
         raise UsageError(f"{folder} has no {LEDGER_FILE}: what its run spent is not known")
     plan = read_plan(folder / LEDGER_FILE)
     records = read_ledger(folder / LEDGER_FILE)
     steps, own_report, checks = _read_heads(folder, plan, records)
     known_seed = arguments["insecure_fixed_noise_seed"] is not None
-    insecure = known_seed or not own_report.get("guarantee", True)
     return _Run(
         folder=folder,
-        without_guarantee="noise and sampling came from a known seed (a test)" if insecure else "",
+        is_insecure=known_seed or not own_report.get("guarantee", True),
         plan=plan,
         # Runs of earlier versions have no such flags.
         num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1),
@@ -307,7 +296,7 @@ def _histograms(paths: Sequence[Path], sizes: Sequence[int]) -> list[dict]:
                 theirs = "the run's has" if len(sizes) == 1 else "the runs' have"
                 raise UsageError(
                     f"{path} is of a private dataset of {record['num_examples']} examples, "
-                    f"{theirs} {_listed(sizes)}: what is spent on two datasets does not compose; "
+                    f"{theirs} {listed(sizes)}: what is spent on two datasets does not compose; "
                     "make one report for each"
                 )
             # Chains begin with a random run id, so equal ones are copies.
@@ -379,7 +368,7 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
     Returns:
         One {"step", "epsilon"} a point; upper bounds.
     """
-    training, histograms = _by_kind(report["mechanisms"])
+    training, histograms = by_kind(report["mechanisms"])
     relation = report["neighbouring_relations"][0]
     taken = sum(entry["times"] for entry in training)
     count = min(points - 1, taken)
@@ -391,9 +380,9 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
     return curve
 
 
-def _by_kind(mechanisms: list[dict]) -> tuple[list[dict], list[dict]]:
+def by_kind(mechanisms: list[dict]) -> tuple[list[dict], list[dict]]:
     """Training runs and histograms."""
-    kinds = ([], [])
+    kinds: tuple[list[dict], list[dict]] = ([], [])
     for entry in mechanisms:
         kinds[entry["mechanism"] == HISTOGRAM_MECHANISM].append(entry)
     return kinds

@@ -9,7 +9,7 @@ import train
 from utils.cli import UsageError
 from utils.command_line.parser import parse
 from utils.command_line.training_flags import TrainingSettings, plan_of
-from utils.privacy.guarantee import build_report, report_markdown, write_report
+from utils.privacy.guarantee import as_markdown, build_report, render, write_report
 from utils.privacy.ledger import Ledger, read_plan
 from utils.privacy.plan import PrivacyPlan, num_steps
 
@@ -81,7 +81,7 @@ def test_without_privacy_there_is_no_plan_and_no_epsilon():
     report = build_report(None)
     assert report["guarantee"] is False
     assert set(report["epsilon"].values()) == {None}
-    assert "no privacy guarantee" in report_markdown(report)
+    assert "NO PRIVACY GUARANTEE" in render(report, as_markdown)
 
 
 def test_the_report_says_what_the_contract_asks(tmp_path):
@@ -110,7 +110,7 @@ def test_lost_steps_are_counted_apart_and_cost_what_they_would():
     assert (report["steps_taken"], report["steps_lost"]) == (plan.steps, 5)
     watched = report["epsilon_if_lost_steps_were_seen"]["upper"]
     assert watched > report["epsilon"]["upper"]
-    assert f"epsilon would be {watched:.3f}" in report_markdown(report)
+    assert f"epsilon would be {watched:.3f}" in render(report, as_markdown)
 
 
 def test_known_noise_gives_no_epsilon():
@@ -118,7 +118,7 @@ def test_known_noise_gives_no_epsilon():
     assert report["guarantee"] is False
     assert report["epsilon"]["upper"] is None
     assert report["covered"] == []
-    assert "no privacy guarantee" in report_markdown(report)
+    assert "NO PRIVACY GUARANTEE" in render(report, as_markdown)
 
 
 # ---------------------------------------------------------------------------------- the ledger

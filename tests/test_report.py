@@ -399,7 +399,7 @@ def test_no_guarantee_is_said_and_exits_1(run, capsys, tmp_path, arguments, why)
     write_json(run / "run_config.json", {"arguments": ARGUMENTS | arguments})
     assert report.main([str(run), "--output", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().out
-    assert "THERE IS NO PRIVACY GUARANTEE" in told
+    assert "There is NO PRIVACY GUARANTEE" in told
     assert why in told
     written = json.loads((tmp_path / "out" / "composed_report.json").read_text())
     assert written["guarantee"] is False

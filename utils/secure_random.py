@@ -112,7 +112,7 @@ class SecureRandom:
             if self._bytes_left < len(chunk) or self._forks_seen != _forks:
                 self._rekey()
             self._bytes_left -= len(chunk)
-            self._encryptor.update_into(_ZEROS[: len(chunk)], chunk)
+            self._encryptor.update_into(_ZEROS[: len(chunk)], chunk.data)
         return words
 
     def _chunks(self, count: int) -> Iterator[tuple[slice, np.ndarray]]:

@@ -17,7 +17,7 @@ from evaluation.page.printing import Verbatim, portable, portable_word
 from evaluation.results import interval
 from utils.command_line.parser import make_parser, to_argv
 from utils.command_line.sampling_flags import add_sampling_arguments
-from utils.privacy.guarantee import UNIT
+from utils.privacy.guarantee import claim, conditions
 
 # The section of a tool's results; each other tool has one of its own.
 SECTIONS = {
@@ -106,7 +106,8 @@ class Page:
             "rounded_up": f"{math.ceil(epsilon * 100) / 100:g}",
             "is_large": epsilon > LARGE_EPSILON,
             "delta": delta,
-            "unit": UNIT.removeprefix("one example: "),
+            "claim": claim(composed),
+            "conditions": conditions(composed),
             "accountant": bounds["accountant"],
             "guess": best_guess(self.material),
             "factor": factor(epsilon),

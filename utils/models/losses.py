@@ -34,7 +34,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, targets, head, chunk):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wants_gradient else None
+        # Written where a gradient is wanted, and never read elsewhere.
+        gradient = torch.empty_like(hidden if wants_gradient else hidden[:0])
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(wants_gradient):

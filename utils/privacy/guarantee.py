@@ -1,23 +1,30 @@
-"""What is promised, for whom, and what is not: told once."""
+"""What is promised, for whom, and what is not: told once, for every page that tells it.
+
+A report is a dict of facts, of one run (`build_report`) or of several runs and histograms
+(`privacy_checks.composition`); `sections` says it to people, and `as_text` and `as_markdown` lay
+that out. No torch.
+"""
 
 import os
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from utils.files import write_atomic, write_json
-from utils.privacy.accounting import compute_epsilon, epsilon_bounds
+from utils.privacy.accounting import ADD_REMOVE, REPLACE, compute_epsilon, epsilon_bounds
 from utils.privacy.plan import PrivacyPlan
 
 UNIT = "one example: a row of the prepared train split"
-
-
+NEIGHBOURS = {
+    ADD_REMOVE: "adding or removing one example",
+    REPLACE: "replacing one example by another",
+}
+NOTHING_COVERED = "everything: treat the adapter and all its outputs as private data"
 COVERED = [
     "the adapter, every checkpoint of it, and whatever is computed from them: merged models, "
     "synthetic instructions, answers",
     "the number of steps, the learning rate and every other value of run_config.json",
 ]
-
-
 NOT_COVERED = [
     "everything under private/: training and validation losses, gradient norms, clip fractions, "
     "realised batch sizes; also when they are shown on a terminal or sent to a tracker",
@@ -55,7 +62,7 @@ def build_report(
             "why": "trained without differential privacy",
             "epsilon": dict.fromkeys(("target", "lower", "estimate", "upper", "pld", "prv")),
             "covered": [],
-            "not_covered": ["everything: treat the adapter and all its outputs as private data"],
+            "not_covered": [NOTHING_COVERED],
         }
     lost = steps_recorded - steps_taken
     return {
@@ -107,46 +114,187 @@ def _epsilons(plan: PrivacyPlan, steps: int, insecure: bool) -> dict:
     }
 
 
-def report_markdown(report: dict) -> str:
-    """The report as a page for a privacy officer."""
-    lines = ["# Privacy report", ""]
+# ------------------------------------------------------------------------ how it is told
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        table: rows of cells, the first of them the header.
+    """
+
+    title: str
+    paragraphs: list[str] = field(default_factory=list)
+    table: list[list[str]] = field(default_factory=list)
+    items: list[str] = field(default_factory=list)
+
+
+def sections(report: dict) -> list[Section]:
+    """A report as its reader sees it: the promise, its figures, what it covers and what not."""
+    lists = [
+        Section("Covered", items=report["covered"] or ["nothing"]),
+        Section("Not covered", items=report["not_covered"]),
+    ]
     if not report["guarantee"]:
-        lines += [f"**This run has no privacy guarantee: {report['why']}.**", ""]
-        if "unit" not in report:
-            return "\n".join([*lines, *(f"- {item}" for item in report["not_covered"]), ""])
-    else:
-        epsilon = report["epsilon"]
-        lines += [
-            f"The released model is **({epsilon['upper']:.3f}, {report['delta']:g})-differentially "
-            f"private** for adding or removing {report['unit']}. N, the sampling rate, the number "
-            "of steps and the clip norm are public constants.",
-            "",
-        ]
-        unfinished = report["steps_planned"] - report["steps_taken"]
-        if unfinished:
-            lines += [f"{unfinished} planned steps have not been taken (yet).", ""]
-        if report["steps_lost"]:
-            seen = report["epsilon_if_lost_steps_were_seen"]["upper"]
-            lines += [
-                f"{report['steps_lost']} further steps were noised and then lost in a crash; they "
-                f"were never released. If somebody had watched them, epsilon would be {seen:.3f}.",
-                "",
-            ]
+        subject = report.get("run", "this run")
+        verdict = f"There is NO PRIVACY GUARANTEE for {subject}: {report['why']}."
+        return [Section("Privacy report", [verdict]), *lists]
+    figures = _composed_figures(report) if "mechanisms" in report else _own_figures(report)
+    return [Section("Privacy report", promise(report)), *figures, *lists]
+
+
+def promise(report: dict) -> list[str]:
+    """The guarantee and its conditions in sentences."""
+    runs = report.get("runs", [report])
+    subject = report.get("run", "The released model")
+    if num_histograms := len(report.get("mechanisms", runs)) - len(runs):
+        subject += f" with {num_histograms} histogram(s)"
+    verb = "is" if len(runs) == 1 else "are together"
+    lines = [
+        f"{subject} {verb} {claim(report, relation)} ({relation})."
+        for relation in relations_of(report)
+    ]
+    sizes, clip_norms = (
+        listed([run[name] for run in runs]) for name in ("num_examples", "clip_norm")
+    )
+    lines.append(
+        f"N = {sizes}, the sampling rate, the number of steps and the clip norm {clip_norms} are "
+        "public constants."
+    )
+    return lines + conditions(report)
+
+
+def conditions(report: dict) -> list[str]:
+    """What the promise holds under, and what of the plan was not done, or done and lost."""
+    lines = []
+    if "runs" in report:
+        lines.append(
+            "The runs are composed as if each read the same rows; where they read different ones, "
+            "this is an upper bound."
+        )
+    if unfinished := report["steps_planned"] - report["steps_taken"]:
+        lines.append(f"{unfinished} of {report['steps_planned']} planned steps are not taken.")
+    if report["steps_lost"]:
+        seen = _by_relation(report, "epsilon_if_lost_steps_were_seen")
+        lines.append(
+            f"{report['steps_lost']:,} further steps were noised and then lost in a crash; they "
+            "are in no released model. If somebody had watched them, epsilon would be "
+            + " and ".join(
+                f"{bounds['upper']:.3f}" + (f" ({relation})" if len(seen) > 1 else "")
+                for relation, bounds in seen.items()
+            )
+            + "."
+        )
+    return lines
+
+
+def claim(report: dict, relation: str | None = None) -> str:
+    """(epsilon, delta) and what it is for, as the end of a sentence.
+
+    Args:
+        relation: the report's first if None.
+    """
+    relation = relation or relations_of(report)[0]
+    epsilon = _by_relation(report, "epsilon")[relation]["upper"]
+    return (
+        f"({epsilon:.3f}, {report['delta']:g})-differentially private for {NEIGHBOURS[relation]}, "
+        + report["unit"].removeprefix("one example: ")
+    )
+
+
+def relations_of(report: dict) -> list[str]:
+    """The neighbouring relations of a report, of one run or composed."""
+    return report.get("neighbouring_relations") or [report["neighbouring_relation"]]
+
+
+def listed(numbers: Sequence[float]) -> str:
+    """Distinct numbers, for a sentence."""
+    return " and ".join(f"{number:.15g}" for number in dict.fromkeys(numbers))
+
+
+def _by_relation(report: dict, key: str) -> dict[str, dict]:
+    relations = relations_of(report)
+    return report[key] if "neighbouring_relations" in report else {relations[0]: report[key]}
+
+
+def _own_figures(report: dict) -> list[Section]:
     rows = [(name, value) for name, value in report.items() if _is_scalar(value)]
     rows += [(f"epsilon, {name}", value) for name, value in report["epsilon"].items()]
-    lines += ["| quantity | value |", "|---|---|"]
-    lines += [f"| {name.replace('_', ' ')} | {value} |" for name, value in rows]
-    for title in ("covered", "not_covered"):
-        lines += ["", f"## {title.replace('_', ' ').capitalize()}", ""]
-        lines += [f"- {item}" for item in report[title]] or ["- nothing"]
-    return "\n".join(lines) + "\n"
+    table = [["quantity", "value"], *([name.replace("_", " "), f"{v}"] for name, v in rows)]
+    return [Section("Figures", table=table)]
 
 
-def _is_scalar(value) -> bool:
+def _is_scalar(value: object) -> bool:
     return value not in (None, "") and isinstance(value, str | int | float)
+
+
+def _composed_figures(report: dict) -> list[Section]:
+    composed = [
+        ["mechanism", "sampling rate", "noise multiplier", "times"],
+        *(
+            [entry["mechanism"], f"{entry['sampling_rate']:.6g}",
+             f"{entry['noise_multiplier']:g}", f"{entry['times']}"]
+            for entry in report["mechanisms"]
+        ),
+    ]  # fmt: skip
+    epsilons = [["relation", "lower", "estimate", "upper", "PLD", "PRV", "accountant"]]
+    deltas, at_epsilon = [["relation", "delta", "epsilon"]], [["relation", "epsilon", "delta"]]
+    for name in relations_of(report):
+        entry = report["epsilon"][name]
+        numbers = [entry[key] for key in ("lower", "estimate", "upper", "pld", "prv")]
+        epsilons.append(
+            [name, *("-" if n is None else f"{n:.3f}" for n in numbers), entry["accountant"]]
+        )
+        deltas += [
+            [name, f"{point['delta']:g}", f"{point['epsilon']:.3f}"]
+            for point in report["epsilon_at_other_deltas"][name]
+        ]
+        point = report["delta_at_epsilon"][name]
+        at_epsilon.append([name, f"{point['epsilon']:g}", f"{point['delta']:.3g}"])
+    return [
+        Section("Composed in one accountant", table=composed),
+        Section(f"Epsilon at delta {report['delta']:g}", table=epsilons),
+        Section("Epsilon at other deltas", table=deltas),
+        Section("Delta at a given epsilon", table=at_epsilon),
+        *([Section("Epsilon over steps", [f"![]({report['plot']})"])] if "plot" in report else []),
+        Section("Ledger", items=report["checks"]),
+    ]
+
+
+def render(report: dict, style: Callable[[Section], str]) -> str:
+    """The report as a page.
+
+    Args:
+        style: `as_text` or `as_markdown`, which lay out one section.
+    """
+    return "\n".join(style(section) for section in sections(report))
+
+
+def as_text(section: Section) -> str:
+    """A section for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*section.table)]
+    rows = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in section.table
+    ]
+    items = [f"- {item}" for item in section.items]
+    return "\n".join([section.title.upper(), *section.paragraphs, *rows, *items, ""])
+
+
+def as_markdown(section: Section) -> str:
+    """A section of a Markdown page."""
+    title = section.title
+    lines = [f"# {title}" if title == "Privacy report" else f"## {title}", ""]
+    for paragraph in section.paragraphs:
+        lines += [paragraph, ""]
+    rows = ["| " + " | ".join(row) + " |" for row in section.table]
+    rows[1:1] = ["|" + "---|" * len(section.table[0])] if section.table else []
+    return "\n".join([*lines, *rows, *(f"- {item}" for item in section.items)]).rstrip() + "\n"
 
 
 def write_report(folder: str | os.PathLike, report: dict) -> None:
     """Write `privacy_report.json` and `.md` into a run's folder."""
     write_json(Path(folder) / "privacy_report.json", report)
-    write_atomic(Path(folder) / "privacy_report.md", report_markdown(report))
+    write_atomic(Path(folder) / "privacy_report.md", render(report, as_markdown))

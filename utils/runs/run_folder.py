@@ -15,6 +15,7 @@ from pathlib import Path
 from utils.cli import UsageError
 from utils.files import write_atomic, write_json
 from utils.folders import names_in, require_same_settings
+from utils.privacy.guarantee import claim
 from utils.versions import versions_of
 
 # What may leave the building; a test fails on anything else outside checkpoints/ and private/.
@@ -109,10 +110,7 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
     """The README.md of an adapter."""
     if report["guarantee"]:
-        guarantee = (
-            f"Fine-tuned with ({report['epsilon']['upper']:.3f}, {report['delta']:g})-differential "
-            f"privacy for adding or removing {report['unit']} (see privacy_report.md of the run)."
-        )
+        guarantee = f"This adapter is {claim(report)} (see privacy_report.md of the run)."
     else:
         guarantee = f"**No privacy guarantee**: {report['why']}. Treat it as private data."
     return f"""---
