@@ -12,7 +12,7 @@ ENVIRONMENTS = ROOT / ".benchmark-environments"
 
 
 # vLLM asks for these, and texts need none of them. PyPI's are built for CUDA and do not import
-# beside a CPU build of torch, which keeps transformers, and so vLLM, from importing.
+# next to a CPU build of torch, which keeps transformers, and so vLLM, from importing.
 VLLM_DOES_WITHOUT = ("torchvision", "torchaudio", "torchcodec")
 
 

@@ -201,8 +201,8 @@ def find_files(name: str) -> list[Path]:
     files = sorted(file for file in path.rglob("*") if file.name.endswith(FILE_SUFFIXES))
     if not files:
         raise UsageError(
-            f"--input {name!r} is no file of {', '.join(FILE_SUFFIXES)}, no folder that holds "
-            f"one, and no hub data set such as {HUB_ID}"
+            f"--input {name!r} is not a file of {', '.join(FILE_SUFFIXES)}, or a folder that holds "
+            f"one, or a hub data set such as {HUB_ID}"
         )
     return files
 

@@ -46,7 +46,7 @@ POWER = 0.6
 # Each test of the randomness raises a false alarm this often.
 FALSE_ALARM = 1e-5
 CLIP_NORM = 1.0
-# Length of a canary's push over the clip norm: beside it the example's own gradient is nothing.
+# Length of a canary's push over the clip norm: against it the example's own gradient is nothing.
 PUSH = 1e7
 # Rounding of float32, and the examples' own gradients.
 CLIP_TOLERANCE = 1e-3

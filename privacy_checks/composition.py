@@ -176,7 +176,7 @@ def _no_guarantee(folders: Sequence[Path], why: str) -> dict:
 
 
 def _require_distinct(runs: Sequence[_Run]) -> None:
-    """Refuse a run that is named twice, or beside its copy."""
+    """Refuse a run that is named twice, or together with its copy."""
     seen: dict[str, _Run] = {}
     for run in runs:
         if run.ledger_end in seen:

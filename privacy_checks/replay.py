@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 # An example that moves the sum by this little less than C was clipped.
 CLIPPED = 1e-4
 STYLES = (UNCONDITIONAL, "vicuna")
-# Most examples reach the first, about half of them the second: a coupling shows beside examples
+# Most examples reach the first, about half of them the second: a coupling shows next to examples
 # that it turns or lengthens.
 CLIP_NORMS = (0.25, 1.4)
 LONGEST = 60

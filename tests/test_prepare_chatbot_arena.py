@@ -353,7 +353,7 @@ def test_a_parquet_file_without_a_column_is_named(prepare):
 def test_an_input_that_is_not_there_is_named(tmp_path, name):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty_folder").mkdir()
-    with pytest.raises(UsageError, match=f"{name}' is no file of .json"):
+    with pytest.raises(UsageError, match=f"{name}' is not a file of .json"):
         list(read_conversations([str(tmp_path / name)]))
 
 

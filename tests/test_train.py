@@ -192,7 +192,7 @@ def test_a_fixed_noise_seed_repeats_a_run_and_forfeits_the_guarantee(run, capsys
 
 
 def test_dropout_is_secret_in_a_private_run_and_repeats_without_privacy(run, monkeypatch):
-    """Masks hang on the microbatch: known ones would let one example move all gradients."""
+    """Masks depend on the microbatch: known ones would let one example move all gradients."""
     seeds, forward = [], train.LanguageModel.example_losses
 
     def recording(self, batch):

@@ -69,7 +69,7 @@ def instantiates(tokens: int, d_in: int, d_out: int) -> bool:
     known, so that memory stays below a fixed multiple of the layer's own input and output, however
     many examples share a microbatch. The smaller one is also the faster one, but for close calls:
     both ways pay the 2 · tokens · d_in · d_out FLOPs of an ordinary weight gradient for each
-    example, beside which instantiating writes and reads its numbers once more, and ghost norms
+    example, and instantiating also writes and reads its numbers once more, and ghost norms
     (Goodfellow, 2015; Li et al., 2022, section 4) take 2 · tokens² · (d_in + d_out) FLOPs. All of
     these grow with the number of examples alike, so it decides nothing.
     """
@@ -160,7 +160,7 @@ class PerExampleGradients:
             raise RuntimeError(f"{name} was used twice in one forward pass")
         _, tokens, d_in = inputs.shape
         form = _Instantiated if instantiates(tokens, d_in, output_gradient.shape[2]) else _Pair
-        # What the model saved for its backward pass still hangs on the graph.
+        # What the model saved for its backward pass is still part of the graph.
         self._captured[name] = form(inputs.detach().float(), output_gradient.float())
 
     @contextmanager

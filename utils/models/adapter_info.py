@@ -1,4 +1,4 @@
-"""What travels with an adapter beside its weights: prompt style and base model; no torch."""
+"""What travels with an adapter next to its weights: prompt style and base model; no torch."""
 
 import json
 import os
@@ -11,12 +11,12 @@ TRAINING_STYLE_FILE = "training_style.json"
 
 
 def write_adapter_info(folder: str | os.PathLike, info: dict) -> None:
-    """Leave beside an adapter what sampling must know: the prompt style and the base model."""
+    """Leave next to an adapter what sampling must know: the prompt style and the base model."""
     write_json(Path(folder) / TRAINING_STYLE_FILE, info)
 
 
 def read_adapter_info(folder: str | os.PathLike) -> dict:
-    """What training left beside an adapter; an empty dict for an adapter from elsewhere.
+    """What training left next to an adapter; an empty dict for an adapter from elsewhere.
 
     Raises:
         UsageError: the folder holds no PEFT adapter.

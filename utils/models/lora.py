@@ -116,7 +116,7 @@ def load_adapted(
 
     Args:
         merge: add the adapter to the base's weights (in float32, then cast); else keep it apart,
-            in float32 beside a base of `dtype`.
+            in float32 on a base of `dtype`.
 
     Raises:
         UsageError: no adapter there, or one that was trained on another base.

@@ -58,7 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [n] and softmax [n, vocabulary] in float32, with one buffer beside the logits."""
+    """Losses [n] and softmax [n, vocabulary] in float32, with one buffer more than the logits."""
     largest = logits.amax(dim=1, keepdim=True).float()
     exponentials = (logits - largest).exp_()
     sums = exponentials.sum(dim=1, keepdim=True)

@@ -118,7 +118,7 @@ def read_histograms(path: str | os.PathLike, num_examples: int) -> list[dict]:
     """The lines of a ledger of histograms of a dataset of `num_examples`; none if there is none.
 
     Raises:
-        UsageError: the file was edited, is no ledger of histograms, or is another dataset's.
+        UsageError: the file was edited, is not a ledger of histograms, or is another dataset's.
     """
     records = read_ledger(path) if Path(path).exists() else []
     if records and records[0]["kind"] != HISTOGRAM:

@@ -61,7 +61,7 @@ class PrivacyPlan:
 
     @property
     def reserved(self) -> list[SampledGaussian]:
-        """The mechanisms beside training that the target epsilon pays for."""
+        """The mechanisms other than training that the target epsilon pays for."""
         return _histogram(self.reserved_histogram_sigma)
 
     def events(self, steps: int) -> list[SampledGaussian]:

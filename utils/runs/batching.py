@@ -2,7 +2,7 @@
 
 import numpy as np
 
-# What a microbatch costs beside its padded tokens (reading the weights, launching kernels), as a
+# What a microbatch costs besides its padded tokens (reading the weights, launching kernels), as a
 # number of tokens.
 MICROBATCH_TOKENS = 128
 # At least so many microbatches a rank, that they can be dealt out evenly.
@@ -16,7 +16,7 @@ def cut_microbatches(
 
     Examples are sorted by length, the longest first (so that a budget that does not fit shows at
     once), and cut where that makes the sum of padded tokens (examples · longest) and of what
-    each microbatch costs beside them least; no microbatch passes the budget. Each then goes to
+    each microbatch costs besides them least; no microbatch passes the budget. Each then goes to
     the rank with the fewest padded tokens so far.
 
     Args:

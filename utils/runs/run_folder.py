@@ -59,7 +59,7 @@ def require_usable(folder: Path, settings: dict, resume: str) -> None:
         # A run that was killed while it began has left these two, and nothing in them.
         foreign = names_in(folder) - {"private", "checkpoints"}
         if foreign:
-            raise UsageError(f"{folder} exists and is no run of this tool; use another --job_sess")
+            raise UsageError(f"{folder} exists and is not a run of this tool; use another --job_sess")
         return
     begun_with = json.loads((folder / CONFIG_FILE).read_text())["arguments"]
     fixed = begun_with.keys() - FREE_ON_RESUME

@@ -141,12 +141,12 @@ def pick(
     for column, alternatives in columns.items():
         name = next((name for name in alternatives if name in row), None)
         if name is None:
-            there = _names_of_table(file) or [str(name) for name in row]
+            present = _names_of_table(file) or [str(name) for name in row]
             raise MissingColumn(
                 f"{file}, entry {number} has no column {' or '.join(map(repr, alternatives))}, "
-                f"only {', '.join(there)}",
+                f"only {', '.join(present)}",
                 column,
-                there,
+                present,
             )
         text = row[name]
         if not isinstance(text, str):
