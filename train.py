@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -179,9 +179,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     require_usable(folder, settings.run_settings, settings.resume)
     splits = read_splits(settings)
     num_examples = len(splits["train"])
-    plan, plan_notices = plan_of(settings, num_examples)
-    if plan and (folder / LEDGER_FILE).exists():
-        plan.require_same(read_plan(folder / LEDGER_FILE), str(folder))
+    plan, plan_notices = plan_to_follow(settings, num_examples)
 
     # The processes of the job.
     tracker = None if settings.report_to == "none" else settings.report_to
@@ -293,6 +291,25 @@ def read_splits(settings: TrainingSettings) -> dict[str, Dataset]:
         used = min(len(splits["val"]), settings.max_eval_examples)
         splits["val"] = splits["val"].select(range(used))
     return splits
+
+
+def plan_to_follow(
+    settings: TrainingSettings, num_examples: int
+) -> tuple[PrivacyPlan | None, list[str]]:
+    """The plan that the flags ask for, with notices; for a run that is there, its own.
+
+    Raises:
+        UsageError: the run that is there follows another plan.
+    """
+    ledger = settings.folder / LEDGER_FILE
+    begun = read_plan(ledger) if ledger.exists() else None
+    if begun and settings.noise_multiplier is None:
+        # Another release of the accountant may calibrate another one for the same target.
+        settings = replace(settings, noise_multiplier=begun.noise_multiplier)
+    plan, notices = plan_of(settings, num_examples)
+    if plan and begun:
+        plan.require_same(begun, str(settings.folder))
+    return plan, notices
 
 
 def require_one_job(

@@ -31,7 +31,7 @@ from tests.training import (
     save_dataset,
 )
 from utils.cli import UsageError, run_cli
-from utils.privacy import mechanism
+from utils.privacy import mechanism, plan
 from utils.privacy.ledger import LEDGER_FILE, read_plan
 from utils.runs.run_folder import RELEASABLE
 from utils.texts import tokens
@@ -322,6 +322,14 @@ def test_a_run_of_before_there_were_canaries_goes_on_without_them_alone(run, dp)
 # ---------------------------------------------------------------- crash, stop, resume
 
 
+def test_a_run_goes_on_with_its_own_noise_where_another_would_be_calibrated(run, monkeypatch):
+    folder = run(crash_in_step=5)
+    begun = read_plan(folder / LEDGER_FILE)
+    monkeypatch.setattr(plan, "calibrate_noise_multiplier", lambda *_: 2 * begun.noise_multiplier)
+    assert report(run("--resume=auto"))["noise_multiplier"] == begun.noise_multiplier
+    assert report(run(output="another"))["noise_multiplier"] == 2 * begun.noise_multiplier
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one_and_counts_what_was_lost(run):
     whole = run(FIXED, "--lora_dropout=0.1", output="whole")
     run(FIXED, "--lora_dropout=0.1", output="broken", crash_in_step=5)
@@ -482,13 +490,13 @@ def test_other_data_of_the_same_size_is_refused(stopped, tmp_path):
     rows = [{"instruction": "x" * 20}] * NUM_EXAMPLES
     other = tmp_path / "other"
     datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(other)
-    with pytest.raises(UsageError, match="another training_data"):
+    with pytest.raises(UsageError, match="another training data"):
         stopped("--resume=auto", dataset=str(other))
 
 
 def test_another_base_model_is_refused(stopped, tmp_path):
     save_tiny_model(tmp_path / "other", seed=5)
-    with pytest.raises(UsageError, match="another base_model_fingerprint"):
+    with pytest.raises(UsageError, match="another base model fingerprint"):
         stopped("--resume=auto", model=str(tmp_path / "other"))
 
 
@@ -621,6 +629,11 @@ def test_rows_that_cannot_be_used_leave_no_copy_behind(run, tmp_path):
     rows = [{"instruction": "hello"}] * 63 + [{"instruction": None}]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UsageError, match="row 63, column 'instruction'"):
+    with pytest.raises(UsageError, match="entry 64, column 'instruction'"):
         run(dataset=str(data))
+    assert not (tmp_path / "outputs").exists()
+    data = tmp_path / "labelled_rows.jsonl"  # read, and found unusable where tokens are written
+    data.write_text(json.dumps({"instruction": "hello", "answer": "hello"}) + "\n")
+    with pytest.raises(UsageError, match="every example is longer"):
+        run("--prompt_style=vicuna", "--total_bs=1", "--delta=0.01", dataset=str(data))
     assert not (tmp_path / "outputs").exists()

@@ -59,7 +59,7 @@ def require_usable(folder: Path, settings: dict, resume: str) -> None:
         # A run that was killed while it began has left these two, and nothing in them.
         foreign = names_in(folder) - {"private", "checkpoints"}
         if foreign:
-            raise UsageError(f"{folder} exists and is not a run of this tool; use another --job_sess")
+            raise UsageError(f"{folder} holds no run of this tool; use another --job_sess")
         return
     begun_with = json.loads((folder / CONFIG_FILE).read_text())["arguments"]
     fixed = begun_with.keys() - FREE_ON_RESUME
@@ -99,8 +99,8 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
     begun_with |= json.loads(private_file.read_text())
     now = identity | private_identity
     require_same_settings(
-        {name: begun_with.get(name) for name in now},
-        now,
+        {name.replace("_", " "): begun_with.get(name) for name in now},
+        {name.replace("_", " "): value for name, value in now.items()},
         f"{folder} holds a run with",
         "use another --job_sess",
         shown=False,
