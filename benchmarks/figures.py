@@ -1,26 +1,14 @@
 """How a benchmark is asked and how it answers: flags, tables, and with --json a file."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from utils.command_line.parser import make_parser, parse, positive_float, positive_int
+from utils.command_line.parser import flag
 from utils.files import write_json
 
 # Flags that say where things are on this machine, and not how the figures came about.
 LOCAL = ("json", "work_dir", "texts", "instructions", "jobs", "measure")
-
-
-def flag(help: str, default: Any = None, **options: Any) -> Any:
-    """A field of settings, by its default and what else `add_argument` is to know of it.
-
-    Numbers are above 0 and whole where the default is; one that is False is a switch.
-    """
-    if default is False:
-        return field(metadata={"help": help, "action": "store_true"})
-    kind = {int: positive_int, float: positive_float}.get(type(default), str)
-    return field(metadata={"type": kind, "help": help, "default": default} | options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +25,6 @@ class Settings:
         """Write the figures where --json has them."""
         if self.json:
             write_json(self.json, figures)
-
-
-Flags = TypeVar("Flags", bound=Settings)
-
-
-def read_flags(
-    settings: type[Flags], docstring: str, argv: list[str] | None, **defaults: Any
-) -> Flags:
-    """The flags in `argv`; `defaults` take the place of the fields' own."""
-    parser = make_parser(docstring)
-    for each in fields(settings):
-        parser.add_argument(f"--{each.name}", **each.metadata)
-    parser.set_defaults(**defaults)
-    return parse(parser, settings, argv)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import figures
-from benchmarks.figures import flag, read_flags
 from resample_with_dp_histogram.embed import begin
 from resample_with_dp_histogram.embeddings import VECTORS_FILE, location, texts_digest
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
+from utils.command_line.parser import flag, read_flags
 from utils.versions import versions_of
 
 MAX_SECONDS, MAX_BYTES = 30 * 60, 6 << 30

@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 
 from benchmarks import figures
 from benchmarks.environments import vllm_python
-from benchmarks.figures import aligned, flag, read_flags
+from benchmarks.figures import aligned
 from benchmarks.measuring import by_turns, device, output_of
 from privacy_checks.tiny_model import save_tiny_model
 from utils.cli import run_cli, say
-from utils.command_line.parser import positive_int
+from utils.command_line.parser import flag, positive_int, read_flags
 from utils.models.loading import (
     load_base_model,
     load_tokenizer,

@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import figures
-from benchmarks.figures import flag, markdown, read_flags
+from benchmarks.figures import markdown
 from benchmarks.measuring import by_turns, output_of
 from privacy_checks.tiny_model import save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli
 from utils.command_line.launch import launch_command, with_this_python
+from utils.command_line.parser import flag, read_flags
 from utils.texts.data_sets import count_train_examples, tried_places
 
 LEAST = 0.95

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import figures
-from benchmarks.figures import aligned, flag, read_flags
+from benchmarks.figures import aligned
 from benchmarks.resampling import write_embeddings
 from evaluation.measures.intervals import plus_minus
 from evaluation.measures.mauve import mauve
@@ -32,6 +32,7 @@ from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import distinct_instructions
 from resample_with_dp_histogram.selection import total_variation
 from utils.cli import UsageError, run_cli
+from utils.command_line.parser import flag, read_flags
 from utils.files import read_jsonl, write_json
 from utils.folders import whole_folder
 from utils.texts.text_inputs import FORMATS, read_entries

@@ -34,7 +34,7 @@ from scipy.optimize import brentq
 
 from benchmarks import figures
 from benchmarks.environments import ROOT
-from benchmarks.figures import flag, markdown, read_flags
+from benchmarks.figures import markdown
 from evaluation.measures.intervals import plus_minus
 from evaluation.measures.mauve import mauve
 from evaluation.results import read_results
@@ -42,7 +42,7 @@ from privacy_checks.composition import composed_report
 from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, distinct_instructions
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import positive_float
+from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import read_jsonl, write_json
 from utils.folders import save_dataset
 from utils.models.loading import load_tokenizer

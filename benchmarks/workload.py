@@ -13,12 +13,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import figures
 from benchmarks.environments import python_with
-from benchmarks.figures import flag, read_flags
 from benchmarks.jobs import OURS, PEERS, Job
 from benchmarks.measuring import by_turns, output_of
 from data import prepare_quickstart
 from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.cli import UsageError
+from utils.command_line.parser import flag, read_flags
 from utils.runs.batching import cut_microbatches
 from utils.texts.data_sets import load_splits
 from utils.texts.prompts import UNCONDITIONAL, training_ids

@@ -3,8 +3,9 @@
 import argparse
 import math
 import re
+from dataclasses import field, fields
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from utils.cli import EXIT_USAGE, say
 
@@ -36,6 +37,57 @@ class Parser(argparse.ArgumentParser):
 def make_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser that takes full flag names only, so that a typing error is never guessed at."""
     return Parser(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def flag(help: str, default: Any = None, *, name: str = "", group: str = "", **options: Any) -> Any:
+    """A field of settings, and the flag that sets it.
+
+    A whole number is 1 or more and another number above 0, unless `type` says otherwise; a
+    default of False makes a switch.
+
+    Args:
+        help: what it means, with its unit.
+        default: its value where the flag is left out.
+        name: of the flag, where it is not the field's; without dashes, it is an argument.
+        group: the heading under which --help shows it.
+        options: what else `add_argument` is to know.
+    """
+    if default is False:
+        options |= {"action": "store_true"}
+    else:
+        kind = {int: positive_int, float: positive_float}.get(type(default), str)
+        options = {"type": kind, "default": default} | options
+    return field(metadata={"name": name, "group": group, "options": {"help": help} | options})
+
+
+def parser_of(settings: type[Any], docstring: str | None) -> argparse.ArgumentParser:
+    """The parser of a dataclass whose fields are `flag`s."""
+    parser = make_parser(docstring or "")
+    groups: dict[str, Any] = {"": parser}
+    for each in fields(settings):
+        group, name = each.metadata["group"], each.metadata["name"] or f"--{each.name}"
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        options = each.metadata["options"]
+        if name != f"--{each.name}" and name.startswith("-"):
+            options = options | {"dest": each.name}
+        groups[group].add_argument(name, **options)
+    return parser
+
+
+def read_flags(
+    settings: type[Settings], docstring: str | None, argv: list[str] | None, **defaults: Any
+) -> Settings:
+    """The flags in `argv` as a frozen dataclass of `flag`s.
+
+    Args:
+        docstring: of the command, for --help.
+        argv: those of the process if None.
+        defaults: take the place of the fields' own.
+    """
+    parser = parser_of(settings, docstring)
+    parser.set_defaults(**defaults)
+    return settings(**vars(parser.parse_args(argv)))
 
 
 def parse(
