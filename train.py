@@ -13,6 +13,7 @@ data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from utils.dp_utils import PerExampleGradients, assign_gradient
 from utils.files import write_atomic
 from utils.folders import whole_folder
 from utils.models.adapter_info import write_adapter_info
+from utils.models.independence import require_independent_examples, silence_dropout
 from utils.models.language_model import LanguageModel, require_coverage
 from utils.models.loading import (
     load_base_model,
@@ -53,13 +55,14 @@ from utils.models.loading import (
     quiet_libraries,
     resolve_dtype,
 )
-from utils.models.lora import attach_lora, default_target_modules
+from utils.models.lora import attach_lora, default_target_modules, use_row_dropout
 from utils.models.losses import normalise
 from utils.models.memory import fitting_sequences
 from utils.privacy.guarantee import write_report
-from utils.privacy.ledger import LEDGER_FILE, read_plan
+from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
 from utils.privacy.plan import PrivacyPlan, num_steps
+from utils.row_dropout import RowMasks
 from utils.runs.batching import cut_microbatches
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
@@ -71,7 +74,7 @@ from utils.runs.distributed import (
     shard_base,
 )
 from utils.runs.metrics import PrivateMetrics, start_tracker
-from utils.runs.run_folder import begin, holds_run, model_card, require_usable
+from utils.runs.run_folder import begin, held, holds_run, model_card, require_usable
 from utils.runs.stopping import StopRequest
 from utils.texts.data_sets import load_splits
 from utils.texts.tokens import TokenisedExamples, tokenise_once
@@ -153,8 +156,9 @@ def main(
     # What saves the work, once there is some, if another process of the job is lost.
     rescue: list[Callable[[], None]] = []
     try:
-        run = prepare(settings, private, plain)
-        return learn(run, rescue) if run else EXIT_OK
+        with held(settings.folder):
+            run = prepare(settings, private, plain)
+            return learn(run, rescue) if run else EXIT_OK
     except RuntimeError as error:
         if not is_loss_of_a_rank(error):
             raise
@@ -208,7 +212,11 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     require_one_job(settings, plan, fingerprint, data)
     if bits := settings.quantised_bits:
         base = load_quantised_model(settings.model_name, dtype, bits, device)
+    if plan:
+        silence_dropout(base)
+        require_independent_examples(base, settings.max_seq_len)
     model = adapt(base, settings)
+    masks = row_masks(model, settings) if plan else None
     if is_sharded:
         shard_base(model, device)
     model.to(device)
@@ -220,7 +228,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     mechanism: Mechanism
     if plan:
         known_seed = settings.insecure_fixed_noise_seed
-        mechanism = private(plan, gradients, is_main=is_main, known_seed=known_seed)
+        mechanism = private(plan, gradients, masks, is_main=is_main, known_seed=known_seed)
         require_coverage(gradients, language_model)
     else:
         mechanism = plain(
@@ -243,7 +251,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     }
     private_identity = {"training_data": data["train"].fingerprint()}
     checkpoint = on_main_process(
-        partial(begin_or_continue, settings, mechanism, identity, private_identity)
+        partial(begin_or_continue, settings, mechanism, steps, identity, private_identity)
     )
     if checkpoint:
         restore_adapter(parameters, checkpoint.adapter)
@@ -302,7 +310,8 @@ def plan_to_follow(
         UsageError: the run that is there follows another plan.
     """
     ledger = settings.folder / LEDGER_FILE
-    begun = read_plan(ledger) if ledger.exists() else None
+    # A kill in the middle of its first line leaves nothing that was recorded.
+    begun = read_plan(ledger) if ledger.exists() and read_ledger(ledger) else None
     if begun and settings.noise_multiplier is None:
         # Another release of the accountant may calibrate another one for the same target.
         settings = replace(settings, noise_multiplier=begun.noise_multiplier)
@@ -346,16 +355,38 @@ def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
     )
 
 
+def row_masks(model: PeftModel, settings: TrainingSettings) -> RowMasks:
+    """Give the adapters dropout by row, under a key that the processes of the job share."""
+    known_seed = settings.insecure_fixed_noise_seed
+    key = b"" if known_seed is None else f"a known seed: {known_seed}".encode()
+    masks = RowMasks(on_main_process(lambda: key or os.urandom(32)))
+    use_row_dropout(model, masks)
+    return masks
+
+
 def begin_or_continue(
-    settings: TrainingSettings, mechanism: Mechanism, identity: dict, private_identity: dict
+    settings: TrainingSettings,
+    mechanism: Mechanism,
+    steps: int,
+    identity: dict,
+    private_identity: dict,
 ) -> Checkpoint | None:
-    """Begin the run's folder and record, or find where to go on. On the main process alone."""
+    """Begin the run's folder and record, or find where to go on. On the main process alone.
+
+    Raises:
+        UsageError: what is there is of another run.
+    """
     folder = settings.folder
     checkpoint = load_last_good(folder / "checkpoints") if holds_run(folder) else None
     begin(folder, settings.run_settings, identity, private_identity)
     mechanism.open(folder)
     if checkpoint:
         mechanism.require_head(checkpoint.state["ledger"])
+        if not 0 <= checkpoint.state["step"] <= steps:
+            raise UsageError(
+                f"{checkpoint.path} is of step {checkpoint.state['step']}, but the run has "
+                f"{steps}; restore the run's own"
+            )
     elif mechanism.steps_recorded:
         say(f"warning: {folder} has no whole checkpoint; starting again from step 0")
     return checkpoint
@@ -411,7 +442,7 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
     while step < run.steps:
         began = time.monotonic()
         run.model.train()
-        torch.manual_seed(mechanism.dropout_seed(step, run.accelerator.process_index))
+        mechanism.begin(step, run.accelerator.process_index)
 
         # Draw: once for the whole job, then split over ranks and microbatches.
         indices = on_main_process(partial(mechanism.draw, step))

@@ -30,11 +30,11 @@ def tiny_model(model_type, *, seed=0, **settings) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def adapted_model(targets, *, checkpointing=False, rank=4, seed=0, base=None, **lora):
+def adapted_model(targets, *, checkpointing=False, rank=4, seed=0, base=None, dropout=0.0, **lora):
     """`base` (`tiny_llama`) with LoRA whose A and B are both random: no gradient is zero."""
     base = base or tiny_llama(seed)
     torch.manual_seed(seed)
-    model = attach_lora(base, rank, 2 * rank, 0.0, targets, checkpointing, **lora)
+    model = attach_lora(base, rank, 2 * rank, dropout, targets, checkpointing, **lora)
     for name, tensor in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(tensor, std=0.1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import utils.runs.checkpointing
+from utils.cli import UsageError
 from utils.runs.checkpointing import (
     ADAPTER_FILE,
     OPTIMIZER_FILE,
@@ -110,6 +111,10 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert load_last_good(tmp_path).state["step"] == 2
 
 
-def test_names_that_differ_are_refused():
-    with pytest.raises(ValueError, match="differ in"):
+def test_names_and_shapes_that_differ_are_refused():
+    with pytest.raises(UsageError, match="b of shape None"):
         restore_adapter(parameters(), {"a": torch.zeros(3, 2)})
+    # One that would be copied all the same: it fits every row.
+    saved = {"a": torch.zeros(1, 2), "b": torch.zeros(5)}
+    with pytest.raises(UsageError, match=r"a of shape \[1, 2\], this run's model \[3, 2\]"):
+        restore_adapter(parameters(), saved)

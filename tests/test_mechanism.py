@@ -21,6 +21,7 @@ from utils.privacy.mechanism import (
     poisson_batch,
     shuffled_batch,
 )
+from utils.row_dropout import RowMasks
 from utils.secure_random import SecureRandom
 
 N, BATCH, STEPS = 400, 60, 600
@@ -159,6 +160,16 @@ def test_a_step_is_on_record_before_its_noise_is_used(private, tmp_path, monkeyp
     assert steps == [None, 1, 2, 3]
 
 
+def test_a_record_that_another_process_wrote_into_is_refused_at_the_end(private, tmp_path):
+    private.release(torch.zeros(5), 0)
+    assert private.report(1)["steps_taken"] == 1
+    other = Private(PLAN, private.gradients)
+    other.open(tmp_path)
+    other.release(torch.zeros(5), 1)
+    with pytest.raises(UsageError, match="changed while the run was going on"):
+        private.report(1)
+
+
 def test_nothing_is_released_without_a_ledger(gradients):
     with pytest.raises(RuntimeError, match="nothing may be released"):
         Private(PLAN, gradients).release(torch.zeros(5), 0)
@@ -176,16 +187,32 @@ def test_released_sums_have_the_plans_noise(private):
     assert abs(noise.mean().item()) < 0.02
 
 
-def test_draws_and_dropout_seeds_are_fresh_unless_the_seed_is_known(gradients, tmp_path):
+def test_draws_are_fresh_unless_the_seed_is_known(gradients, tmp_path):
     one, other = Private(PLAN, gradients), Private(PLAN, gradients)
-    seeds = {mechanism.dropout_seed(0, 0) for mechanism in (one, one, other)}
-    assert len(seeds) == 3
+    drawn = {tuple(mechanism.draw(0)) for mechanism in (one, one, other)}
+    assert len(drawn) == 3
     known = [Private(PLAN, gradients, known_seed=1) for _ in range(2)]
     assert known[0].draw(3).tolist() == known[1].draw(3).tolist()
-    assert known[0].dropout_seed(3, 0) == known[1].dropout_seed(3, 0)
-    assert known[0].dropout_seed(3, 0) != known[0].dropout_seed(3, 1)
     known[0].open(tmp_path)
     assert known[0].report(0)["guarantee"] is False
+
+
+def test_masks_are_told_the_step_and_the_rows_on_every_process(gradients):
+    masks = RowMasks(b"k")
+    for rank in range(2):
+        mechanism = Private(PLAN, gradients, masks, is_main=rank == 0)
+        mechanism.begin(5, rank)
+        mechanism.capture(np.array([3, 1]))
+        assert (masks.step, masks.rows.tolist()) == (5, [3, 1])
+
+
+def test_dropout_without_privacy_follows_from_seed_step_and_rank_alone():
+    def seed(step, rank, seed=0):
+        Plain({}, 40, 10, "tokens", seed).begin(step, rank)
+        return torch.initial_seed()
+
+    assert seed(3, 1) == seed(3, 1)
+    assert len({seed(3, 1), seed(4, 1), seed(3, 0), seed(3, 1, 7)}) == 4
 
 
 def test_a_changed_end_of_the_record_is_refused(private, gradients, tmp_path):

@@ -31,8 +31,11 @@ from tests.training import (
     save_dataset,
 )
 from utils.cli import UsageError, run_cli
+from utils.files import sha256_of
+from utils.models.lora import use_row_dropout
 from utils.privacy import mechanism, plan
 from utils.privacy.ledger import LEDGER_FILE, read_plan
+from utils.row_dropout import RowMasks
 from utils.runs.run_folder import RELEASABLE
 from utils.texts import tokens
 from utils.texts.canaries import canary, secrets
@@ -191,24 +194,20 @@ def test_a_fixed_noise_seed_repeats_a_run_and_forfeits_the_guarantee(run, capsys
     assert "no privacy guarantee" in (left / "privacy_report.md").read_text().lower()
 
 
-def test_dropout_is_secret_in_a_private_run_and_repeats_without_privacy(run, monkeypatch):
-    """Masks depend on the microbatch: known ones would let one example move all gradients."""
-    seeds, forward = [], train.LanguageModel.example_losses
+def test_dropout_repeats_without_privacy_and_with_a_known_seed_and_is_fresh_otherwise(run):
+    dropout = "--lora_dropout=0.5"
+    assert largest_difference(run(FIXED, dropout, output="a"), run(FIXED, dropout, output="b")) == 0
+    left, right = (run(dropout, dp=False, output=name) for name in "cd")
+    assert largest_difference(left, right) == 0
 
-    def recording(self, batch):
-        if self.model.training:
-            seeds.append(torch.initial_seed())
-        return forward(self, batch)
+    # The fixed seed decides the noise, but here not the masks.
+    def fresh_masks(model, _settings):
+        use_row_dropout(model, masks := RowMasks())
+        return masks
 
-    def dropout_seeds(*more, dp=True, output):
-        seeds.clear()
-        run(*more, dp=dp, output=output)
-        return list(seeds)
-
-    monkeypatch.setattr(train.LanguageModel, "example_losses", recording)
-    assert not set(dropout_seeds(output="a")) & set(dropout_seeds(output="b"))
-    assert dropout_seeds(FIXED, output="c") == dropout_seeds(FIXED, output="d")
-    assert dropout_seeds(dp=False, output="e") == dropout_seeds(dp=False, output="f")
+    with mock.patch.object(train, "row_masks", fresh_masks):
+        other = run(FIXED, dropout, output="e")
+    assert largest_difference(run(FIXED, dropout, output="f"), other) > 1e-4
 
 
 # ---------------------------------------------------------------- what must not matter
@@ -509,7 +508,7 @@ def test_another_base_model_is_refused(stopped, tmp_path):
             "edited",
         ),
         (lambda lines: lines[:2] + lines[3:], "edited"),
-        (lambda lines: [], "holds no privacy plan"),
+        (lambda lines: [], "truncated"),
     ],
 )
 def test_a_ledger_that_was_tampered_with_is_refused(stopped, tmp_path, edit, message):
@@ -518,6 +517,49 @@ def test_a_ledger_that_was_tampered_with_is_refused(stopped, tmp_path, edit, mes
     path.write_text("".join(edit(lines)))
     with pytest.raises(UsageError, match=message):
         stopped("--resume=auto")
+
+
+def test_a_kill_in_the_first_line_of_the_ledger_loses_nothing(run):
+    ledger = run(crash_in_step=1) / LEDGER_FILE
+    ledger.write_bytes(ledger.read_bytes()[:40])
+    values = report(run("--resume=auto"))
+    assert (values["steps_taken"], values["steps_lost"]) == (8, 0)
+
+
+def test_a_checkpoint_of_a_step_that_the_run_has_not_is_refused(stopped, tmp_path):
+    (newest,) = (tmp_path / "outputs" / "job").glob("checkpoints/step-*")
+    state = json.loads((newest / "state.json").read_text()) | {"step": 9}
+    (newest / "state.json").write_text(json.dumps(state))
+    sums = json.loads((newest / "sha256.json").read_text())
+    sums["state.json"] = sha256_of(newest / "state.json")
+    (newest / "sha256.json").write_text(json.dumps(sums))
+    with pytest.raises(UsageError, match="is of step 9, but the run has 8"):
+        stopped("--resume=auto")
+
+
+def test_a_second_run_on_the_same_folder_is_refused_until_the_first_ends(
+    run, tiny_model_dir, letters, tmp_path
+):
+    more = flags(tiny_model_dir, letters, tmp_path / "outputs", "--num_epochs=500")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *more], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    folder = tmp_path / "outputs" / "job"
+    wait_for(lambda: (folder / ".lock").exists(), process)
+    for resume in ([], ["--resume=auto"]):
+        with pytest.raises(UsageError, match=r"outputs/job is in use.*another --job_sess"):
+            run("--num_epochs=500", *resume)
+    wait_for(lambda: (folder / LEDGER_FILE).exists() and len(ledger_steps(folder)) >= 4, process)
+    process.kill()
+    process.communicate()
+    assert (folder / ".lock").exists()  # but nobody holds it
+    ledger = (folder / LEDGER_FILE).read_text()
+    with pytest.raises(UsageError, match="num_epochs 500"):
+        run("--resume=auto")
+    assert (folder / LEDGER_FILE).read_text() == ledger
+    assert not (folder / ".lock").exists()
 
 
 def test_a_run_is_not_overwritten_and_a_finished_one_says_so(run, capsys):

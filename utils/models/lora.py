@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.cli import UsageError, in_one_line
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_base_model, model_fingerprint
+from utils.row_dropout import RowDropout, RowMasks
 
 # The attention projections under the names that architectures give them. A model's default targets
 # are the first group of which it has every name.
@@ -107,6 +108,15 @@ def attach_lora(
         # Non-reentrant (the default): it recomputes under autograd, so hooks run again.
         model.activation_checkpointing_enable()
     return peft_model
+
+
+def use_row_dropout(model: PeftModel, masks: RowMasks) -> None:
+    """Replace the dropout of every adapted layer by one whose masks follow the row."""
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for number, layer in enumerate(adapted):
+        for name, dropout in layer.lora_dropout.items():
+            if isinstance(dropout, nn.Dropout):  # where there is none, PEFT has an identity
+                layer.lora_dropout[name] = RowDropout(dropout.p, masks, number)
 
 
 def load_adapted(

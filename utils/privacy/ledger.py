@@ -106,6 +106,14 @@ class Ledger:
         """Number of lines and last chain value, for checkpoints and reports to keep."""
         return {"lines": len(self._records), "chain": self._records[-1]["chain"]}
 
+    def require_unchanged(self) -> None:
+        """Raise a UsageError unless the file holds what this process recorded, and nothing more."""
+        if read_ledger(self.path) != self._records:
+            raise UsageError(
+                f"{self.path} was changed while the run was going on, so what it spent is no "
+                "longer known"
+            )
+
     def require_head(self, head: dict) -> None:
         """Raise a UsageError unless this ledger continues the one that had `head`."""
         require_head(self.path, self._records, head)

@@ -18,6 +18,7 @@ from utils.dp_utils import PerExampleGradients, add_noise
 from utils.privacy.guarantee import build_report
 from utils.privacy.ledger import LEDGER_FILE, Ledger
 from utils.privacy.plan import PrivacyPlan
+from utils.row_dropout import RowMasks
 from utils.secure_random import SecureRandom
 
 
@@ -73,8 +74,8 @@ class Mechanism(ABC):
         """Who takes part in step `step` (from 0): int64 indices. On the main process alone."""
 
     @abstractmethod
-    def dropout_seed(self, step: int, rank: int) -> int:
-        """The seed of a process's dropout masks in a step."""
+    def begin(self, step: int, rank: int) -> None:
+        """Settle what else is random in step `step` of this process: its dropout masks."""
 
     @abstractmethod
     def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
@@ -146,6 +147,7 @@ class Private(Mechanism):
     Args:
         plan: the source of every constant.
         gradients: of the model that is trained.
+        masks: of the model's dropout, see `row_dropout`; of no use where there is none.
         is_main: whether this is the process that draws, records and adds noise.
         known_seed: for tests: all randomness follows from it, and there is no guarantee.
     """
@@ -154,6 +156,7 @@ class Private(Mechanism):
         self,
         plan: PrivacyPlan,
         gradients: PerExampleGradients,
+        masks: RowMasks | None = None,
         *,
         is_main: bool = True,
         known_seed: int | None = None,
@@ -163,9 +166,10 @@ class Private(Mechanism):
         self.num_examples = plan.num_examples
         self.divisor = plan.expected_batch_size
         self.loss_normalization = plan.loss_normalization
+        self._masks = masks or RowMasks()
         self._is_main = is_main
         self._known_seed = known_seed
-        self._streams = {name: SecureRandom() for name in ("sampling", "dropout", "noise")}
+        self._streams = {name: SecureRandom() for name in ("sampling", "noise")}
         self._ledger: Ledger | None = None
 
     @property
@@ -183,13 +187,11 @@ class Private(Mechanism):
         random = self._random("sampling", step)
         return poisson_batch(plan.num_examples, plan.expected_batch_size, random)
 
-    def dropout_seed(self, step: int, rank: int) -> int:
-        # Which mask an example gets depends on who else is in its microbatch, so masks that
-        # anybody can work out would let one example move the clipped sum by many times C.
-        # Secret ones are independent of the data: given them, it moves by at most C.
-        return int(self._random("dropout", step).uint64(1)[0] >> 1) ^ rank
+    def begin(self, step: int, rank: int) -> None:
+        self._masks.step = step
 
     def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+        self._masks.rows = examples
         return self.gradients.capture(len(examples))
 
     def add(self, total: torch.Tensor) -> torch.Tensor:
@@ -207,6 +209,7 @@ class Private(Mechanism):
         return clipping_summary(norms, self.plan.clip_norm)
 
     def report(self, steps_taken: int) -> dict:
+        self.ledger.require_unchanged()
         return build_report(
             self.plan,
             steps_taken=steps_taken,
@@ -272,10 +275,10 @@ class Plain(Mechanism):
     def draw(self, step: int) -> np.ndarray:
         return shuffled_batch(self.num_examples, self.divisor, self._seed, step)
 
-    def dropout_seed(self, step: int, rank: int) -> int:
+    def begin(self, step: int, rank: int) -> None:
         # From (seed, step, rank) alone, so that a resumed run repeats it.
         state = np.random.SeedSequence((self._seed, step, rank)).generate_state(1, np.uint64)
-        return int(state[0] >> np.uint64(1))
+        torch.manual_seed(int(state[0] >> np.uint64(1)))
 
     def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
         return nullcontext()

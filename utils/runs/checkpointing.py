@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.cli import say
+from utils.cli import UsageError, say
 from utils.files import sha256_of, write_json
 from utils.folders import whole_folder
 
@@ -79,9 +79,21 @@ def load_last_good(folder: str | os.PathLike) -> Checkpoint | None:
 
 
 def restore_adapter(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
-    """Copy saved values into the trainable tensors; the names must agree exactly."""
-    if saved.keys() != parameters.keys():
-        raise ValueError(f"checkpoint and model differ in {saved.keys() ^ parameters.keys()}")
+    """Copy saved values into the trainable tensors.
+
+    Raises:
+        UsageError: the names or shapes differ; the message names a tensor.
+    """
+    shapes, saved_shapes = (
+        {name: list(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (parameters, saved)
+    )
+    for name in sorted(shapes.keys() | saved_shapes.keys()):
+        if shapes.get(name) != saved_shapes.get(name):
+            raise UsageError(
+                f"the checkpoint has {name} of shape {saved_shapes.get(name)}, this run's model "
+                f"{shapes.get(name)}; restore the run's own checkpoint, or use another --job_sess"
+            )
     with torch.no_grad():
         for name, tensor in parameters.items():
             tensor.copy_(saved[name])

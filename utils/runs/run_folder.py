@@ -9,12 +9,15 @@ private/              computed from private data without noise: never leaves
 """
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.cli import UsageError
 from utils.files import write_atomic, write_json
-from utils.folders import names_in, require_same_settings
+from utils.folders import locked, names_in, require_same_settings
 from utils.privacy.guarantee import claim
 from utils.versions import versions_of
 
@@ -44,6 +47,26 @@ FREE_ON_RESUME = {
 def holds_run(folder: Path) -> bool:
     """Whether a run was begun in this folder."""
     return (folder / CONFIG_FILE).exists()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder in the block, on the first process of a job.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    made = [path for path in (folder, folder.parent) if not path.exists()]
+    try:
+        with locked(folder, "use another --job_sess"):
+            yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # it holds something now
+                path.rmdir()
 
 
 def require_usable(folder: Path, settings: dict, resume: str) -> None:

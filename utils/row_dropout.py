@@ -1,0 +1,90 @@
+"""Dropout whose masks follow the row, and not its place in a microbatch.
+
+torch deals masks by place in the microbatch, so that an example's mask, and with it its gradient,
+depends on who else was drawn. Here an entry of a mask is a function of key, step, layer, row,
+position and feature. Given the key, an example's gradient is then a function of the example, the
+parameters and the step, and one example moves a clipped sum by at most the clip norm.
+"""
+
+import hashlib
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+# The increment and the multipliers of SplitMix64 (Steele, Lea and Flood, 2014), as signed numbers.
+_GAMMA, _FIRST, _SECOND = (
+    value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+class RowMasks:
+    """What decides the masks of a run: set by whoever makes a pass, read by its dropout layers.
+
+    Attributes:
+        key: secret bytes, the same on every process of a job; never written.
+        step: the logical step.
+        rows: int64 [examples], the rows of the microbatch, by their place in the data set.
+    """
+
+    def __init__(self, key: bytes | None = None):
+        self.key = key or os.urandom(32)
+        self.step = 0
+        self.rows = np.zeros(0, dtype=np.int64)
+
+    def seeds(self, layer: int) -> np.ndarray:
+        """int64 [examples], a keyed hash of step, layer and row."""
+        place = self.step.to_bytes(8, "little") + layer.to_bytes(8, "little")
+        hashes = [
+            hashlib.blake2b(place + int(row).to_bytes(8, "little"), key=self.key, digest_size=8)
+            for row in self.rows
+        ]
+        return np.frombuffer(b"".join(each.digest() for each in hashes), dtype=np.int64)
+
+
+class RowDropout(nn.Module):
+    """Inverted dropout of [examples, tokens, features] by `RowMasks`.
+
+    Args:
+        p: probability of a zero.
+        layer: a number of its own.
+    """
+
+    def __init__(self, p: float, masks: RowMasks, layer: int):
+        super().__init__()
+        self.p = p
+        self._masks = masks
+        self._layer = layer
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return inputs
+        examples, tokens, features = inputs.shape
+        if examples != len(self._masks.rows):
+            raise RuntimeError(f"{examples} examples pass, masks are of {len(self._masks.rows)}")
+        seeds = torch.tensor(self._masks.seeds(self._layer), device=inputs.device)
+        return inputs * (kept(seeds, tokens, features, self.p) / (1 - self.p)).to(inputs.dtype)
+
+
+def kept(seeds: torch.Tensor, tokens: int, features: int, p: float) -> torch.Tensor:
+    """Which entries dropout keeps: bool [examples, tokens, features].
+
+    An entry is decided by its seed, position and feature, so a longer mask begins with a shorter
+    one, on any device and with any number of threads.
+
+    Args:
+        seeds: int64 [examples].
+        p: probability of False.
+    """
+    places = torch.arange(1, tokens * features + 1, device=seeds.device) * _GAMMA
+    bits = seeds[:, None] + places
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND
+    bits = _shifted(bits ^ _shifted(bits, 31), 11)  # 53 of them, uniform
+    return (bits >= round(p * 2**53)).view(len(seeds), tokens, features)
+
+
+def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """A logical shift to the right."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
