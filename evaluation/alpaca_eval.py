@@ -6,13 +6,12 @@ The file is a list of objects with `instruction`, `output` and `generator`, whic
 name. Answers that were cut at their length limit are in it as they are.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse
+from utils.command_line.parser import flag, read_flags
 from utils.files import read_jsonl, write_json
 from utils.texts.rows import raw_rows
 
@@ -38,23 +37,12 @@ class Answers:
 class Settings:
     """The flags of the conversion."""
 
-    answers: Path
-    output: Path
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the conversion."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--answers", required=True, type=Path, metavar="DIR", help=f"answers: {ANSWER_FORMATS}")
-    add(
-        "--output", required=True, type=Path, metavar="FILE", help="JSON file, which must not exist"
-    )
-    return parser
+    answers: Path = flag(f"answers: {ANSWER_FORMATS}", type=Path, required=True, metavar="DIR")
+    output: Path = flag("JSON file, which must not exist", type=Path, required=True, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     output = settings.output
     if output.exists():
         raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")

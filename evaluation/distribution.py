@@ -15,7 +15,6 @@ the selected texts show alone goes to OUTPUT itself and may be released. With --
 texts are public, and there is one result. Embeddings stay in memory.
 """
 
-import argparse
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from evaluation.measures.mauve import mauve
 from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
 from resample_with_dp_histogram import embed
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse, positive_int
+from utils.command_line.parser import flag, read_flags
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 if TYPE_CHECKING:
@@ -88,37 +87,23 @@ class Sample:
 class Settings:
     """The flags of this evaluation."""
 
-    real: str
-    split: str | None
-    synthetic: str
-    selected: str | None
-    model: str
-    num_rows: int
-    num_seeds: int
-    public: bool
-    output: Path
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this evaluation."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--real", required=True, metavar="PATH", help=f"real texts: {FORMATS}")
-    add("--split", help="the split to read where --real is a saved DatasetDict")
-    add("--synthetic", required=True, metavar="PATH", help="synthetic texts, in such a format")
-    add("--selected", metavar="PATH", help="those of them that resampling selected")
-    add("--model", default=embed.DEFAULT_MODEL, help="a sentence-transformers hub id or folder")
-    add("--num_rows", type=positive_int, default=1000, help="texts of each set that a seed "
-        "compares, drawn from twice as many; fewer where a set has fewer, or the real one fewer "
-        "than twice as many")  # fmt: skip
-    add("--num_seeds", type=positive_int, default=5, help="draws of texts and clusters, 2 or more")
-    add("--public", action="store_true", help="the real texts are public, so all figures are too")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for the figures")
-    return parser
+    real: str = flag(f"real texts: {FORMATS}", required=True, metavar="PATH")
+    split: str | None = flag("the split to read where --real is a saved DatasetDict")
+    synthetic: str = flag("synthetic texts, in such a format", required=True, metavar="PATH")
+    selected: str | None = flag("those of them that resampling selected", metavar="PATH")
+    model: str = flag("a sentence-transformers hub id or folder", embed.DEFAULT_MODEL)
+    num_rows: int = flag(
+        "texts of each set that a seed compares, drawn from twice as many; fewer where a set has "
+        "fewer, or the real one fewer than twice as many",
+        1000,
+    )
+    num_seeds: int = flag("draws of texts and clusters, 2 or more", 5)
+    public: bool = flag("the real texts are public, so all figures are too", False)
+    output: Path = flag("folder for the figures", type=Path, required=True, metavar="DIR")
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     if settings.num_seeds < 2:
         raise UsageError("--num_seeds 1: the spread over seeds needs 2 or more; 5 is the default")
     if settings.num_rows < LEAST_ROWS:

@@ -17,7 +17,6 @@ DIR/judge.json, is written once all are there. With --private both are under DIR
 A local judge needs no key: add --base_url http://localhost:8000/v1
 """
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -42,18 +41,17 @@ from evaluation.results import (
     table,
     write_result,
 )
-from query_gpt35_for_annotation.annotate import RunSettings, add_run_arguments, finish_job
+from query_gpt35_for_annotation.annotate import RunSettings, finish_job
 from query_gpt35_for_annotation.client import OK
 from query_gpt35_for_annotation.job import (
     Job,
-    add_request_arguments,
     instruction_id,
     job_for,
     pending_instructions,
     read_records,
 )
 from utils.cli import EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse
+from utils.command_line.parser import flag, read_flags
 
 TOOL = "judge"
 JUDGEMENTS_FOLDER = "judgements"
@@ -83,35 +81,39 @@ is better, tie if neither is."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings):
+class Contest:
+    """The flags that say what is judged, and where the result goes."""
+
+    ours: Path = flag(f"answers: {ANSWER_FORMATS}", type=Path, required=True, metavar="PATH")
+    theirs: Path = flag(
+        "answers to the same instructions to win or lose against, in either form",
+        type=Path,
+        required=True,
+        metavar="PATH",
+    )
+    output: Path = flag(
+        "folder of results; give the same one again to go on after a stop",
+        type=Path,
+        required=True,
+        metavar="DIR",
+    )
+    private: bool = flag(
+        "instructions or answers are private: everything goes to DIR/private. They are sent to "
+        "the server at --base_url all the same",
+        False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings, Contest):
     """The flags of the judge."""
-
-    ours: Path
-    theirs: Path
-    output: Path
-    private: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the judge."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--ours", required=True, type=Path, metavar="PATH", help=f"answers: {ANSWER_FORMATS}")
-    add("--theirs", required=True, type=Path, metavar="PATH", help="answers to the same "
-        "instructions to win or lose against, in either form")  # fmt: skip
-    add("--output", required=True, type=Path, metavar="DIR", help="folder of results; give the "
-        "same one again to go on after a stop")  # fmt: skip
-    add("--private", action="store_true", help="instructions or answers are private: everything "
-        "goes to DIR/private. They are sent to the server at --base_url all the same")  # fmt: skip
-    add_request_arguments(parser)
-    add_run_arguments(parser)
-    parser.set_defaults(model="gpt-4o-mini", temperature=0.0, top_p=1.0, max_tokens=16)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     # ------------------------------------------------------------------ what is asked for
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(
+        Settings, __doc__, argv, model="gpt-4o-mini", temperature=0.0, top_p=1.0, max_tokens=16
+    )
     require_new_result(settings.output, TOOL)
     folder = judgements_folder(settings.output, settings.private)
     ours, theirs = read_answers(settings.ours), read_answers(settings.theirs)
@@ -281,17 +283,17 @@ def notes_on_verdicts(verdicts: np.ndarray, records: list[list[dict]]) -> list[s
 def notes_on_sets(ours: Answers, theirs: Answers) -> list[str]:
     """What was not matched, what is empty and what was cut."""
     notes = []
-    for flag, answers, other in (("--ours", ours, theirs), ("--theirs", theirs, ours)):
+    for name, answers, other in (("--ours", ours, theirs), ("--theirs", theirs, ours)):
         alone = [text for text in answers.texts if text not in other.texts]
         if alone:
             notes.append(
-                f"Instructions answered in {flag} only, and left out: {len(alone):,}, such as "
+                f"Instructions answered in {name} only, and left out: {len(alone):,}, such as "
                 f"{_named(alone, NAMED)}."
             )
         empty = sum(not text.strip() for text in answers.texts.values())
         for number, what in ((empty, "empty"), (answers.num_cut, "cut at the length limit")):
             if number:
-                notes.append(f"Answers of {flag} that are {what}, judged as they are: {number:,}.")
+                notes.append(f"Answers of {name} that are {what}, judged as they are: {number:,}.")
     return notes
 
 

@@ -14,7 +14,6 @@ the synthetic texts, and canaries where the run has a guarantee, go to OUTPUT. W
 counted and never written.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ from evaluation.perplexity import example_losses
 from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
 from resample_with_dp_histogram.embed import DEFAULT_MODEL, embed_in_memory, load_model
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, parse, positive_int
+from utils.command_line.parser import flag, natural_int, read_flags
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
@@ -55,6 +54,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 TOOL = "memorisation"
+# Headings of --help.
+NEAREST, CANARIES = "nearest neighbours", "canaries"
 NGRAMS = (5, 8, 13)
 PER_TEXTS, MORE = " per 1,000 texts", ": more than by chance"
 # Nearest rows of which a training row and a held-out one are sought: one in 2^15 texts lacks one.
@@ -73,51 +74,34 @@ CANARY_CONTROL = "for canaries: as many others that were not inserted"
 class Settings:
     """The flags of this evaluation."""
 
-    synthetic: str
-    private: str
-    held_out: str
-    selected: str | None
-    split: str
-    held_out_split: str
-    output: Path
-    seed: int
-    embedding_model: str
-    no_embeddings: bool
-    max_embedded: int
-    run: Path | None
-    model_name: str | None
-    num_candidates: int
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this evaluation."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--synthetic", required=True, metavar="PATH", help=f"synthetic texts: {FORMATS}")
-    add("--private", required=True, metavar="PATH", help="the rows that were trained on")
-    add("--held_out", required=True, metavar="PATH", help="rows of the same source that were not")
-    add("--selected", metavar="PATH", help="texts selected from the synthetic ones")
-    add("--split", default="train", help="the split to read of a saved DatasetDict")
-    add("--held_out_split", default="test", help="the split of --held_out")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for the figures")
-    add("--seed", type=natural_int, default=0, help="of what is drawn: parts, and texts to embed")
-    group = parser.add_argument_group("nearest neighbours")
-    add = group.add_argument
-    add("--embedding_model", default=DEFAULT_MODEL, help="a sentence-transformers hub id or folder")
-    add("--no_embeddings", action="store_true", help="leave nearest neighbours out")
-    add("--max_embedded", type=positive_int, default=10_000, help="texts of each set that are "
-        "embedded, drawn at random")  # fmt: skip
-    group = parser.add_argument_group("canaries")
-    add = group.add_argument
-    add("--run", type=Path, metavar="RUN", help="a run that was trained with --num_canaries")
-    add("--model_name", help="its base model; the one that the run names if left out")
-    add("--num_candidates", type=positive_int, default=1000, help="secrets that were not inserted, "
-        "among which canaries are ranked")  # fmt: skip
-    return parser
+    synthetic: str = flag(f"synthetic texts: {FORMATS}", required=True, metavar="PATH")
+    private: str = flag("the rows that were trained on", required=True, metavar="PATH")
+    held_out: str = flag("rows of the same source that were not", required=True, metavar="PATH")
+    selected: str | None = flag("texts selected from the synthetic ones", metavar="PATH")
+    split: str = flag("the split to read of a saved DatasetDict", "train")
+    held_out_split: str = flag("the split of --held_out", "test")
+    output: Path = flag("folder for the figures", type=Path, required=True, metavar="DIR")
+    seed: int = flag("of what is drawn: parts, and texts to embed", 0, type=natural_int)
+    embedding_model: str = flag(
+        "a sentence-transformers hub id or folder", DEFAULT_MODEL, group=NEAREST
+    )
+    no_embeddings: bool = flag("leave nearest neighbours out", False, group=NEAREST)
+    max_embedded: int = flag(
+        "texts of each set that are embedded, drawn at random", 10_000, group=NEAREST
+    )
+    run: Path | None = flag(
+        "a run that was trained with --num_canaries", type=Path, metavar="RUN", group=CANARIES
+    )
+    model_name: str | None = flag(
+        "its base model; the one that the run names if left out", group=CANARIES
+    )
+    num_candidates: int = flag(
+        "secrets that were not inserted, among which canaries are ranked", 1000, group=CANARIES
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     require_new_result(settings.output, TOOL)
     if settings.model_name and not settings.run:
         raise UsageError("--model_name needs --run, whose canaries it is for")

@@ -11,7 +11,6 @@ everything else too, and is OUTPUT/private/report-internal.html and .md. Exit co
 guarantee; the page says so.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,9 @@ from evaluation.page.printing import counted, markdown, one_line, plain, portabl
 from evaluation.page.sections import Page
 from evaluation.results import PRIVATE_FOLDER, shown
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, parse, positive_float
+from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import write_atomic
 from utils.runs.run_folder import PRIVATE_README
-from utils.texts.text_inputs import FORMATS
 
 TEMPLATES = Path(__file__).parent / "page" / "templates"
 ESCAPED: dict[str, Callable[[str], str]] = {".html": escape, ".md": markdown}
@@ -39,47 +37,13 @@ MARK = "evaluation.report"
 class Settings(Sources):
     """The flags of the report."""
 
-    output: Path
-    overwrite: bool
-    num_shown: int
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the report."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("run", type=Path, nargs="+", help="training runs that read the private rows")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the page")
-    add("--overwrite", action="store_true", help="replace a page that this tool wrote there")
-    add("--internal", action="store_true", help="with everything computed from private data, for "
-        "whoever may see that")  # fmt: skip
-    folders = {
-        "--histogram": ("LEDGER", "ledgers of histograms of the same private rows"),
-        "--samples": ("DIR", "what inference.py sampled from adapters of the runs"),
-        "--evaluations": ("DIR", "the --output of evaluation.distribution, .perplexity and others"),
-        "--synthetic_runs": (
-            "RUN",
-            "runs without DP on synthetic data alone: post-processing, which costs nothing. That "
-            "it was synthetic is your claim, and the page says so",
-        ),
-    }
-    for flag, (metavar, what) in folders.items():
-        add(flag, type=Path, nargs="+", default=[], metavar=metavar, help=what)
-    add("--extraction", type=Path, metavar="DIR", help="the --output of extract, for its counts")
-    add("--selection", type=Path, metavar="DIR", help="the --output of resample")
-    add("--annotations", type=Path, metavar="DIR", help="the --output of annotate")
-    add("--public_prompts", action="store_true", help="the prompts of --samples are not private "
-        "rows, and may be shown with their answers")  # fmt: skip
-    add("--real", type=Path, metavar="PATH", help="real texts to show next to the synthetic ones, "
-        f"with --internal alone: {FORMATS}")  # fmt: skip
-    add("--split", help="the split to read where --real is a saved DatasetDict")
-    add("--delta", type=positive_float, help="the runs' if left out; needed where they differ")
-    add("--num_shown", type=natural_int, default=6, help="texts of each kind to show")
-    return parser
+    output: Path = flag("folder for the page", type=Path, required=True, metavar="DIR")
+    overwrite: bool = flag("replace a page that this tool wrote there", False)
+    num_shown: int = flag("texts of each kind to show", 6, type=natural_int)
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     internal, output = settings.internal, settings.output
     if settings.real and not internal:
         raise UsageError(

@@ -5,14 +5,13 @@
 Losses come from the run's private/ folder, which no guarantee covers: they are for its owner.
 """
 
-import argparse
 import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli
-from utils.command_line.parser import make_parser, natural_int, parse
+from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import read_jsonl
 from utils.sampling.shards import read_samples
 
@@ -21,22 +20,13 @@ from utils.sampling.shards import read_samples
 class Settings:
     """The flags of the summary."""
 
-    run: Path
-    samples: Path | None
-    num_shown: int
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the summary."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="folder of a training run")
-    parser.add_argument("--samples", type=Path, help="folder of what was sampled from it")
-    parser.add_argument("--num_shown", type=natural_int, default=10, help="samples to show")
-    return parser
+    run: Path = flag("folder of a training run", type=Path, required=True)
+    samples: Path | None = flag("folder of what was sampled from it", type=Path)
+    num_shown: int = flag("samples to show", 10, type=natural_int)
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     print(f"== {settings.run}")
     print(guarantee_line(settings.run))
     for name, first, last in loss_changes(settings.run):

@@ -15,7 +15,6 @@ A local annotator needs no key:
         --model MODEL --instructions inference_outputs/mine --output annotations/mine_local
 """
 
-import argparse
 import asyncio
 import math
 import signal
@@ -32,7 +31,6 @@ from query_gpt35_for_annotation.job import (
     Job,
     JobSettings,
     RequestSettings,
-    add_job_arguments,
     answers_file,
     check_folder,
     claim_folder,
@@ -43,16 +41,9 @@ from query_gpt35_for_annotation.job import (
     read_records,
 )
 from query_gpt35_for_annotation.rate_limits import RateBudget
-from query_gpt35_for_annotation.spending import (
-    Price,
-    PriceSettings,
-    Spending,
-    add_price_arguments,
-    estimate,
-    price_of,
-)
+from query_gpt35_for_annotation.spending import Price, PriceSettings, Spending, estimate, price_of
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, parse, positive_int
+from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import JsonlAppender
 from utils.folders import locked
 
@@ -66,85 +57,51 @@ INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings(RequestSettings, PriceSettings):
+class RunSettings(PriceSettings, RequestSettings):
     """The flags that `finish_job` reads: those of a request, of its price and of a run."""
 
-    dry_run: bool
-    max_cost: float | None
-    concurrency: int
-    requests_per_minute: float | None
-    tokens_per_minute: float | None
-    timeout: float
-    max_retries: int
-    patience: float
+    dry_run: bool = flag("estimate tokens and money and send nothing", False)
+    max_cost: float | None = flag(
+        "US dollars that the whole folder may cost, earlier runs included; the worst case of "
+        "requests in flight counts",
+        type=number_within(0, math.inf),
+        metavar="USD",
+    )
+    concurrency: int = flag("requests in flight at once, at most", 32, metavar="N")
+    requests_per_minute: float | None = flag(
+        "your account's request limit; the server's x-ratelimit headers may lower it",
+        type=number_within(1, math.inf),
+        metavar="N",
+    )
+    tokens_per_minute: float | None = flag(
+        "your account's limit of prompt and answer tokens; likewise",
+        type=number_within(1, math.inf),
+        metavar="N",
+    )
+    timeout: float = flag(
+        "time for one whole answer; one that comes later is paid for and lost",
+        300,
+        type=number_within(0.1, 3600),
+        metavar="SECONDS",
+    )
+    max_retries: int = flag(
+        "retries an instruction after timeouts, 5xx and dropped connections, with pauses from 0.5 "
+        "to 60 s: 10 last about 5 minutes",
+        10,
+        type=natural_int,
+        metavar="N",
+    )
+    patience: float = flag(
+        "stop when no answer came for so long, or the server asks to wait for longer",
+        1800,
+        type=number_within(1, math.inf),
+        metavar="SECONDS",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(JobSettings, RunSettings):
+class Settings(RunSettings, JobSettings):
     """The flags of `annotate`."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `annotate`."""
-    parser = make_parser(__doc__)
-    add_job_arguments(parser)
-    add_run_arguments(parser)
-    return parser
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `RunSettings` that are not a request's."""
-    add_price_arguments(parser)
-    add = parser.add_argument
-    add("--dry_run", action="store_true", help="estimate tokens and money and send nothing")
-    add(
-        "--max_cost",
-        type=number_within(0, math.inf),
-        metavar="USD",
-        help="US dollars that the whole folder may cost, earlier runs included; the worst case of "
-        "requests in flight counts",
-    )
-    add(
-        "--concurrency",
-        type=positive_int,
-        default=32,
-        metavar="N",
-        help="requests in flight at once, at most",
-    )
-    add(
-        "--requests_per_minute",
-        type=number_within(1, math.inf),
-        metavar="N",
-        help="your account's request limit; the server's x-ratelimit headers may lower it",
-    )
-    add(
-        "--tokens_per_minute",
-        type=number_within(1, math.inf),
-        metavar="N",
-        help="your account's limit of prompt and answer tokens; likewise",
-    )
-    add(
-        "--timeout",
-        type=number_within(0.1, 3600),
-        default=300,
-        metavar="SECONDS",
-        help="time for one whole answer; one that comes later is paid for and lost",
-    )
-    add(
-        "--max_retries",
-        type=natural_int,
-        default=10,
-        metavar="N",
-        help="retries an instruction after timeouts, 5xx and dropped connections, with pauses "
-        "from 0.5 to 60 s: 10 last about 5 minutes",
-    )
-    add(
-        "--patience",
-        type=number_within(1, math.inf),
-        default=1800,
-        metavar="SECONDS",
-        help="stop when no answer came for so long, or the server asks to wait for longer",
-    )
 
 
 class Recorder:
@@ -289,7 +246,7 @@ async def annotate(run: Run, client: Client, bar: tqdm) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Annotate from the command line."""
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     return finish_job(read_job(settings), settings)
 
 

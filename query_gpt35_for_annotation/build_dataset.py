@@ -14,53 +14,48 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from query_gpt35_for_annotation.client import OK
 from query_gpt35_for_annotation.job import answers_file, read_records
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse, positive_float
+from utils.command_line.parser import flag, positive_float, read_flags
 from utils.folders import save_dataset
 from utils.texts.data_sets import is_labelled
+
+
+def _split_size(text: str) -> float:
+    size = positive_float(text)
+    if size >= 1 and size != int(size):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a share below 1")
+    return size
+
+
+def _size_of(split: str) -> Any:
+    return flag(
+        f"pairs in the {split} split: a number, or a share below 1, rounded up",
+        0.05,
+        type=_split_size,
+        metavar="N",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The flags of `build_dataset`."""
 
-    answers: str
-    output: str
-    val_size: float
-    test_size: float
-    seed: int
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `build_dataset`."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--answers",
-        required=True,
-        metavar="DIR",
-        help="the folder that annotate or read_batch wrote",
+    answers: str = flag(
+        "the folder that annotate or read_batch wrote", required=True, metavar="DIR"
     )
-    add(
-        "--output",
+    output: str = flag(
+        "folder to write, which must not exist; training takes pairs from a data set whose name "
+        "starts with 'labelled'",
         required=True,
         metavar="data/labelled_NAME",
-        help="folder to write, which must not exist; training takes pairs from a data set whose "
-        "name starts with 'labelled'",
     )
-    for split in ("val", "test"):
-        add(
-            f"--{split}_size",
-            type=_split_size,
-            default=0.05,
-            metavar="N",
-            help=f"pairs in the {split} split: a number, or a share below 1, rounded up",
-        )
-    add("--seed", type=int, default=0, help="another one gives another split")
-    return parser
+    val_size: float = _size_of("val")
+    test_size: float = _size_of("test")
+    seed: int = flag("another one gives another split", 0, type=int)
 
 
 def split_pairs(records: list[dict], val_size: int, test_size: int, seed: int) -> dict:
@@ -84,7 +79,7 @@ def split_pairs(records: list[dict], val_size: int, test_size: int, seed: int) -
 
 def main(argv: list[str] | None = None) -> None:
     """Build the data set from the command line."""
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     folder, output = Path(settings.answers), Path(settings.output)
     if not is_labelled(settings.output):
         raise UsageError(
@@ -114,13 +109,6 @@ def main(argv: list[str] | None = None) -> None:
     save_dataset(output, splits, ["instruction", "answer"], preparation)
     rows = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
     say(f"wrote {output}: {rows}")
-
-
-def _split_size(text: str) -> float:
-    size = positive_float(text)
-    if size >= 1 and size != int(size):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor a share below 1")
-    return size
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from utils.cli import UsageError, say
-from utils.command_line.parser import positive_int
+from utils.command_line.parser import flag, positive_int
 from utils.files import read_jsonl, write_json
 from utils.folders import require_same_settings
 from utils.texts.text_inputs import FORMATS, read_instructions
@@ -28,27 +28,73 @@ UNANSWERED = "unanswered"
 REMEDY = "name another --output"
 
 
+def number_within(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, found {text}")
+        return value
+
+    return number
+
+
+def _drop_list(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in DROPPABLE:
+            raise argparse.ArgumentTypeError(f"knows {', '.join(DROPPABLE)} and not {name!r}")
+    return list(dict.fromkeys(names))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RequestSettings:
     """The flags of a request, and `--limit`."""
 
-    model: str
-    base_url: str
-    temperature: float
-    top_p: float
-    max_tokens: int
-    max_tokens_parameter: str
-    drop_parameters: list[str]
-    limit: int | None
+    model: str = flag("model name as the server knows it", "gpt-3.5-turbo")
+    base_url: str = flag("OpenAI-compatible server, with its /v1", VENDOR_URL)
+    temperature: float = flag("of sampling, 0 to 2", 0.7, type=number_within(0, 2))
+    top_p: float = flag("nucleus probability, 0 to 1", 0.95, type=number_within(0, 1))
+    max_tokens: int = flag("longest answer in tokens", 1024)
+    max_tokens_parameter: str = flag(
+        "the name under which --max_tokens is sent; newer models refuse the first",
+        MAX_TOKENS_NAMES[0],
+        choices=MAX_TOKENS_NAMES,
+    )
+    drop_parameters: list[str] = flag(
+        f"parameters not to send, for a model that refuses them: {', '.join(DROPPABLE)}",
+        [],
+        type=_drop_list,
+        metavar="NAME,...",
+    )
+    limit: int | None = flag(
+        "send only the first N requests; raise it later and the rest follows",
+        type=positive_int,
+        metavar="N",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobSettings(RequestSettings):
-    """The flags of a job: what is asked, and where the answers go."""
+class FolderSettings:
+    """The flags of what is asked, and where the answers go."""
 
-    instructions: str
-    split: str | None
-    output: str
+    instructions: str = flag(
+        f"what to annotate: {FORMATS}. Exact duplicates are asked once",
+        required=True,
+        metavar="PATH",
+    )
+    split: str | None = flag("the split to read where --instructions is a saved DatasetDict")
+    output: str = flag(
+        "folder for the answers; give the same one again to go on after a stop",
+        required=True,
+        metavar="DIR",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings(RequestSettings, FolderSettings):
+    """The flags of a job."""
 
 
 @dataclass(frozen=True)
@@ -81,54 +127,6 @@ class Job:
     def manifest(self) -> dict:
         """Who is asked, and how: the folder's manifest.json."""
         return {"model": self.model, "base_url": self.base_url, "decoding": self.decoding}
-
-
-def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `JobSettings`."""
-    add = parser.add_argument
-    add(
-        "--instructions",
-        required=True,
-        metavar="PATH",
-        help=f"what to annotate: {FORMATS}. Exact duplicates are asked once",
-    )
-    add("--split", help="the split to read where --instructions is a saved DatasetDict")
-    add(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="folder for the answers; give the same one again to go on after a stop",
-    )
-    add_request_arguments(parser)
-
-
-def add_request_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `RequestSettings`."""
-    add = parser.add_argument
-    add("--model", default="gpt-3.5-turbo", help="model name as the server knows it")
-    add("--base_url", default=VENDOR_URL, help="OpenAI-compatible server, with its /v1")
-    add("--temperature", type=number_within(0, 2), default=0.7, help="of sampling, 0 to 2")
-    add("--top_p", type=number_within(0, 1), default=0.95, help="nucleus probability, 0 to 1")
-    add("--max_tokens", type=positive_int, default=1024, help="longest answer in tokens")
-    add(
-        "--max_tokens_parameter",
-        choices=MAX_TOKENS_NAMES,
-        default=MAX_TOKENS_NAMES[0],
-        help="the name under which --max_tokens is sent; newer models refuse the first",
-    )
-    add(
-        "--drop_parameters",
-        type=_drop_list,
-        default=[],
-        metavar="NAME,...",
-        help=f"parameters not to send, for a model that refuses them: {', '.join(DROPPABLE)}",
-    )
-    add(
-        "--limit",
-        type=positive_int,
-        metavar="N",
-        help="send only the first N requests; raise it later and the rest follows",
-    )
 
 
 def read_job(settings: JobSettings) -> Job:
@@ -267,23 +265,3 @@ def waiting_batches(folder: Path) -> list[Path]:
 def instruction_id(text: str) -> str:
     """The key of an instruction: its SHA-256, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def number_within(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from `low` to `high`."""
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, found {text}")
-        return value
-
-    return number
-
-
-def _drop_list(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in DROPPABLE:
-            raise argparse.ArgumentTypeError(f"knows {', '.join(DROPPABLE)} and not {name!r}")
-    return list(dict.fromkeys(names))

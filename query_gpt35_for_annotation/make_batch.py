@@ -9,7 +9,6 @@ writes DIR/batch/requests-00001.jsonl and so on, within the vendor's limits (50,
 and then merge the results with `python -m query_gpt35_for_annotation.read_batch`.
 """
 
-import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,20 +17,14 @@ from query_gpt35_for_annotation.job import (
     REMEDY,
     Job,
     JobSettings,
-    add_job_arguments,
     claim_folder,
     instruction_id,
     pending_instructions,
     read_job,
 )
-from query_gpt35_for_annotation.spending import (
-    PriceSettings,
-    add_price_arguments,
-    estimate,
-    price_of,
-)
+from query_gpt35_for_annotation.spending import PriceSettings, estimate, price_of
 from utils.cli import run_cli, say
-from utils.command_line.parser import make_parser, parse, positive_int
+from utils.command_line.parser import flag, read_flags
 from utils.files import write_atomic
 from utils.folders import locked
 
@@ -40,22 +33,12 @@ BYTES_PER_FILE = 200_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(JobSettings, PriceSettings):
+class Settings(PriceSettings, JobSettings):
     """The flags of `make_batch`."""
 
-    requests_per_file: int
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `make_batch`."""
-    parser = make_parser(__doc__)
-    add_job_arguments(parser)
-    add_price_arguments(parser)
-    parser.add_argument(
-        "--requests_per_file", type=positive_int, default=REQUESTS_PER_FILE, metavar="N",
-        help="requests a file; the vendor takes at most the default",
-    )  # fmt: skip
-    return parser
+    requests_per_file: int = flag(
+        "requests a file; the vendor takes at most the default", REQUESTS_PER_FILE, metavar="N"
+    )
 
 
 def request_lines(job: Job, instructions: Iterable[str]) -> Iterator[bytes]:
@@ -86,7 +69,7 @@ def split_lines(lines: Iterable[bytes], most_lines: int, most_bytes: int) -> Ite
 
 def main(argv: list[str] | None = None) -> None:
     """Write the batch files from the command line."""
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     job = read_job(settings)
     price, about_price = price_of(settings.model, settings.input_price, settings.output_price)
     with locked(job.folder, REMEDY):

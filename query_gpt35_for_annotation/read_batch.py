@@ -7,7 +7,6 @@ The records are the same as those of `annotate`. Requests that expired or failed
 left to ask again, with `annotate` or another `make_batch`.
 """
 
-import argparse
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from query_gpt35_for_annotation.job import (
     waiting_batches,
 )
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse
+from utils.command_line.parser import flag, read_flags
 from utils.files import JsonlAppender, read_jsonl
 from utils.folders import locked
 from utils.texts.rows import raw_rows
@@ -38,23 +37,13 @@ from utils.texts.rows import raw_rows
 class Settings:
     """The flags of `read_batch`."""
 
-    output: str
-    results: list[str]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `read_batch`."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--output", required=True, metavar="DIR", help="the folder that make_batch was given")
-    add(
-        "--results",
+    output: str = flag("the folder that make_batch was given", required=True, metavar="DIR")
+    results: list[str] = flag(
+        "the vendor's output and error files, or what vllm run-batch wrote",
         required=True,
         nargs="+",
         metavar="FILE",
-        help="the vendor's output and error files, or what vllm run-batch wrote",
     )
-    return parser
 
 
 def record_of(result: dict, instruction: str, unmetered: int) -> dict:
@@ -84,7 +73,7 @@ def _object(value: object) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Merge results from the command line."""
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     folder = Path(settings.output)
     if not (folder / "manifest.json").exists():
         raise UsageError(f"--output {settings.output!r} has no manifest.json; make_batch writes it")

@@ -1,14 +1,15 @@
 """What answers cost: prices, token estimates, and a bound that is never passed."""
 
-import argparse
 import asyncio
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from query_gpt35_for_annotation.job import Job, number_within
 from utils.cli import UsageError
+from utils.command_line.parser import flag
 
 PRICES_FILE = Path(__file__).with_name("prices.json")
 BATCH_DISCOUNT = 0.5
@@ -17,12 +18,21 @@ BATCH_DISCOUNT = 0.5
 _MARKUP_TOKENS, _MOST_MARKUP_TOKENS = 8, 256
 
 
+def _price(side: str) -> Any:
+    return flag(
+        f"US dollars per million {side} tokens; give both, or none to take the dated list in "
+        f"{PRICES_FILE.name}",
+        type=number_within(0, math.inf),
+        metavar="USD",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class PriceSettings:
     """The flags of a price."""
 
-    input_price: float | None
-    output_price: float | None
+    input_price: float | None = _price("input")
+    output_price: float | None = _price("output")
 
 
 class BudgetReached(Exception):
@@ -39,16 +49,6 @@ class Price:
     def usd(self, input_tokens: float, output_tokens: float) -> float:
         """The cost of so many tokens."""
         return (input_tokens * self.input + output_tokens * self.output) / 1e6
-
-
-def add_price_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `PriceSettings`."""
-    for side in ("input", "output"):
-        parser.add_argument(
-            f"--{side}_price", type=number_within(0, math.inf), metavar="USD",
-            help=f"US dollars per million {side} tokens; give both, or none to take the dated "
-            f"list in {PRICES_FILE.name}",
-        )  # fmt: skip
 
 
 def price_of(

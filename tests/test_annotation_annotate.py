@@ -20,6 +20,7 @@ from query_gpt35_for_annotation.rate_limits import backoff
 from query_gpt35_for_annotation.spending import Price, Spending
 from tests.annotation_server import MinuteLimit, Reply, Server, answer, completion, error
 from utils.cli import UsageError
+from utils.command_line.parser import read_flags
 from utils.files import JsonlAppender, read_jsonl
 from utils.folders import locked
 
@@ -480,7 +481,7 @@ def test_the_manifest_says_who_was_asked_and_how(tmp_path):
 
 
 def test_defaults_are_the_published_ones(tmp_path):
-    args = annotate.build_parser().parse_args(["--instructions", "x", "--output", "y"])
+    args = read_flags(annotate.Settings, "", ["--instructions", "x", "--output", "y"])
     assert (args.model, args.temperature, args.top_p, args.max_tokens) == (
         "gpt-3.5-turbo", 0.7, 0.95, 1024,
     )  # fmt: skip

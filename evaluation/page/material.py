@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from evaluation.results import Chart, Score, read_results
 from privacy_checks.composition import composed_report, epsilon_over_steps, events_of
 from query_gpt35_for_annotation.job import Job, answers_file, read_records
 from query_gpt35_for_annotation.spending import Spending, price_of
 from utils.cli import UsageError
+from utils.command_line.parser import flag, positive_float
 from utils.command_line.sampling_flags import ADAPTER_WEIGHTS
 from utils.files import read_jsonl, sha256_of
 from utils.folders import PREPARATION_FILE
@@ -26,7 +28,7 @@ from utils.privacy.ledger import read_ledger
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 from utils.sampling.shards import read_samples
 from utils.texts.prompts import UNCONDITIONAL
-from utils.texts.text_inputs import read_instructions
+from utils.texts.text_inputs import FORMATS, read_instructions
 
 METRICS = Path("private") / "metrics.jsonl"
 HISTOGRAMS = ("private_noisy", "private", "synthetic", "selected")
@@ -116,23 +118,47 @@ class Annotations:
         return sum(usage[f"{side}_tokens"] for usage in usages if usage)
 
 
+def _folders(help: str, metavar: str) -> Any:
+    return flag(help, [], type=Path, nargs="+", metavar=metavar)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """The flags that name what a page is made of, and for whom it is."""
 
-    run: list[Path]
-    internal: bool
-    histogram: list[Path]
-    samples: list[Path]
-    evaluations: list[Path]
-    synthetic_runs: list[Path]
-    extraction: Path | None
-    selection: Path | None
-    annotations: Path | None
-    public_prompts: bool
-    real: Path | None
-    split: str | None
-    delta: float | None
+    run: list[Path] = flag(
+        "training runs that read the private rows", name="run", type=Path, nargs="+"
+    )
+    internal: bool = flag(
+        "with everything computed from private data, for whoever may see that", False
+    )
+    histogram: list[Path] = _folders("ledgers of histograms of the same private rows", "LEDGER")
+    samples: list[Path] = _folders("what inference.py sampled from adapters of the runs", "DIR")
+    evaluations: list[Path] = _folders(
+        "the --output of evaluation.distribution, .perplexity and others", "DIR"
+    )
+    synthetic_runs: list[Path] = _folders(
+        "runs without DP on synthetic data alone: post-processing, which costs nothing. That it "
+        "was synthetic is your claim, and the page says so",
+        "RUN",
+    )
+    extraction: Path | None = flag(
+        "the --output of extract, for its counts", type=Path, metavar="DIR"
+    )
+    selection: Path | None = flag("the --output of resample", type=Path, metavar="DIR")
+    annotations: Path | None = flag("the --output of annotate", type=Path, metavar="DIR")
+    public_prompts: bool = flag(
+        "the prompts of --samples are not private rows, and may be shown with their answers", False
+    )
+    real: Path | None = flag(
+        f"real texts to show next to the synthetic ones, with --internal alone: {FORMATS}",
+        type=Path,
+        metavar="PATH",
+    )
+    split: str | None = flag("the split to read where --real is a saved DatasetDict")
+    delta: float | None = flag(
+        "the runs' if left out; needed where they differ", type=positive_float
+    )
 
 
 @dataclass(frozen=True)
