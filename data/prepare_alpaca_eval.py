@@ -11,7 +11,6 @@ instructions with this project, so the file is made here, on the machine that us
 it on under other terms.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
-from utils.command_line.parser import parse  # noqa: E402
+from utils.command_line.parser import flag, read_flags  # noqa: E402
 from utils.texts.prompts import write_instruction_file  # noqa: E402
 from utils.texts.rows import raw_rows  # noqa: E402
 
@@ -31,36 +30,19 @@ NUM_INSTRUCTIONS = 805
 class Settings:
     """The flags of this script."""
 
-    input: str | None
-    output: str
-    overwrite: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--input",
+    input: str | None = flag(
+        'a JSON list of objects with "instruction"; alpaca_eval.json from the hub if left out',
         metavar="FILE",
-        help='a JSON list of objects with "instruction" (default: alpaca_eval.json from the hub)',
     )
-    parser.add_argument(
-        "--output",
-        default="utils/alpaca_eval_instructions.txt",
-        metavar="FILE",
-        help="the instruction file to write (default: %(default)s)",
+    output: str = flag(
+        "the instruction file to write", "utils/alpaca_eval_instructions.txt", metavar="FILE"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output that is there (default: refuse)"
-    )
-    return parser
+    overwrite: bool = flag("replace an output that is there, which is refused otherwise", False)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read AlpacaEval's instructions and write them as an instruction file."""
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     output = Path(settings.output)
     if output.exists() and not settings.overwrite:
         raise UsageError(f"--output {settings.output!r} exists; replace it with --overwrite")

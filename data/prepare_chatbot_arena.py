@@ -18,7 +18,6 @@ So the guarantee of training and resampling is for the prepared set, for adding 
 its rows, and does not cover the filters, nor the counts that this script prints.
 """
 
-import argparse
 import hashlib
 import re
 import sys
@@ -33,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
-from utils.command_line.parser import parse, positive_int  # noqa: E402
+from utils.command_line.parser import flag, read_flags  # noqa: E402
 from utils.folders import save_dataset  # noqa: E402
 from utils.texts.data_sets import is_labelled  # noqa: E402
 from utils.texts.rows import FILE_SUFFIXES, raw_rows  # noqa: E402
@@ -60,66 +59,31 @@ KNOWN_TEMPLATES = re.compile(
 class Settings:
     """The flags of this script."""
 
-    input: list[str]
-    output: str | None
-    pairs: bool
-    train_size: int
-    val_size: int
-    seed: int
-    overwrite: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--input",
+    input: list[str] = flag(
+        "files (.json, .jsonl, .parquet), folders of them, or hub data sets, read in this order",
+        [HUB_ID],
         nargs="+",
-        default=[HUB_ID],
         metavar="PATH_OR_HUB_ID",
-        help="files (.json, .jsonl, .parquet), folders of them, or hub data sets, read in this "
-        "order (default: %(default)s)",
     )
-    parser.add_argument(
-        "--output",
+    output: str | None = flag(
+        "the DatasetDict to write; data/chatbot_arena_instructions_train180k if left out, or "
+        "data/labelled_real_arena180k with --pairs; 180k stands for --train_size",
         metavar="FOLDER",
-        help="the DatasetDict to write (default: data/chatbot_arena_instructions_train180k, or "
-        "data/labelled_real_arena180k with --pairs; 180k stands for --train_size)",
     )
-    parser.add_argument(
-        "--pairs", action="store_true", help="keep the first answer to each instruction as well"
-    )
-    parser.add_argument(
-        "--train_size",
-        type=positive_int,
-        default=180_000,
+    pairs: bool = flag("keep the first answer to each instruction as well", False)
+    train_size: int = flag("rows of the train split", 180_000, metavar="ROWS")
+    val_size: int = flag(
+        "rows of the val split (default: %(default)s); all others make the test split",
+        5_000,
         metavar="ROWS",
-        help="rows of the train split (default: %(default)s)",
     )
-    parser.add_argument(
-        "--val_size",
-        type=positive_int,
-        default=5_000,
-        metavar="ROWS",
-        help="rows of the val split (default: %(default)s); all others make the test split",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the shuffle before the split; no secret (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an output that is there (default: refuse)"
-    )
-    return parser
+    seed: int = flag("of the shuffle before the split; no secret", 0, type=int)
+    overwrite: bool = flag("replace an output that is there, which is refused otherwise", False)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read, filter, split and save."""
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     output = Path(settings.output or default_output(settings.train_size, settings.pairs))
     if is_labelled(str(output)) != settings.pairs:
         raise UsageError(

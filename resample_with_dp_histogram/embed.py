@@ -11,7 +11,6 @@ the very split that was trained on, so that both have one N. Texts of similar le
 batch, the longest first. A stopped run goes on with the same command, on any number of devices.
 """
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from resample_with_dp_histogram.embeddings import (
     texts_digest,
 )
 from utils.cli import UsageError, in_one_line, run_cli, say
-from utils.command_line.parser import make_parser, parse, positive_int
+from utils.command_line.parser import flag, parser_of
 from utils.files import fsync_folder, write_atomic, write_json
 from utils.folders import locked, names_in, require_same_settings, sibling_lock
 from utils.models.loading import model_fingerprint
@@ -48,50 +47,47 @@ SAVE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags of `embed`."""
+class _Flags:
+    """The flags of `embed` that go without each other."""
+
+    instructions: str = flag(f"the texts: {FORMATS}", required=True, metavar="PATH")
+    split: str | None = flag("the split to read where --instructions is a saved DatasetDict")
+    output: Path = flag(
+        "folder for the embeddings; give the same one again to go on after a stop",
+        required=True,
+        type=Path,
+        metavar="DIR",
+    )
+    model: str = flag("a sentence-transformers hub id or folder", DEFAULT_MODEL)
+    batch_size: int = flag("texts in a batch on one device", 64)
+    devices: list[str] | None = flag(
+        "one process each, such as cuda:0 cuda:1; all GPUs if left out, or else the CPU",
+        nargs="+",
+        metavar="DEVICE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(_Flags):
+    """All flags of `embed`: exactly one of these two is set."""
 
     private: bool
     synthetic: bool
-    instructions: str
-    split: str | None
-    output: Path
-    model: str
-    batch_size: int
-    devices: list[str] | None
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `embed`."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
+def read_settings(argv: list[str] | None) -> Settings:
+    """The flags. That one of two is required is what `flag` cannot say."""
+    parser = parser_of(_Flags, __doc__)
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(
         "--private", action="store_true", help="the texts are private: write to OUTPUT/private/"
     )
     kind.add_argument("--synthetic", action="store_true", help="the texts may be shown to anyone")
-    add("--instructions", required=True, metavar="PATH", help=f"the texts: {FORMATS}")
-    add("--split", help="the split to read where --instructions is a saved DatasetDict")
-    add(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder for the embeddings; give the same one again to go on after a stop",
-    )
-    add("--model", default=DEFAULT_MODEL, help="a sentence-transformers hub id or folder")
-    add("--batch_size", type=positive_int, default=64, help="texts in a batch on one device")
-    add(
-        "--devices",
-        nargs="+",
-        metavar="DEVICE",
-        help="one process each, such as cuda:0 cuda:1; all GPUs if left out, or else the CPU",
-    )
-    return parser
+    return Settings(**vars(parser.parse_args(argv)))
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_settings(argv)
     texts = read_instructions(settings.instructions, settings.split)
     folder = location(settings.output, settings.private)
     with locked(settings.output, "use another --output", sibling_lock(settings.output)):

@@ -13,7 +13,6 @@ This is for synthetic texts, where nothing is spent. Private ones are embedded a
 deduplication does to one row depends on the others, which no guarantee for a row covers.
 """
 
-import argparse
 import hashlib
 import json
 from collections import Counter
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse
+from utils.command_line.parser import flag, read_flags
 from utils.files import write_json
 from utils.folders import PREPARATION_FILE, whole_folder
 from utils.sampling.shards import Origin, origins
@@ -36,30 +35,15 @@ EMPTY, TRUNCATED, DUPLICATE = "empty", "truncated", "duplicate"
 class Settings:
     """The flags of `extract`."""
 
-    instructions: list[str]
-    split: str | None
-    output: Path
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `extract`."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--instructions",
-        required=True,
-        nargs="+",
-        metavar="PATH",
-        help=f"what was sampled: {FORMATS}",
+    instructions: list[str] = flag(
+        f"what was sampled: {FORMATS}", required=True, nargs="+", metavar="PATH"
     )
-    parser.add_argument("--split", help="the split to read of a saved DatasetDict")
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder, which must not exist"
-    )
-    return parser
+    split: str | None = flag("the split to read of a saved DatasetDict")
+    output: Path = flag("folder, which must not exist", required=True, type=Path, metavar="DIR")
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     output = settings.output
     if output.exists():
         raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")

@@ -19,7 +19,6 @@ selected.jsonl (row is a text's number in the pool from 0; sample_id and shard a
 it was, if the pool says), histograms.json and .png, clusters.npz, resampling_report.json.
 """
 
-import argparse
 import io
 import json
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ from resample_with_dp_histogram.selection import (
     total_variation,
 )
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, natural_int, parse, positive_int
+from utils.command_line.parser import flag, natural_int, positive_int, read_flags
 from utils.files import write_json
 from utils.folders import whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
@@ -81,102 +80,62 @@ NOT_COVERED = [
 class Settings:
     """The flags of `resample`."""
 
-    private_embeddings: Path
-    synthetic_embeddings: Path
-    synthetic_instructions: str
-    split: str | None
-    output: Path
-    num_bins: int
-    num_samples: int | None
-    select: str
-    max_copies: int
-    seed: int
-    histogram_sigma: float
-    num_train_examples: int | None
-    ledger: Path | None
-    insecure_fixed_noise_seed: int | None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `resample`."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    for kind in ("private", "synthetic"):
-        add(
-            f"--{kind}_embeddings",
-            required=True,
-            type=Path,
-            metavar="DIR",
-            help=f"the --output of embed --{kind}",
-        )
-    add(
-        "--synthetic_instructions",
-        required=True,
-        metavar="PATH",
-        help=f"the texts that --synthetic_embeddings are of: {FORMATS}",
+    private_embeddings: Path = flag(
+        "the --output of embed --private", required=True, type=Path, metavar="DIR"
     )
-    add("--split", help="the split to read where --synthetic_instructions is a saved DatasetDict")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder, which must not exist")
-    add("--num_bins", type=positive_int, default=1000, help="clusters, the histogram's bins")
-    add(
-        "--num_samples",
-        type=positive_int,
-        default=None,
-        help="synthetic rows to select; N, which is public, if left out",
+    synthetic_embeddings: Path = flag(
+        "the --output of embed --synthetic", required=True, type=Path, metavar="DIR"
     )
-    add(
-        "--select",
-        choices=(HISTOGRAM, CONDITIONAL),
-        default=HISTOGRAM,
-        help="histogram: as many rows of each bin as the histogram says, none twice; "
+    synthetic_instructions: str = flag(
+        f"the texts that --synthetic_embeddings are of: {FORMATS}", required=True, metavar="PATH"
+    )
+    split: str | None = flag(
+        "the split to read where --synthetic_instructions is a saved DatasetDict"
+    )
+    output: Path = flag("folder, which must not exist", required=True, type=Path, metavar="DIR")
+    num_bins: int = flag("clusters, the histogram's bins", 1000)
+    num_samples: int | None = flag(
+        "synthetic rows to select; N, which is public, if left out", type=positive_int
+    )
+    select: str = flag(
+        "histogram: as many rows of each bin as the histogram says, none twice; "
         "histogram_conditional: draw each row's bin from the histogram, and repeat rows of scarce "
         "bins up to --max_copies times, so that more can be selected than the pool's shape allows",
+        HISTOGRAM,
+        choices=(HISTOGRAM, CONDITIONAL),
     )
-    add(
-        "--max_copies",
-        type=positive_int,
-        default=4,
-        help="times that histogram_conditional may select one row",
-    )
-    add(
-        "--seed",
-        type=natural_int,
-        default=0,
-        help="clusters, and which rows of a bin are selected; never the noise",
+    max_copies: int = flag("times that histogram_conditional may select one row", 4)
+    seed: int = flag(
+        "clusters, and which rows of a bin are selected; never the noise", 0, type=natural_int
     )
 
-    group = parser.add_argument_group("privacy")
-    group.add_argument(
-        "--histogram_sigma",
+    histogram_sigma: float = flag(
+        "deviation of the noise of every count; the sensitivity is 1",
+        10.0,
+        group="privacy",
         type=float,
-        default=10.0,
-        help="deviation of the noise of every count; the sensitivity is 1",
     )
-    group.add_argument(
-        "--num_train_examples",
+    num_train_examples: int | None = flag(
+        "N, public, the same as in training; the number of private embeddings if left out",
+        group="privacy",
         type=positive_int,
-        default=None,
-        help="N, public, the same as in training; the number of private embeddings if left out",
     )
-    group.add_argument(
-        "--ledger",
-        type=Path,
-        default=None,
-        help="ledger of all histograms of this private dataset, appended to; "
+    ledger: Path | None = flag(
+        "ledger of all histograms of this private dataset, appended to; "
         f"PRIVATE_EMBEDDINGS/{LEDGER_FILE} if left out",
+        group="privacy",
+        type=Path,
     )
-    group.add_argument(
-        "--insecure_fixed_noise_seed",
+    insecure_fixed_noise_seed: int | None = flag(
+        "TESTS ONLY: noise from a known seed; no guarantee. Allows --histogram_sigma 0",
+        group="privacy",
         type=int,
-        default=None,
-        help="TESTS ONLY: noise from a known seed; no guarantee. Allows --histogram_sigma 0",
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     # ------------------------------------------------------------------ what is asked for
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     output, num_bins, sigma = settings.output, settings.num_bins, settings.histogram_sigma
     if output.exists():
         raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")

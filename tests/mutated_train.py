@@ -4,7 +4,7 @@ import sys
 import types
 
 from privacy_checks import observed_run
-from tests.training import ROOT
+from tests.paths import ROOT
 from utils.privacy import mechanism
 
 

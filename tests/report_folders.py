@@ -15,6 +15,7 @@ from query_gpt35_for_annotation.client import answer_record
 from query_gpt35_for_annotation.job import Job
 from resample_with_dp_histogram import extract, resample
 from tests import training
+from tests.paths import ROOT
 from tests.resampling import save_embeddings, unit_vectors
 from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.texts.prompts import write_instruction_file
@@ -55,7 +56,7 @@ def make_folders(model: str) -> list[str]:
 
     sample = [f"--model_name={model}", "--max_seq_len=100", "--seed=3"]
     in_process(inference.main, [
-        *sample, f"--instruction_file={training.ROOT / 'utils/syn_instruct.txt'}",
+        *sample, f"--instruction_file={ROOT / 'utils/syn_instruct.txt'}",
         "--adapter_path=outputs/instructions/adapter", "--job_sess=instructions",
         "--prompt_style=uncond_generation", "--num_samples=80",
     ])  # fmt: skip

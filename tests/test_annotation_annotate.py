@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -19,13 +18,13 @@ from query_gpt35_for_annotation.job import Job, instruction_id, read_records
 from query_gpt35_for_annotation.rate_limits import backoff
 from query_gpt35_for_annotation.spending import Price, Spending
 from tests.annotation_server import MinuteLimit, Reply, Server, answer, completion, error
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
 from utils.files import JsonlAppender, read_jsonl
 from utils.folders import locked
 
 KEY = "sk-secret-0123456789"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)

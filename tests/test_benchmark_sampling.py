@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks import sampling
-from benchmarks.figures import read_flags
 from utils.cli import UsageError
+from utils.command_line.parser import read_flags
 
 
 def test_quick_measures_every_engine(tmp_path, capsys, monkeypatch):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks import selection
-from benchmarks.figures import read_flags
 from tests.resampling import save_tiny_encoder, unit_vectors
 from utils.cli import UsageError
+from utils.command_line.parser import read_flags
 
 WORDS = ["red", "green blue", "seven eleven", "north", "a long walk by the sea", "zzz"]
 

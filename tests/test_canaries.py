@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 
-from tests.training import ROOT
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.texts.canaries import DIGITS, Canaries, canary, secrets
 

@@ -4,13 +4,11 @@ import errno
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from utils.cli import UsageError, run_cli, say
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)

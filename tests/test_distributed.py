@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import train
 from privacy_checks.observed_run import PublicSteps, observe, signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
-from tests.training import ROOT, flags, save_dataset
+from tests.paths import ROOT
+from tests.training import flags, save_dataset
 from utils.command_line.launch import launch_command, with_this_python
 from utils.privacy.ledger import LEDGER_FILE
 from utils.runs import distributed

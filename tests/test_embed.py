@@ -11,8 +11,9 @@ import torch
 
 from resample_with_dp_histogram import embed
 from resample_with_dp_histogram.embeddings import open_embeddings
+from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
-from tests.training import ROOT, run_process
+from tests.training import run_process
 from utils.cli import UsageError, run_cli
 
 TEXTS = [("word " * (7 * i % 40 + 1)).strip() + str(i) for i in range(150)]

@@ -8,14 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl, sha256_of, write_atomic, write_json
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):

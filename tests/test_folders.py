@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from datasets import load_from_disk
 
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.folders import (
     LOCK_FILE,
@@ -22,8 +23,6 @@ from utils.folders import (
     sibling_lock,
     whole_folder,
 )
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def fill(target, text):

@@ -12,10 +12,10 @@ import pytest
 import generate_inference_command
 import inference
 from privacy_checks.tiny_model import save_tiny_model
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.texts.prompts import write_instruction_file
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "generate_inference_command.py"
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1",

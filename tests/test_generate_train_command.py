@@ -9,7 +9,8 @@ import pytest
 
 import generate_train_command
 import train
-from tests.training import ROOT, flags, run_process, save_dataset
+from tests.paths import ROOT
+from tests.training import flags, run_process, save_dataset
 from utils.command_line.parser import parse
 from utils.command_line.training_flags import TrainingSettings, module_settings, plan_of
 from utils.texts.data_sets import count_train_examples, load_splits

@@ -20,14 +20,13 @@ from benchmarks.environments import vllm_python
 from privacy_checks.observed_run import signal_handlers_restored
 from privacy_checks.tiny_model import byte_tokenizer, save_tiny_model
 from tests.helpers import adapted_model
+from tests.paths import ROOT
 from tests.test_engines import constant_model
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli
 from utils.files import read_jsonl
 from utils.models.adapter_info import write_adapter_info
 from utils.models.loading import load_base_model, model_fingerprint
 from utils.texts.prompts import write_instruction_file
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

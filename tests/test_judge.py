@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -16,12 +15,12 @@ from evaluation import judge
 from query_gpt35_for_annotation.job import read_records
 from tests import annotation_server
 from tests.annotation_server import Reply, Server, completion, error
+from tests.paths import ROOT
 from tests.test_alpaca_eval import sampling_folder
 from utils.cli import UsageError
 from utils.files import read_jsonl
 
 KEY = "sk-secret-0123456789"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)

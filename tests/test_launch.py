@@ -14,11 +14,11 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.command_line.launch import launch_command, print_or_run
 from utils.runs.stopping import launched_by_accelerate
 
-ROOT = Path(__file__).resolve().parents[1]
 HARD_VALUES = [
     "plain",
     "two words",

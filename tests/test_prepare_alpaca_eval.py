@@ -4,15 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from data.prepare_alpaca_eval import NUM_INSTRUCTIONS, main
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.texts.prompts import read_instruction_file
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture

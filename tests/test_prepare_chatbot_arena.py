@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -25,9 +24,8 @@ from data.prepare_chatbot_arena import (
     ngram_hashes,
     read_conversations,
 )
+from tests.paths import ROOT
 from utils.cli import UsageError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def conversation(*turns, language="English", redacted=False, flagged=False):

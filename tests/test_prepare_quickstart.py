@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import prepare_quickstart
 from data.prepare_quickstart import Prompt, answer_of, choose_rows, instruction_of, read_prompts
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.texts.prompts import read_instruction_file
 from utils.texts.text_filters import comparison_form
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "data" / "prepare_quickstart.py"
 
 

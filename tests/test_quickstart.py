@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from privacy_checks.composition import composed_report
-from tests.training import ROOT
+from tests.paths import ROOT
 from utils.files import read_jsonl
 from utils.privacy.accounting import ADD_REMOVE
 

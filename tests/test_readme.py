@@ -21,8 +21,8 @@ from accelerate.state import AcceleratorState
 
 from privacy_checks.observed_run import signal_handlers_restored
 from tests.annotation_server import Server, judge
+from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
-from tests.training import ROOT
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
 from utils.texts.prompts import write_instruction_file
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from tests.paths import ROOT
 from tests.test_structure import FILES, PACKAGES, SCRIPTS, names_imported
-from tests.training import ROOT
 
 # Where a distribution's name is not that of its module.
 DISTRIBUTIONS = {"faiss": "faiss-cpu"}

@@ -11,8 +11,9 @@ import pytest
 
 from privacy_checks.composition import composed_report
 from resample_with_dp_histogram import extract, resample
+from tests.paths import ROOT
 from tests.resampling import save_embeddings, unit_vectors
-from tests.training import ROOT, run_process
+from tests.training import run_process
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon

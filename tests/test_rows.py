@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tests.training import ROOT
+from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.texts import rows
 from utils.texts.data_sets import count_train_examples, load_split, load_splits

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks import projection, scaling
-from tests.training import ROOT, save_dataset
+from tests.paths import ROOT
+from tests.training import save_dataset
 
 
 def test_the_documented_tables_are_what_the_projection_prints():

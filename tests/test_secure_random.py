@@ -13,13 +13,13 @@ import sys
 import time
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import special, stats
 
+from tests.paths import ROOT
 from utils import secure_random
 from utils.secure_random import SecureRandom, grid_spacing, round_to_grid
 
@@ -619,9 +619,8 @@ before = peak()
 samples = stream.gaussian(20_000_000)
 print(peak() - before - samples.nbytes / 2**20)
 """
-    repository = Path(__file__).parents[1]
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert float(run.stdout) < 32
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.training import ROOT
+from tests.paths import ROOT
 
 PACKAGES = (
     "utils", "data", "evaluation", "privacy_checks", "query_gpt35_for_annotation",

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 import train
 from privacy_checks.observed_run import signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
+from tests.paths import ROOT
 from tests.training import (
     NUM_EXAMPLES,
-    ROOT,
     flags,
     run_until_killed,
     save_dataset,

@@ -8,7 +8,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.paths import ROOT
+
 NUM_EXAMPLES = 64
 
 
