@@ -19,7 +19,7 @@ say "1/8  base model and private data"
 python data/prepare_quickstart.py
 
 base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 16"
-private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lora_dropout 0 --lr 2e-3
+private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lr 2e-3
     --resume auto"
 
 say "2/8  Type A: learn to write instructions, with differential privacy"
