@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import generate_inference_command
-import inference
 from privacy_checks.tiny_model import save_tiny_model
 from utils.cli import UsageError
+from utils.command_line.parser import read_flags
+from utils.command_line.sampling_flags import SamplingSettings
 from utils.texts.prompts import write_instruction_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,17 +58,22 @@ def printed(capsys, argv):
     return shlex.split(output)
 
 
+def settings(argv):
+    """The values of `inference.py`'s flags."""
+    return vars(read_flags(SamplingSettings, None, argv))
+
+
 def parsed(words):
     """What `inference.py` understands."""
     script = str(ROOT / "inference.py")
     assert words[:2] == ["accelerate", "launch"]
-    return vars(inference.build_parser().parse_args(words[words.index(script) + 1 :]))
+    return settings(words[words.index(script) + 1 :])
 
 
 @pytest.mark.parametrize("command", [TYPE_B, TYPE_D.replace("ADAPTER", "ANSWERS")])
 def test_published_commands(adapter, capsys, command):
     arguments = parsed(printed(capsys, command.split()))
-    assert arguments == vars(inference.build_parser().parse_args(command.split()))
+    assert arguments == settings(command.split())
     assert arguments["top_p"] == 0.95
 
 
@@ -88,9 +94,9 @@ def test_every_flag_survives(adapter, capsys):
         "--no_merge", "--output_dir", "else where", "--job_sess=-x $HOME 'q'",
     ]  # fmt: skip
     arguments = parsed(printed(capsys, argv))
-    assert arguments == vars(inference.build_parser().parse_args(argv))
+    assert arguments == settings(argv)
     given = {name for name, value in arguments.items() if value is not None}
-    defaults = vars(inference.build_parser().parse_args(TYPE_B.split()))
+    defaults = settings(TYPE_B.split())
     unchanged = {name for name in given if arguments[name] == defaults[name]}
     assert unchanged == {
         "instruction_file", "model_name", "prompt_style", "max_seq_len", "adapter_path", "top_p",
