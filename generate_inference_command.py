@@ -5,9 +5,9 @@
         --max_seq_len 128 --top_p 0.95 --prompt_style uncond_generation --num_samples 1000
 
 Checks the instruction file and the adapter's prompt style, and prints an `accelerate launch` line
-on stdout; what it means goes to stderr. Paste the line, run it with
-`bash -c "$(python generate_inference_command.py ...)"`, or add --run. With --elsewhere, files that
-are not on this machine are warnings: the line may run on another one.
+on stdout; what it means goes to stderr. Paste the line, or run it at once with --run, which passes
+its exit code on. With --elsewhere, files that are not on this machine are warnings: the line may
+run on another one.
 """
 
 from dataclasses import dataclass

@@ -183,10 +183,9 @@ def test_a_shell_runs_the_line_whatever_the_names(tmp_path):
         "--prompt_style", "uncond_generation", "--max_seq_len", "12", "--num_samples", "9",
         "--instruction_file", str(ROOT / "utils" / "syn_instruct.txt"), "--gpus", "2",
     ]  # fmt: skip
-    done = subprocess.run(
-        ["bash", "-c", f'bash -c "$({shlex.join(generator)})"'],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+    options = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True}
+    line = subprocess.run(generator, check=True, **options).stdout
+    done = subprocess.run(["bash", "-c", line], **options)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         shard = tmp_path / "inference_outputs" / job / f"shard-{rank}.jsonl"

@@ -44,7 +44,7 @@ class SamplingSettings(JobSettings):
     output_dir: str = flag("samples are written to its JOB_SESS", "inference_outputs")
     engine: str = flag(
         "continuous: a finished text makes room for the next one at once; static: a batch waits "
-        "for its longest text; vllm: needs an environment of its own, see the README",
+        "for its longest text; vllm: needs an environment of its own, see docs/reference.md",
         "continuous",
         choices=ENGINE_NAMES,
     )
