@@ -5,21 +5,20 @@
         --max_seq_len 128 --top_p 0.95 --prompt_style uncond_generation --num_samples 1000
 
 Checks the instruction file and the adapter's prompt style, and prints an `accelerate launch` line
-on stdout; what it means goes to stderr. Paste the line, run it with
-`bash -c "$(python generate_inference_command.py ...)"`, or add --run. With --elsewhere, files that
-are not on this machine are warnings: the line may run on another one.
+on stdout; what it means goes to stderr. Paste the line, or run it at once with --run, which passes
+its exit code on. With --elsewhere, files that are not on this machine are warnings: the line may
+run on another one.
 """
 
-import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import launch_command, print_or_run
-from utils.command_line.parser import make_parser, parse, positive_int, run_folder, to_argv
+from utils.command_line.parser import flag, parser_of, read_flags, to_argv
 from utils.command_line.sampling_flags import (
     SamplingSettings,
-    add_sampling_arguments,
     check_adapter,
     check_sampling_settings,
     describe_decoding,
@@ -29,33 +28,22 @@ from utils.texts.prompts import UNCONDITIONAL, Instruction
 
 MISSING_HERE = "{} is not here; it must be where the command runs"
 
+_launch = partial(flag, group="launch")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(SamplingSettings):
     """The flags of sampling, and those of the launch."""
 
-    gpus: int
-    run: bool
-    elsewhere: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of sampling, and those of the launch."""
-    parser = make_parser(__doc__)
-    add_sampling_arguments(parser)
-    group = parser.add_argument_group("launch")
-    group.add_argument("--gpus", type=positive_int, default=1, help="processes, one per GPU")
-    group.add_argument("--run", action="store_true", help="run the command; pass on its exit code")
-    group.add_argument(
-        "--elsewhere",
-        action="store_true",
-        help="the command runs on another machine: what is missing here is a warning",
+    gpus: int = _launch("processes, one per GPU", 1)
+    run: bool = _launch("run the command; pass on its exit code", False)
+    elsewhere: bool = _launch(
+        "the command runs on another machine: what is missing here is a warning", False
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     if settings.elsewhere and settings.run:
         raise UsageError("--elsewhere and --run exclude each other; leave one out")
     settings, warnings = check_sampling_settings(settings)
@@ -74,9 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     for warning in warnings:
         say(f"warning: {warning}")
     say_summary(settings, instructions)
-    inference_parser = make_parser("")
-    add_sampling_arguments(inference_parser)
-    command = launch_command("inference.py", to_argv(inference_parser, settings), settings.gpus)
+    arguments = to_argv(parser_of(SamplingSettings, ""), settings)
+    command = launch_command("inference.py", arguments, settings.gpus)
     return print_or_run(command, settings.run)
 
 
@@ -101,7 +88,7 @@ def say_summary(settings: Settings, instructions: list[Instruction] | None) -> N
             "engine",
             settings.engine + ", in the environment that has it" * (settings.engine == "vllm"),
         ),
-        ("outputs", f"{run_folder(settings)}; the same command again goes on where it stopped"),
+        ("outputs", f"{settings.folder}; the same command again goes on where it stopped"),
     ]
     for name, value in rows:
         say(f"  {name:<20} {value}")

@@ -9,67 +9,46 @@ prints an `accelerate launch` line on stdout; what it means goes to stderr. Past
 run it at once with --run, which passes its exit code on.
 """
 
-import argparse
 from dataclasses import dataclass, replace
+from functools import partial
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
-from utils.command_line.parser import make_parser, natural_int, parse, positive_int, to_argv
-from utils.command_line.training_flags import (
-    TrainingSettings,
-    add_training_arguments,
-    check_training_settings,
-    plan_of,
+from utils.command_line.parser import (
+    flag,
+    natural_int,
+    parser_of,
+    positive_int,
+    read_flags,
+    to_argv,
 )
+from utils.command_line.training_flags import TrainingSettings, check_training_settings, plan_of
 from utils.privacy.plan import PrivacyPlan, num_steps
 from utils.runs.run_folder import require_usable
 from utils.texts.data_sets import count_train_examples, tried_places
+
+_launch = partial(flag, group="launch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
     """The training run's flags, and those of the launch."""
 
-    gpus: int
-    num_machines: int
-    machine_rank: int
-    main_process_ip: str | None
-    main_process_port: int | None
-    run: bool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The training run's flags, and those of the launch."""
-    parser = make_parser(__doc__)
-    add_training_arguments(parser)
-    group = parser.add_argument_group("launch")
-    group.add_argument(
-        "--gpus", type=positive_int, default=1, help="GPUs of each machine, one process per GPU"
+    gpus: int = _launch("GPUs of each machine, one process per GPU", 1)
+    num_machines: int = _launch(
+        "machines of the job; each needs its own line, which differs in --machine_rank alone", 1
     )
-    group.add_argument(
-        "--num_machines",
+    machine_rank: int = _launch("the machine this line is for, from 0", 0, type=natural_int)
+    main_process_ip: str | None = _launch("address of machine 0, as the others see it")
+    main_process_port: int | None = _launch(
+        f"its port; {DEFAULT_PORT} with several machines, any free one otherwise",
         type=positive_int,
-        default=1,
-        help="machines of the job; each needs its own line, which differs in --machine_rank alone",
     )
-    group.add_argument(
-        "--machine_rank", type=natural_int, default=0, help="the machine this line is for, from 0"
-    )
-    group.add_argument(
-        "--main_process_ip", default=None, help="address of machine 0, as the others see it"
-    )
-    group.add_argument(
-        "--main_process_port",
-        type=positive_int,
-        default=None,
-        help=f"its port; {DEFAULT_PORT} with several machines, any free one otherwise",
-    )
-    group.add_argument("--run", action="store_true", help="run the command; pass on its exit code")
-    return parser
+    run: bool = _launch("run the command; pass on its exit code", False)
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     warnings = check_training_settings(settings)
     num_rows, size_warnings = train_examples(settings)
     require_usable(settings.folder, settings.run_settings, settings.resume)
@@ -84,11 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     for warning in warnings + size_warnings + plan_warnings:
         say(f"warning: {warning}")
     say_summary(settings, plan, num_examples)
-    train_parser = make_parser("")
-    add_training_arguments(train_parser)
     command = launch_command(
         "train.py",
-        to_argv(train_parser, settings),
+        to_argv(parser_of(TrainingSettings, ""), settings),
         settings.gpus,
         settings.num_machines,
         settings.machine_rank,

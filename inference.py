@@ -12,7 +12,6 @@ The same command again draws what is missing, and the texts do not depend on how
 stopped.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -32,11 +31,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, run_cli, say
-from utils.command_line.parser import make_parser, parse, run_folder
+from utils.command_line.parser import read_flags
 from utils.command_line.sampling_flags import (
     SamplingSettings,
     adapter_weights,
-    add_sampling_arguments,
     check_adapter,
     check_sampling_settings,
     describe_decoding,
@@ -108,21 +106,14 @@ class Drawn:
     seconds: float
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of sampling."""
-    parser = make_parser(__doc__)
-    add_sampling_arguments(parser)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     # ------------------------------------------------------------------ what is asked for
-    settings, notices = check_sampling_settings(parse(build_parser(), SamplingSettings, argv))
+    settings, notices = check_sampling_settings(read_flags(SamplingSettings, __doc__, argv))
     notices += check_adapter(settings.adapter_path, settings.prompt_style)
     if settings.engine == "vllm":
         check_vllm()
     wanted = Wanted(read_instructions(settings))
-    folder = run_folder(settings)
+    folder = settings.folder
     state = PartialState(cpu=not torch.cuda.is_available())
     rank, num_ranks, is_main = state.process_index, state.num_processes, state.is_main_process
     if state.device.type == "cpu" and launched_by_accelerate():
@@ -207,7 +198,7 @@ def prepare(
     Raises:
         UsageError: the folder holds samples of another model.
     """
-    folder = run_folder(settings)
+    folder = settings.folder
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model_name)
     if settings.adapter_path is None:

@@ -12,7 +12,6 @@ everything that the guarantee does not cover. A stopped run goes on with --resum
 data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no kind.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -33,10 +32,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
-from utils.command_line.parser import make_parser, parse
+from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import (
     TrainingSettings,
-    add_training_arguments,
     check_training_settings,
     module_settings,
     plan_of,
@@ -134,13 +132,6 @@ class Run:
             self.metrics.record(step, values)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the training run."""
-    parser = make_parser(__doc__)
-    add_training_arguments(parser)
-    return parser
-
-
 def main(
     argv: list[str] | None = None,
     private: type[Private] = Private,
@@ -152,7 +143,7 @@ def main(
         private, plain: the mechanism of a run with or without privacy; what measures or attacks
             training hands in its own.
     """
-    settings = parse(build_parser(), TrainingSettings, argv)
+    settings = read_flags(TrainingSettings, __doc__, argv)
     # What saves the work, once there is some, if another process of the job is lost.
     rescue: list[Callable[[], None]] = []
     try:

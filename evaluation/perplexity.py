@@ -10,7 +10,6 @@ the answer. `exp` of the loss per token is the perplexity. Merged models are mod
 under OUTPUT/private.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from transformers import PreTrainedModel
 from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
 from evaluation.results import Result, Score, require_new_result, table, write_result
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse, positive_int
+from utils.command_line.parser import flag, read_flags
 from utils.command_line.sampling_flags import check_adapter
-from utils.command_line.training_flags import add_model_arguments, require_fitting_style
+from utils.command_line.training_flags import ModelSettings, require_fitting_style
 from utils.models.language_model import LanguageModel
 from utils.models.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
@@ -36,42 +35,26 @@ TOOL = "perplexity"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ModelSettings):
     """The flags of this evaluation."""
 
-    model_name: str
-    prompt_style: str
-    max_seq_len: int
-    dtype: str
-    dataset_name: str
-    split: str
-    num_rows: int
-    adapter_path: list[str]
-    perdevice_bs: int
-    public: bool
-    output: Path
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of this evaluation."""
-    parser = make_parser(__doc__)
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--dataset_name", required=True, help="held-out texts: data/NAME, a folder or a file, as "
-        "in training; pairs where the name starts with `labelled`")  # fmt: skip
-    add("--split", default="test", help="the split to read; a lone file is read whole")
-    add("--num_rows", type=positive_int, default=1000, help="rows used, the first ones")
-    add("--adapter_path", nargs="+", default=[], metavar="DIR", help="adapters to compare with "
-        "the base model")  # fmt: skip
-    add("--perdevice_bs", type=positive_int, default=16, help="sequences of max_seq_len tokens on "
-        "the device at once")  # fmt: skip
-    add("--public", action="store_true", help="the texts are public, so the figures are too")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for the figures")
-    return parser
+    dataset_name: str = flag(
+        "held-out texts: data/NAME, a folder or a file, as in training; pairs where the name "
+        "starts with `labelled`",
+        required=True,
+    )
+    split: str = flag("the split to read; a lone file is read whole", "test")
+    num_rows: int = flag("rows used, the first ones", 1000)
+    adapter_path: list[str] = flag(
+        "adapters to compare with the base model", [], nargs="+", metavar="DIR"
+    )
+    perdevice_bs: int = flag("sequences of max_seq_len tokens on the device at once", 16)
+    public: bool = flag("the texts are public, so the figures are too", False)
+    output: Path = flag("folder for the figures", type=Path, metavar="DIR", required=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     require_fitting_style(settings.dataset_name, settings.prompt_style)
     require_new_result(settings.output, TOOL)
     for adapter in settings.adapter_path:

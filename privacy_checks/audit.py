@@ -13,7 +13,6 @@ real, so a sound run fails once in a thousand times. --break shows that a broken
 caught. Exit code 0 if everything passes, else 1.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -32,7 +31,7 @@ from privacy_checks import randomness
 from privacy_checks.estimators import correct_guesses, gaussian_pair, gdp, one_run, one_run_f_dp
 from privacy_checks.observed_run import NUM_PARAMETERS, Observation, observe, save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse, positive_float, positive_int
+from utils.command_line.parser import flag, read_flags
 from utils.dp_utils import _Instantiated
 from utils.files import write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
@@ -99,34 +98,113 @@ class Run:
         return (self.released - np.array(self.seen.clipped_sums)) / deviation
 
 
+# ------------------------------------------------------------------------ the mechanisms
+
+
+class Pushed(Private):
+    """Pushes each example's gradient far along a coordinate of its own before it is clipped.
+
+    Attributes:
+        coordinates: int64 [examples].
+    """
+
+    coordinates: np.ndarray
+
+    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+        self._examples = examples
+        return super().capture(examples)
+
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        coordinates = torch.from_numpy(self.coordinates[self._examples])
+        offset = 0
+        for name, tensor in self.gradients.parameters.items():
+            ours = (coordinates >= offset) & (coordinates < offset + tensor.numel())
+            examples = ours.nonzero().squeeze(1)
+            # Instantiated, as eight tokens at a rank of 8 are.
+            layer = self.gradients._captured[name]
+            assert isinstance(layer, _Instantiated)
+            layer.gradients[examples, coordinates[examples] - offset] += PUSH * CLIP_NORM
+            layer.norms = torch.linalg.vector_norm(layer.gradients, dim=1)
+            offset += tensor.numel()
+        return super().add(total)
+
+
+class Broken(Private):
+    """A mechanism that does in part as another plan says."""
+
+    @contextmanager
+    def _as_if(self, plan: PrivacyPlan) -> Iterator[None]:
+        honest, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = honest
+
+
+class NoiseHalf(Broken):
+    """Half of the noise that is accounted for."""
+
+    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
+        plan = replace(self.plan, noise_multiplier=self.plan.noise_multiplier / 2)
+        with self._as_if(plan):
+            return super().release(total, step)
+
+
+class ClipDouble(Broken):
+    """Every example clipped to twice the clip norm."""
+
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        with self._as_if(replace(self.plan, clip_norm=2 * self.plan.clip_norm)):
+            return super().add(total)
+
+
+class NoClip(Broken):
+    """No clipping."""
+
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        with self._as_if(replace(self.plan, clip_norm=math.inf)):
+            return super().add(total)
+
+
+class ReuseNoise(Private):
+    """The same noise in every step."""
+
+    def _random(self, stream: str, step: int) -> SecureRandom:
+        if stream == "noise":
+            return SecureRandom.insecure_fixed(0, stream)
+        return super()._random(stream, step)
+
+
+class Shuffle(Private):
+    """Shuffled epochs in place of Poisson samples."""
+
+    def draw(self, step: int) -> np.ndarray:
+        return shuffled_batch(self.num_examples, self.divisor, seed=0, step=step)
+
+
+BREAKS = {
+    "noise_half": NoiseHalf, "clip_double": ClipDouble, "no_clip": NoClip,
+    "reuse_noise": ReuseNoise, "shuffle": Shuffle,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------ the command
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The flags of the audit."""
 
-    canaries: int
-    steps: int
-    noise_multiplier: float
-    delta: float
-    broken: str | None
-    json: Path | None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the audit."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--canaries", type=positive_int, default=4000, help="in and out together")
-    parser.add_argument("--steps", type=positive_int, default=16, help="logical steps")
-    parser.add_argument("--noise_multiplier", type=positive_float, default=4.0, help="sigma")
-    parser.add_argument("--delta", type=positive_float, default=1e-5, help="of the claim")
-    parser.add_argument(
-        "--break", dest="broken", choices=BREAKS, help="audit this broken mechanism"
-    )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write this")
-    return parser
+    canaries: int = flag("in and out together", 4000)
+    steps: int = flag("logical steps", 16)
+    noise_multiplier: float = flag("sigma", 4.0)
+    delta: float = flag("of the claim", 1e-5)
+    broken: str | None = flag("audit this broken mechanism", name="--break", choices=BREAKS)
+    json: Path | None = flag("also write this", type=Path, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     if not 100 <= settings.canaries <= NUM_PARAMETERS:
         raise UsageError(
             f"--canaries {settings.canaries}: must be between 100 and {NUM_PARAMETERS}, one for "
@@ -217,93 +295,6 @@ def _train(
             seen = observe(argv, Pushed, *changes, coordinates=coordinates)
         report = json.loads((folder / "audited" / "privacy_report.json").read_text())
         return Run(read_plan(folder / "audited" / LEDGER_FILE), seen, report)
-
-
-class Pushed(Private):
-    """Pushes each example's gradient far along a coordinate of its own before it is clipped.
-
-    Attributes:
-        coordinates: int64 [examples].
-    """
-
-    coordinates: np.ndarray
-
-    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
-        self._examples = examples
-        return super().capture(examples)
-
-    def add(self, total: torch.Tensor) -> torch.Tensor:
-        coordinates = torch.from_numpy(self.coordinates[self._examples])
-        offset = 0
-        for name, tensor in self.gradients.parameters.items():
-            ours = (coordinates >= offset) & (coordinates < offset + tensor.numel())
-            examples = ours.nonzero().squeeze(1)
-            # Instantiated, as eight tokens at a rank of 8 are.
-            layer = self.gradients._captured[name]
-            assert isinstance(layer, _Instantiated)
-            layer.gradients[examples, coordinates[examples] - offset] += PUSH * CLIP_NORM
-            layer.norms = torch.linalg.vector_norm(layer.gradients, dim=1)
-            offset += tensor.numel()
-        return super().add(total)
-
-
-class Broken(Private):
-    """A mechanism that does in part as another plan says."""
-
-    @contextmanager
-    def _as_if(self, plan: PrivacyPlan) -> Iterator[None]:
-        honest, self.plan = self.plan, plan
-        try:
-            yield
-        finally:
-            self.plan = honest
-
-
-class NoiseHalf(Broken):
-    """Half of the noise that is accounted for."""
-
-    def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
-        plan = replace(self.plan, noise_multiplier=self.plan.noise_multiplier / 2)
-        with self._as_if(plan):
-            return super().release(total, step)
-
-
-class ClipDouble(Broken):
-    """Every example clipped to twice the clip norm."""
-
-    def add(self, total: torch.Tensor) -> torch.Tensor:
-        with self._as_if(replace(self.plan, clip_norm=2 * self.plan.clip_norm)):
-            return super().add(total)
-
-
-class NoClip(Broken):
-    """No clipping."""
-
-    def add(self, total: torch.Tensor) -> torch.Tensor:
-        with self._as_if(replace(self.plan, clip_norm=math.inf)):
-            return super().add(total)
-
-
-class ReuseNoise(Private):
-    """The same noise in every step."""
-
-    def _random(self, stream: str, step: int) -> SecureRandom:
-        if stream == "noise":
-            return SecureRandom.insecure_fixed(0, stream)
-        return super()._random(stream, step)
-
-
-class Shuffle(Private):
-    """Shuffled epochs in place of Poisson samples."""
-
-    def draw(self, step: int) -> np.ndarray:
-        return shuffled_batch(self.num_examples, self.divisor, seed=0, step=step)
-
-
-BREAKS = {
-    "noise_half": NoiseHalf, "clip_double": ClipDouble, "no_clip": NoClip,
-    "reuse_noise": ReuseNoise, "shuffle": Shuffle,
-}  # fmt: skip
 
 
 # ------------------------------------------------------------------------ the verdict

@@ -12,7 +12,6 @@ process and two. With dropout. Exit
 code 0 if no example moves a sum by more, else 1.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -26,7 +25,7 @@ import torch
 
 from privacy_checks.observed_run import Observation, PublicSteps, observe, save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
-from utils.command_line.parser import make_parser, parse, positive_int
+from utils.command_line.parser import flag, read_flags
 from utils.files import write_json
 from utils.texts.prompts import UNCONDITIONAL
 
@@ -49,20 +48,12 @@ Case = tuple[str, bool, float]
 class Settings:
     """The flags of the replay."""
 
-    examples: int
-    json: Path | None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the replay."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--examples", type=positive_int, default=8, help="and as many steps")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write this")
-    return parser
+    examples: int = flag("and as many steps", 8)
+    json: Path | None = flag("also write this", type=Path, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     cases = list(itertools.product(STYLES, (False, True), CLIP_NORMS))
     results: list[dict] = [
         {

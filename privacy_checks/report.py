@@ -10,14 +10,13 @@ with a plot of epsilon over steps. Exit code 1 if there is no guarantee, so that
 publishes on success publishes nothing.
 """
 
-import argparse
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from privacy_checks.composition import by_kind, composed_report, epsilon_over_steps
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import make_parser, parse, positive_float
+from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import write_atomic, write_json
 from utils.privacy.accounting import ADD_REMOVE, REPLACE
 from utils.privacy.guarantee import NEIGHBOURS, as_markdown, as_text, render
@@ -30,57 +29,35 @@ OUTPUT_FILES = ("composed_report.json", "composed_report.md", PLOT_FILE)
 class Settings:
     """The flags of the composed report."""
 
-    run: list[Path]
-    histogram: list[Path]
-    delta: float | None
-    epsilon: float | None
-    relation: list[str]
-    output: Path | None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the composed report."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "run",
-        type=Path,
+    run: list[Path] = flag(
+        "folder of a training run, outputs/JOB_SESS; all that read the same private rows",
+        name="run",
         nargs="+",
-        help="folder of a training run, outputs/JOB_SESS; all that read the same private rows",
+        type=Path,
     )
-    parser.add_argument(
-        "--histogram",
-        type=Path,
+    histogram: list[Path] = flag(
+        "ledgers of histograms of the same private dataset",
+        [],
         nargs="+",
-        default=[],
+        type=Path,
         metavar="LEDGER",
-        help="ledgers of histograms of the same private dataset",
     )
-    parser.add_argument(
-        "--delta",
+    delta: float | None = flag(
+        "the plan's if left out; needed where the plans of several runs differ in it",
         type=positive_float,
-        default=None,
-        help="the plan's if left out; needed where the plans of several runs differ in it",
     )
-    parser.add_argument(
-        "--epsilon",
+    epsilon: float | None = flag(
+        "also give delta at this epsilon; the plan's target, the largest of several, if left out",
         type=positive_float,
-        default=None,
-        help="also give delta at this epsilon; the plan's target, the largest of several, if left "
-        "out",
     )
-    parser.add_argument(
-        "--relation",
-        nargs="+",
-        choices=(ADD_REMOVE, REPLACE),
-        default=[ADD_REMOVE],
-        help="which datasets are neighbours",
+    relation: list[str] = flag(
+        "which datasets are neighbours", [ADD_REMOVE], nargs="+", choices=(ADD_REMOVE, REPLACE)
     )
-    parser.add_argument("--output", type=Path, default=None, help="folder for the files")
-    return parser
+    output: Path | None = flag("folder for the files", type=Path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(build_parser(), Settings, argv)
+    settings = read_flags(Settings, __doc__, argv)
     output = settings.output
     if output:
         for path in (output / name for name in OUTPUT_FILES):

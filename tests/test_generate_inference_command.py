@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import generate_inference_command
-import inference
 from privacy_checks.tiny_model import save_tiny_model
 from tests.paths import ROOT
 from utils.cli import UsageError
+from utils.command_line.parser import read_flags
+from utils.command_line.sampling_flags import SamplingSettings
 from utils.texts.prompts import write_instruction_file
 
 SCRIPT = ROOT / "generate_inference_command.py"
@@ -57,17 +58,22 @@ def printed(capsys, argv):
     return shlex.split(output)
 
 
+def settings(argv):
+    """The values of `inference.py`'s flags."""
+    return vars(read_flags(SamplingSettings, None, argv))
+
+
 def parsed(words):
     """What `inference.py` understands."""
     script = str(ROOT / "inference.py")
     assert words[:2] == ["accelerate", "launch"]
-    return vars(inference.build_parser().parse_args(words[words.index(script) + 1 :]))
+    return settings(words[words.index(script) + 1 :])
 
 
 @pytest.mark.parametrize("command", [TYPE_B, TYPE_D.replace("ADAPTER", "ANSWERS")])
 def test_published_commands(adapter, capsys, command):
     arguments = parsed(printed(capsys, command.split()))
-    assert arguments == vars(inference.build_parser().parse_args(command.split()))
+    assert arguments == settings(command.split())
     assert arguments["top_p"] == 0.95
 
 
@@ -88,9 +94,9 @@ def test_every_flag_survives(adapter, capsys):
         "--no_merge", "--output_dir", "else where", "--job_sess=-x $HOME 'q'",
     ]  # fmt: skip
     arguments = parsed(printed(capsys, argv))
-    assert arguments == vars(inference.build_parser().parse_args(argv))
+    assert arguments == settings(argv)
     given = {name for name, value in arguments.items() if value is not None}
-    defaults = vars(inference.build_parser().parse_args(TYPE_B.split()))
+    defaults = settings(TYPE_B.split())
     unchanged = {name for name in given if arguments[name] == defaults[name]}
     assert unchanged == {
         "instruction_file", "model_name", "prompt_style", "max_seq_len", "adapter_path", "top_p",
@@ -177,10 +183,9 @@ def test_a_shell_runs_the_line_whatever_the_names(tmp_path):
         "--prompt_style", "uncond_generation", "--max_seq_len", "12", "--num_samples", "9",
         "--instruction_file", str(ROOT / "utils" / "syn_instruct.txt"), "--gpus", "2",
     ]  # fmt: skip
-    done = subprocess.run(
-        ["bash", "-c", f'bash -c "$({shlex.join(generator)})"'],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+    options = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True}
+    line = subprocess.run(generator, check=True, **options).stdout
+    done = subprocess.run(["bash", "-c", line], **options)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         shard = tmp_path / "inference_outputs" / job / f"shard-{rank}.jsonl"

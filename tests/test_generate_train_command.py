@@ -1,5 +1,6 @@
 """The generator of training commands, through its own command line."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,10 +9,9 @@ import sys
 import pytest
 
 import generate_train_command
-import train
 from tests.paths import ROOT
 from tests.training import flags, run_process, save_dataset
-from utils.command_line.parser import parse
+from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings, module_settings, plan_of
 from utils.texts.data_sets import count_train_examples, load_splits
 
@@ -50,18 +50,19 @@ def generate(capsys, monkeypatch, tmp_path):
     return call
 
 
-def script_flags(line: str) -> list[str]:
-    """What a launch line hands to the script."""
+def understood(line: str) -> TrainingSettings:
+    """What `train.py` understands by a launch line."""
     words = shlex.split(line)
-    return words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return read_flags(TrainingSettings, None, words[script + 1 :])
 
 
 @pytest.mark.parametrize("command", TYPE_A_C.values(), ids=TYPE_A_C.keys())
 def test_published_commands_print_a_line_that_train_parses(generate, command):
     line, summary = generate(*shlex.split(command), "--num_train_examples", "180000")
     assert line.count("\n") == 1
-    args = train.build_parser().parse_args(script_flags(line))
-    asked = generate_train_command.build_parser().parse_args(shlex.split(command))
+    args = understood(line)
+    asked = read_flags(generate_train_command.Settings, None, shlex.split(command))
     calibrated = {"noise_multiplier", "num_train_examples"}
     for name, value in vars(args).items():
         if name not in calibrated:
@@ -89,7 +90,7 @@ def test_missing_data_is_an_error_without_its_size_and_a_warning_with_it(generat
 def test_the_size_comes_from_the_data(generate, tmp_path, tiny_model_dir):
     data = save_dataset(tmp_path, rows=100)
     line, _ = generate(*flags(tiny_model_dir, data, tmp_path))
-    args = train.build_parser().parse_args(script_flags(line))
+    args = understood(line)
     assert args.num_train_examples == count_train_examples(data) == 100
     with pytest.raises(ValueError, match="--num_train_examples 99, but .* has 100"):
         generate(*flags(tiny_model_dir, data, tmp_path, "--num_train_examples=99"))
@@ -103,13 +104,12 @@ def test_canaries_count_in_n_beside_the_rows_of_the_data_set(generate, tmp_path,
     assert "N  130, of which 30 rows of canaries" in re.sub(" {2,}", "  ", summary)
     assert "sampling rate 0.06154" in summary  # 8 / 130
     assert generate(*command, "--num_train_examples=100") == (line, summary)
-    args = parse(train.build_parser(), TrainingSettings, script_flags(line))
+    args = understood(line)
     assert (args.num_train_examples, args.num_canaries, args.canary_repeats) == (100, 10, 3)
     trained_on = args.canaries.added_to(load_splits(data)["train"], data)
     # The noise multiplier that the line gives is held against --eps here.
     plan, _ = plan_of(args, len(trained_on))
-    build_parser, settings = generate_train_command.build_parser, generate_train_command.Settings
-    assert plan == plan_of(parse(build_parser(), settings, command), 130)[0]
+    assert plan == plan_of(read_flags(generate_train_command.Settings, None, command), 130)[0]
     assert (plan.num_examples, plan.steps) == (130, 16)
     with pytest.raises(ValueError, match="--num_train_examples 130, but .* has 100"):
         generate(*command, "--num_train_examples=130")
@@ -124,7 +124,7 @@ def test_awkward_values_survive_the_shell(generate, tmp_path):
         ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
     )
     assert shown.stdout.split("\0")[:-1] == shlex.split(line)
-    args = train.build_parser().parse_args(script_flags(line))
+    args = understood(line)
     assert args.job_sess == awkward.replace("\\", "")
     assert args.model_name == "/models/an 'odd' $name"
     assert args.lr == 1e-5
@@ -135,7 +135,7 @@ def test_reserving_a_histogram_asks_for_more_noise(generate, tmp_path):
 
     def noise_multiplier(*more):
         line, _ = generate(*command, *more)
-        return train.build_parser().parse_args(script_flags(line)).noise_multiplier
+        return understood(line).noise_multiplier
 
     assert noise_multiplier("--reserve_histogram_sigma=3") > noise_multiplier()
 
@@ -151,7 +151,7 @@ def test_many_machines_get_one_line_each_which_differ_in_the_rank(generate, tmp_
             f"--dynamo_backend no --machine_rank {rank} --main_process_ip 10.0.0.1 "
             "--main_process_port 29500 --multi_gpu"
         )
-        args = train.build_parser().parse_args(script_flags(shlex.join(words)))
+        args = understood(shlex.join(words))
         assert args.fsdp
         assert [a for a, b in zip(words, lines[0]) if a != b] == ([str(rank)] if rank else [])
 
@@ -160,7 +160,7 @@ def test_flags_of_base_and_adapters_reach_the_line(generate, tmp_path):
     more = ["--load_in_4bit", "--use_rslora", "--rank_pattern", "q_proj=16", "self_attn.v_proj=4"]
     more += ["--alpha_pattern", "q_proj=1e1", "--target_modules", "all-linear"]
     line, _ = generate(*flags("model", save_dataset(tmp_path), tmp_path), *more)
-    args = train.build_parser().parse_args(script_flags(line))
+    args = understood(line)
     assert args.load_in_4bit
     assert not args.load_in_8bit
     assert args.use_rslora
@@ -168,7 +168,7 @@ def test_flags_of_base_and_adapters_reach_the_line(generate, tmp_path):
     assert module_settings(args.rank_pattern, int) == {"q_proj": 16, "self_attn.v_proj": 4}
     assert module_settings(args.alpha_pattern, float) == {"q_proj": 10.0}
     line, _ = generate(*flags("model", str(tmp_path / "letters"), tmp_path))
-    assert train.build_parser().parse_args(script_flags(line)).target_modules is None
+    assert understood(line).target_modules is None
 
 
 def test_a_run_in_the_way_is_refused_before_anything_starts(generate, tmp_path):
@@ -204,27 +204,23 @@ def test_the_script_answers_without_torch_and_exits_with_its_codes(tmp_path, tin
     assert "Traceback" not in wrong.stderr
 
 
-def test_the_printed_line_runs_from_any_folder(tmp_path, tiny_model_dir):
-    """As a user would paste it: the line in a shell, in another folder than the repository's."""
+def test_run_executes_the_line_from_any_folder_and_passes_its_exit_code_on(
+    tmp_path, tiny_model_dir
+):
     data = save_dataset(tmp_path)
-    command = flags(tiny_model_dir, data, "out put", "--num_epochs=0.2", "--no_eval_at_start")
-    generator = shlex.join([sys.executable, str(ROOT / "generate_train_command.py"), *command])
-    shell = f'set -e; export PATH={shlex.quote(sys.prefix)}/bin:"$PATH"; bash -c "$({generator})"'
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out put" / "job" / "adapter" / "adapter_model.safetensors").is_file()
 
+    def run(model, output_dir):
+        command = flags(model, data, output_dir, "--num_epochs=0.2", "--no_eval_at_start", "--run")
+        return subprocess.run(
+            [sys.executable, str(ROOT / "generate_train_command.py"), *command], cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
 
-def test_run_executes_the_line_and_passes_its_exit_code_on(tmp_path, tiny_model_dir):
-    data = save_dataset(tmp_path)
-    short = ["--num_epochs=0.2", "--no_eval_at_start", "--run"]
-    done = run_process(
-        "generate_train_command.py", *flags(tiny_model_dir, data, tmp_path / "out"), *short
-    )
+    done = run(tiny_model_dir, "out put")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert (tmp_path / "out" / "job" / "adapter").is_dir()
-    failed = run_process("generate_train_command.py", *flags("/nowhere", data, tmp_path), *short)
+    assert (tmp_path / "out put" / "job" / "adapter" / "adapter_model.safetensors").is_file()
+    failed = run("/nowhere", tmp_path)
     assert failed.returncode == 2
     assert "error: no model at '/nowhere'" in failed.stderr
     assert "Traceback" not in failed.stderr

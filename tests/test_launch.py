@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import stat
 import subprocess
@@ -68,19 +67,6 @@ def test_every_value_survives_the_printed_line_and_a_real_shell(tmp_path, capfd)
     assert printed.err == ""
     assert through_bash(printed.out, tmp_path) == command[1:]
     assert command[-len(HARD_VALUES) :] == HARD_VALUES
-
-
-def test_the_documented_substitution_runs_the_line(tmp_path):
-    # `bash -c "$(generator)"`, where the generator is a process of its own.
-    generator = tmp_path / "generator.py"
-    generator.write_text(
-        "import sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils.command_line.launch import launch_command, print_or_run\n"
-        f"sys.exit(print_or_run(launch_command('train.py', {HARD_VALUES!r}, 1), run=False))\n"
-    )
-    line = f'bash -c "$({shlex.join([sys.executable, str(generator)])})"'
-    assert through_bash(line, tmp_path)[-len(HARD_VALUES) :] == HARD_VALUES
 
 
 @pytest.mark.parametrize("gpus", [1, 4])

@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-import train
 from utils.cli import UsageError
-from utils.command_line.parser import parse
+from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings, plan_of
 from utils.privacy.guarantee import as_markdown, build_report, render, write_report
 from utils.privacy.ledger import Ledger, read_plan
@@ -28,7 +27,7 @@ def settings(**changes) -> TrainingSettings:
     argv = ["--dataset_name=x", "--model_name=x", "--job_sess=x",
             "--prompt_style=uncond_generation", "--eps=8", "--delta=1e-5", "--clip=1",
             "--total_bs=64"]  # fmt: skip
-    return dataclasses.replace(parse(train.build_parser(), TrainingSettings, argv), **changes)
+    return dataclasses.replace(read_flags(TrainingSettings, None, argv), **changes)
 
 
 @pytest.mark.parametrize(

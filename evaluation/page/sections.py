@@ -15,8 +15,8 @@ from evaluation.page import charts
 from evaluation.page.material import Material, Samples, Selection
 from evaluation.page.printing import Verbatim, portable, portable_word
 from evaluation.results import interval
-from utils.command_line.parser import make_parser, to_argv
-from utils.command_line.sampling_flags import add_sampling_arguments
+from utils.command_line.parser import parser_of, to_argv
+from utils.command_line.sampling_flags import SamplingSettings
 from utils.privacy.guarantee import claim, conditions
 
 # The section of a tool's results; each other tool has one of its own.
@@ -397,10 +397,8 @@ def command(program: str, words: list) -> str:
 
 def sampling_argv(samples: Samples) -> list[str]:
     """Flags that a folder of samples was drawn with, from its manifest."""
-    parser = make_parser("")
-    add_sampling_arguments(parser)
     given = SimpleNamespace(**samples.manifest)
     given.job_sess, given.output_dir = samples.folder.name, str(samples.folder.parent)
     if samples.prompted:
         given.num_samples = None
-    return to_argv(parser, given)
+    return to_argv(parser_of(SamplingSettings, ""), given)

@@ -4,22 +4,11 @@ import argparse
 import math
 import re
 from dataclasses import field, fields
-from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from utils.cli import EXIT_USAGE, say
 
 Settings = TypeVar("Settings")
-
-
-class JobSettings(Protocol):
-    """What the settings of training and of sampling share: where the job is written."""
-
-    @property
-    def output_dir(self) -> str: ...
-
-    @property
-    def job_sess(self) -> str: ...
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -122,11 +111,6 @@ def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
             # A value that begins with a dash would be read as a flag.
             argv += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return argv
-
-
-def run_folder(settings: JobSettings) -> Path:
-    """Where the run is written."""
-    return Path(settings.output_dir) / settings.job_sess
 
 
 def job_name(text: str) -> str:

@@ -1,14 +1,14 @@
 """Flags of sampling, shared by `inference.py` and its generator; no torch."""
 
-import argparse
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from utils.cli import UsageError
-from utils.command_line.parser import natural_int, positive_int
-from utils.command_line.training_flags import add_job_argument, add_model_arguments
+from utils.command_line.parser import flag, natural_int, positive_int
+from utils.command_line.training_flags import JobSettings
 from utils.models.adapter_info import read_adapter_info
 from utils.texts.prompts import UNCONDITIONAL, Instruction, read_instruction_file
 
@@ -17,93 +17,59 @@ LOWEST_TEMPERATURE = 1e-4  # below it, logits would overflow
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """The flags of `inference.py`."""
+_decoding = partial(flag, group="decoding")
 
-    instruction_file: str
-    model_name: str
-    prompt_style: str
-    max_seq_len: int
-    dtype: str
-    job_sess: str
-    perdevice_bs: int | None
-    seed: int
-    adapter_path: str | None
-    no_merge: bool
-    output_dir: str
-    engine: str
-    no_sample: bool
-    top_k: int
-    top_p: float
-    temperature: float
-    repetition_penalty: float
-    max_new_tokens: int | None
-    num_samples: int | None
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(JobSettings):
+    """Every flag of `inference.py`."""
+
+    instruction_file: str = flag(
+        "blocks of a line `### BOI ### COUNT`, a text, a line `### EOI ###`; with "
+        f"{UNCONDITIONAL} the text is the number of samples",
+        required=True,
+    )
+    perdevice_bs: int | None = flag(
+        "sequences of max_seq_len tokens on a device at once; left out: what a GPU's memory holds; "
+        "an eighth of a CPU's memory, at most 64",
+        type=positive_int,
+    )
+    seed: int = flag(
+        "what is drawn; a sample's text depends on this and its id", 0, type=natural_int
+    )
+    adapter_path: str | None = flag("folder of a LoRA adapter; the base model alone if left out")
+    no_merge: bool = flag(
+        "keep the adapter apart from the base's weights: slower, exact in bfloat16", False
+    )
+    output_dir: str = flag("samples are written to its JOB_SESS", "inference_outputs")
+    engine: str = flag(
+        "continuous: a finished text makes room for the next one at once; static: a batch waits "
+        "for its longest text; vllm: needs an environment of its own, see docs/reference.md",
+        "continuous",
+        choices=ENGINE_NAMES,
+    )
+
+    no_sample: bool = _decoding("always take the likeliest token", False)
+    top_k: int = _decoding("draw among the k likeliest tokens; 0: among all", 0, type=natural_int)
+    top_p: float = _decoding(
+        "draw among the fewest tokens that together have this probability", 1.0, type=float
+    )
+    temperature: float = _decoding("divides the logits", 1.0, type=float)
+    repetition_penalty: float = _decoding(
+        "divides the positive logits of tokens in the text so far, multiplies the negative",
+        1.0,
+        type=float,
+    )
+    max_new_tokens: int | None = _decoding(
+        "longest text in tokens; what the prompt leaves of max_seq_len if left out",
+        type=positive_int,
+    )
+    num_samples: int | None = _decoding(
+        f"overrides the number in the instruction file of {UNCONDITIONAL}", type=positive_int
+    )
 
 
 Settings = TypeVar("Settings", bound=SamplingSettings)
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every flag of `inference.py`."""
-    parser.add_argument(
-        "--instruction_file",
-        required=True,
-        help="blocks of a line `### BOI ### COUNT`, a text, a line `### EOI ###`; with "
-        f"{UNCONDITIONAL} the text is the number of samples",
-    )
-    add_model_arguments(parser)
-    add_job_argument(parser)
-    parser.add_argument(
-        "--perdevice_bs",
-        type=positive_int,
-        default=None,
-        help="sequences of max_seq_len tokens on a device at once; left out: what a GPU's memory "
-        "holds; an eighth of a CPU's memory, at most 64",
-    )
-    parser.add_argument("--seed", type=natural_int, default=0, help="what is drawn; a sample's "
-                        "text depends on this and its id")  # fmt: skip
-    parser.add_argument("--adapter_path", default=None, help="folder of a LoRA adapter; the base "
-                        "model alone if left out")  # fmt: skip
-    parser.add_argument(
-        "--no_merge",
-        action="store_true",
-        help="keep the adapter apart from the base's weights: slower, exact in bfloat16",
-    )
-    parser.add_argument(
-        "--output_dir", default="inference_outputs", help="samples are written to its JOB_SESS"
-    )
-    parser.add_argument("--engine", choices=ENGINE_NAMES, default="continuous", help="continuous: "
-                        "a finished text makes room for the next one at once; static: a batch "
-                        "waits for its longest text; vllm: needs an environment of its own, see "
-                        "the README")  # fmt: skip
-
-    group = parser.add_argument_group("decoding")
-    group.add_argument("--no_sample", action="store_true", help="always take the likeliest token")
-    group.add_argument("--top_k", type=natural_int, default=0, help="draw among the k likeliest "
-                       "tokens; 0: among all")  # fmt: skip
-    group.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="draw among the fewest tokens that together have this probability",
-    )
-    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits")
-    group.add_argument(
-        "--repetition_penalty",
-        type=float,
-        default=1.0,
-        help="divides the positive logits of tokens in the text so far, multiplies the negative",
-    )
-    group.add_argument(
-        "--max_new_tokens",
-        type=positive_int,
-        default=None,
-        help="longest text in tokens; what the prompt leaves of max_seq_len if left out",
-    )
-    group.add_argument("--num_samples", type=positive_int, default=None, help="overrides the "
-                       f"number in the instruction file of {UNCONDITIONAL}")  # fmt: skip
 
 
 def check_sampling_settings(settings: Settings) -> tuple[Settings, list[str]]:

@@ -5,12 +5,14 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from utils.cli import UsageError
 from utils.command_line.parser import (
     batch_size,
+    flag,
     job_name,
     natural_int,
     positive_float,
@@ -26,17 +28,47 @@ Number = TypeVar("Number", int, float)
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
+def _rank_of_module(text: str) -> str:
+    return _module_setting(text, positive_int)
+
+
+def _alpha_of_module(text: str) -> str:
+    return _module_setting(text, positive_float)
+
+
+def _module_setting(text: str, number: Callable[[str], float]) -> str:
+    """NAME=NUMBER as it is, once it is known to be that."""
+    name, _, value = text.partition("=")
+    if not re.fullmatch(r"[\w.]+", name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, such as q_proj=16")
+    number(value)
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Flags of everything that runs a model."""
 
-    model_name: str
-    prompt_style: str
-    max_seq_len: int
-    dtype: str
-    job_sess: str
+    model_name: str = flag("base model: a hub id or a folder", required=True)
+    prompt_style: str = flag(
+        "how a text becomes a prompt; uncond_generation has an empty one",
+        choices=PROMPT_STYLES,
+        required=True,
+    )
+    max_seq_len: int = flag("longest sequence in tokens; longer ones are cut", 2048)
+    dtype: str = flag(
+        "dtype of the frozen base; auto: bfloat16 on GPUs that have it",
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings(ModelSettings):
+    """Flags of training and of sampling, each of which says where its jobs are written."""
+
+    job_sess: str = flag("name of this run", type=job_name, required=True)
     output_dir: str
-    seed: int
 
     @property
     def folder(self) -> Path:
@@ -44,47 +76,140 @@ class ModelSettings:
         return Path(self.output_dir) / self.job_sess
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings(ModelSettings):
-    """Every flag of `train.py`; --help says what they mean."""
+_privacy = partial(flag, group="privacy")
+_memorisation = partial(flag, group="memorisation")
+_optimisation = partial(flag, group="optimisation")
+_lora = partial(flag, group="LoRA")
+_base = partial(flag, group="the frozen base")
+_reporting = partial(flag, group="evaluation, checkpoints, reporting")
 
-    dataset_name: str
-    perdevice_bs: int | str
-    eps: float
-    delta: float
-    clip: float
-    clip_function: str
-    loss_normalization: str
-    noise_multiplier: float | None
-    num_train_examples: int | None
-    reserve_histogram_sigma: float | None
-    insecure_fixed_noise_seed: int | None
-    num_canaries: int
-    canary_repeats: int
-    total_bs: int
-    num_epochs: float
-    lr: float
-    lr_scheduler: str
-    warmup_steps: int
-    wd: float
-    lora_r: int
-    lora_alpha: float
-    lora_dropout: float
-    target_modules: list[str] | None
-    use_rslora: bool
-    rank_pattern: list[str] | None
-    alpha_pattern: list[str] | None
-    load_in_4bit: bool
-    load_in_8bit: bool
-    fsdp: bool
-    gradient_checkpointing: bool
-    no_eval_at_start: bool
-    max_eval_examples: int
-    save_steps: int
-    keep_checkpoints: int
-    resume: str
-    report_to: str
-    report_private_metrics: bool
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(JobSettings):
+    """Every flag of `train.py`."""
+
+    dataset_name: str = flag(
+        "data/NAME, a path or a hub id; a name that starts with `labelled` trains (instruction, "
+        "answer) pairs, any other the instruction itself",
+        required=True,
+    )
+    perdevice_bs: int | str = flag(
+        "sequences of max_seq_len that fit on a device at once; shorter ones are packed into the "
+        "same number of padded tokens; auto finds out by trying",
+        4,
+        type=batch_size,
+        metavar="{auto,1,2,...}",
+    )
+    seed: int = flag(
+        "initialisation; without --eps also dropout and who is sampled, which are secret in a DP "
+        "run",
+        0,
+        type=natural_int,
+    )
+    output_dir: str = flag("runs are written to its JOB_SESS", "outputs")
+
+    eps: float = _privacy("target epsilon; -1 trains without DP", -1, type=float)
+    delta: float = _privacy("target delta, below 1/N", 5e-7, type=float)
+    clip: float = _privacy(
+        "clip norm C: l2 bound of one example's gradient; needed with --eps", -1, type=float
+    )
+    clip_function: str = _privacy(
+        "flat: min(1, C/norm); automatic: C/(norm + 0.01), needs no tuning",
+        "flat",
+        choices=("flat", "automatic"),
+    )
+    loss_normalization: str = _privacy(
+        "an example's summed loss is divided by max_seq_len, or by its own number of tokens "
+        "(better for short texts)",
+        "max_seq_len",
+        choices=("max_seq_len", "tokens"),
+    )
+    noise_multiplier: float | None = _privacy(
+        "sigma, noise deviation over C; calibrated from --eps if left out", type=float
+    )
+    num_train_examples: int | None = _privacy(
+        "rows of the data set's train split, public (N is this and the rows of canaries); counted "
+        "if left out",
+        type=positive_int,
+    )
+    reserve_histogram_sigma: float | None = _privacy(
+        "calibrate so that training and one Gaussian histogram of this sigma (sensitivity 1) "
+        "together meet --eps",
+        type=positive_float,
+    )
+    insecure_fixed_noise_seed: int | None = _privacy(
+        "TESTS ONLY: noise and sampling from a known seed; no guarantee", type=int
+    )
+
+    num_canaries: int = _memorisation(
+        "made-up rows with a random secret that are added to the train split, and count in N, for "
+        "evaluation.memorisation to look for",
+        0,
+        type=natural_int,
+    )
+    canary_repeats: int = _memorisation("times that each canary is added", 1)
+
+    total_bs: int = _optimisation("(expected) examples in a logical batch, over all devices", 32)
+    num_epochs: float = _optimisation(
+        "steps = floor(num_epochs * N / total_bs)", 3, type=positive_float
+    )
+    lr: float = _optimisation("peak learning rate", 3e-4)
+    lr_scheduler: str = _optimisation("", "constant", choices=SCHEDULERS)
+    warmup_steps: int = _optimisation("steps; `constant` has none", 30, type=natural_int)
+    wd: float = _optimisation("AdamW's weight decay", 0.0, type=float)
+
+    lora_r: int = _lora("rank", 8)
+    lora_alpha: float = _lora("scale is alpha / r", 16, type=positive_float)
+    lora_dropout: float = _lora("probability", 0.05, type=float)
+    target_modules: list[str] | None = _lora(
+        "names of Linear layers, or all-linear; the attention projections if left out", nargs="+"
+    )
+    use_rslora: bool = _lora("rank-stabilised LoRA: scale is alpha / sqrt(r)", False)
+    rank_pattern: list[str] | None = _lora(
+        "ranks of layers that differ from --lora_r, such as q_proj=16",
+        nargs="+",
+        type=_rank_of_module,
+        metavar="NAME=RANK",
+    )
+    alpha_pattern: list[str] | None = _lora(
+        "alphas of layers that differ from --lora_alpha",
+        nargs="+",
+        type=_alpha_of_module,
+        metavar="NAME=ALPHA",
+    )
+
+    load_in_4bit: bool = _base(
+        "quantise its Linear layers to 4 bits (NF4); needs bitsandbytes", False
+    )
+    load_in_8bit: bool = _base("quantise its Linear layers to 8 bits; needs bitsandbytes", False)
+    fsdp: bool = _base(
+        "shard its layers over all processes (FSDP2), for bases that fit on no single device; "
+        "changes nothing of what is learnt",
+        False,
+    )
+    gradient_checkpointing: bool = _base(
+        "recompute activations in the backward pass: less memory, slower", False
+    )
+
+    no_eval_at_start: bool = _reporting("skip the validation loss before the first step", False)
+    max_eval_examples: int = _reporting("validation examples used", 1000)
+    save_steps: int = _reporting("logical steps between checkpoints", 20)
+    keep_checkpoints: int = _reporting("checkpoints kept; at least 2 survive a damaged one", 2)
+    resume: str = _reporting(
+        "auto: continue the run in JOB_SESS from its last good checkpoint",
+        "never",
+        choices=("never", "auto"),
+    )
+    report_to: str = _reporting(
+        "tracker; its package must be installed",
+        "none",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+    )
+    report_private_metrics: bool = _reporting(
+        "also send losses and clipping statistics, which no guarantee covers, to a tracker outside "
+        "this machine (wandb)",
+        False,
+    )
 
     @property
     def canaries(self) -> Canaries:
@@ -100,234 +225,6 @@ class TrainingSettings(ModelSettings):
     def run_settings(self) -> dict:
         """The flags of `train.py` by their names, as `run_config.json` keeps them."""
         return {field.name: getattr(self, field.name) for field in fields(TrainingSettings)}
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of everything that runs a model."""
-    parser.add_argument("--model_name", required=True, help="base model: a hub id or a folder")
-    parser.add_argument(
-        "--prompt_style",
-        choices=PROMPT_STYLES,
-        required=True,
-        help="how a text becomes a prompt; uncond_generation has an empty one",
-    )
-    parser.add_argument(
-        "--max_seq_len",
-        type=positive_int,
-        default=2048,
-        help="longest sequence in tokens; longer ones are cut",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="dtype of the frozen base; auto: bfloat16 on GPUs that have it",
-    )
-
-
-def add_job_argument(parser: argparse.ArgumentParser) -> None:
-    """The name under which training and sampling write."""
-    parser.add_argument("--job_sess", required=True, type=job_name, help="name of this run")
-
-
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every flag of `train.py`."""
-    parser.add_argument(
-        "--dataset_name",
-        required=True,
-        help="data/NAME, a path or a hub id; a name that starts with `labelled` "
-        "trains (instruction, answer) pairs, any other the instruction itself",
-    )
-    add_model_arguments(parser)
-    add_job_argument(parser)
-    parser.add_argument(
-        "--perdevice_bs",
-        type=batch_size,
-        default=4,
-        metavar="{auto,1,2,...}",
-        help="sequences of max_seq_len that fit on a device at once; shorter ones "
-        "are packed into the same number of padded tokens; auto finds out by trying",
-    )
-    parser.add_argument(
-        "--seed",
-        type=natural_int,
-        default=0,
-        help="initialisation; without --eps also dropout and who is sampled, which are secret "
-        "in a DP run",
-    )
-    parser.add_argument("--output_dir", default="outputs", help="runs are written to its JOB_SESS")
-
-    group = parser.add_argument_group("privacy")
-    group.add_argument("--eps", type=float, default=-1, help="target epsilon; -1 trains without DP")
-    group.add_argument("--delta", type=float, default=5e-7, help="target delta, below 1/N")
-    group.add_argument(
-        "--clip",
-        type=float,
-        default=-1,
-        help="clip norm C: l2 bound of one example's gradient; needed with --eps",
-    )
-    group.add_argument(
-        "--clip_function",
-        choices=("flat", "automatic"),
-        default="flat",
-        help="flat: min(1, C/norm); automatic: C/(norm + 0.01), needs no tuning",
-    )
-    group.add_argument(
-        "--loss_normalization",
-        choices=("max_seq_len", "tokens"),
-        default="max_seq_len",
-        help="an example's summed loss is divided by "
-        "max_seq_len, or by its own number of tokens (better for short texts)",
-    )
-    group.add_argument(
-        "--noise_multiplier",
-        type=float,
-        default=None,
-        help="sigma, noise deviation over C; calibrated from --eps if left out",
-    )
-    group.add_argument(
-        "--num_train_examples",
-        type=positive_int,
-        default=None,
-        help="rows of the data set's train split, public (N is this and the rows of canaries); "
-        "counted if left out",
-    )
-    group.add_argument(
-        "--reserve_histogram_sigma",
-        type=positive_float,
-        default=None,
-        help="calibrate so that training and one Gaussian histogram of this sigma "
-        "(sensitivity 1) together meet --eps",
-    )
-    group.add_argument(
-        "--insecure_fixed_noise_seed",
-        type=int,
-        default=None,
-        help="TESTS ONLY: noise and sampling from a known seed; no guarantee",
-    )
-
-    group = parser.add_argument_group("memorisation")
-    group.add_argument(
-        "--num_canaries",
-        type=natural_int,
-        default=0,
-        help="made-up rows with a random secret that are added to the train split, and count in N, "
-        "for evaluation.memorisation to look for",
-    )
-    group.add_argument(
-        "--canary_repeats", type=positive_int, default=1, help="times that each canary is added"
-    )
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--total_bs",
-        type=positive_int,
-        default=32,
-        help="(expected) examples in a logical batch, over all devices",
-    )
-    group.add_argument(
-        "--num_epochs",
-        type=positive_float,
-        default=3,
-        help="steps = floor(num_epochs * N / total_bs)",
-    )
-    group.add_argument("--lr", type=positive_float, default=3e-4, help="peak learning rate")
-    group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant")
-    group.add_argument(
-        "--warmup_steps", type=natural_int, default=30, help="steps; `constant` has none"
-    )
-    group.add_argument("--wd", type=float, default=0.0, help="AdamW's weight decay")
-
-    group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora_r", type=positive_int, default=8, help="rank")
-    group.add_argument("--lora_alpha", type=positive_float, default=16, help="scale is alpha / r")
-    group.add_argument("--lora_dropout", type=float, default=0.05, help="probability")
-    group.add_argument(
-        "--target_modules",
-        nargs="+",
-        default=None,
-        help="names of Linear layers, or all-linear; the attention projections if left out",
-    )
-    group.add_argument(
-        "--use_rslora",
-        action="store_true",
-        help="rank-stabilised LoRA: scale is alpha / sqrt(r)",
-    )
-    group.add_argument(
-        "--rank_pattern",
-        nargs="+",
-        type=_rank_of_module,
-        metavar="NAME=RANK",
-        default=None,
-        help="ranks of layers that differ from --lora_r, such as q_proj=16",
-    )
-    group.add_argument(
-        "--alpha_pattern",
-        nargs="+",
-        type=_alpha_of_module,
-        metavar="NAME=ALPHA",
-        default=None,
-        help="alphas of layers that differ from --lora_alpha",
-    )
-    group = parser.add_argument_group("the frozen base")
-    group.add_argument(
-        "--load_in_4bit",
-        action="store_true",
-        help="quantise its Linear layers to 4 bits (NF4); needs bitsandbytes",
-    )
-    group.add_argument(
-        "--load_in_8bit",
-        action="store_true",
-        help="quantise its Linear layers to 8 bits; needs bitsandbytes",
-    )
-    group.add_argument(
-        "--fsdp",
-        action="store_true",
-        help="shard its layers over all processes (FSDP2), for bases that fit on no single device; "
-        "changes nothing of what is learnt",
-    )
-    group.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="recompute activations in the backward pass: less memory, slower",
-    )
-
-    group = parser.add_argument_group("evaluation, checkpoints, reporting")
-    group.add_argument(
-        "--no_eval_at_start",
-        action="store_true",
-        help="skip the validation loss before the first step",
-    )
-    group.add_argument(
-        "--max_eval_examples", type=positive_int, default=1000, help="validation examples used"
-    )
-    group.add_argument(
-        "--save_steps", type=positive_int, default=20, help="logical steps between checkpoints"
-    )
-    group.add_argument(
-        "--keep_checkpoints",
-        type=positive_int,
-        default=2,
-        help="checkpoints kept; at least 2 survive a damaged one",
-    )
-    group.add_argument(
-        "--resume",
-        choices=("never", "auto"),
-        default="never",
-        help="auto: continue the run in JOB_SESS from its last good checkpoint",
-    )
-    group.add_argument(
-        "--report_to",
-        choices=("none", "tensorboard", "wandb", "trackio"),
-        default="none",
-        help="tracker; its package must be installed",
-    )
-    group.add_argument(
-        "--report_private_metrics",
-        action="store_true",
-        help="also send losses and clipping statistics, which no guarantee covers, "
-        "to a tracker outside this machine (wandb)",
-    )
 
 
 def check_training_settings(settings: TrainingSettings) -> list[str]:
@@ -391,9 +288,9 @@ def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
 
 
 def _check_without_privacy(settings: TrainingSettings) -> list[str]:
-    for flag in ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed"):
-        if getattr(settings, flag) is not None:
-            raise UsageError(f"--{flag} needs --eps: without it the run has no privacy")
+    for name in ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed"):
+        if getattr(settings, name) is not None:
+            raise UsageError(f"--{name} needs --eps: without it the run has no privacy")
     if settings.clip > 0:
         return [f"--clip {settings.clip} without --eps: nothing is clipped and nothing is private"]
     return []
@@ -427,23 +324,6 @@ def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan 
         noise_multiplier=settings.noise_multiplier,
         reserved_histogram_sigma=settings.reserve_histogram_sigma,
     )
-
-
-def _rank_of_module(text: str) -> str:
-    return _module_setting(text, positive_int)
-
-
-def _alpha_of_module(text: str) -> str:
-    return _module_setting(text, positive_float)
-
-
-def _module_setting(text: str, number: Callable[[str], float]) -> str:
-    """NAME=NUMBER as it is, once it is known to be that."""
-    name, _, value = text.partition("=")
-    if not re.fullmatch(r"[\w.]+", name):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER, such as q_proj=16")
-    number(value)
-    return text
 
 
 def module_settings(given: list[str] | None, number: Callable[[str], Number]) -> dict[str, Number]:
