@@ -337,7 +337,7 @@ def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
         base,
         settings.lora_r,
         settings.lora_alpha,
-        settings.lora_dropout,
+        settings.dropout,
         "all-linear" if targets == ["all-linear"] else targets,
         settings.gradient_checkpointing,
         use_rslora=settings.use_rslora,

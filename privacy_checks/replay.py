@@ -8,8 +8,7 @@ place of what is released, so that each step starts from the same parameters. Th
 then move by at most C(1 + 1e-5), the optimizer's vector not at all, and the same holds for every
 adaptive sequence of steps. Mixed lengths; Type A (uncond_generation) and Type C (vicuna); gradient
 checkpointing off and on; a clip norm that most examples reach and one that half of them do; one
-process and two. With dropout. Exit
-code 0 if no example moves a sum by more, else 1.
+process and two; with dropout. Exit code 0 if no example moves a sum by more, else 1.
 """
 
 import itertools

@@ -31,6 +31,8 @@ from tests.training import (
     save_dataset,
 )
 from utils.cli import UsageError, run_cli
+from utils.command_line.parser import read_flags
+from utils.command_line.training_flags import TrainingSettings
 from utils.files import sha256_of
 from utils.models.lora import use_row_dropout
 from utils.privacy import mechanism, plan
@@ -192,6 +194,24 @@ def test_a_fixed_noise_seed_repeats_a_run_and_forfeits_the_guarantee(run, capsys
     assert values["epsilon"]["upper"] is None
     assert values["covered"] == []
     assert "no privacy guarantee" in (left / "privacy_report.md").read_text().lower()
+
+
+def test_dropout_is_off_in_a_private_run_unless_it_is_asked_for(run):
+    def recorded(folder):
+        adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        arguments = json.loads((folder / "run_config.json").read_text())["arguments"]
+        assert adapter["lora_dropout"] == arguments["lora_dropout"]
+        return adapter["lora_dropout"]
+
+    # The flags of these tests name it; the default is what a user gets.
+    given = [word for word in flags("", "", Path()) if "--lora_dropout" in word]
+    assert given == ["--lora_dropout=0"]
+    for eps, dropout in (("8", 0.0), ("-1", 0.05)):
+        argv = ["--dataset_name=x", "--model_name=x", "--job_sess=x", f"--eps={eps}",
+                "--prompt_style=uncond_generation"]  # fmt: skip
+        assert read_flags(TrainingSettings, "", argv).dropout == dropout
+    assert recorded(run(output="a")) == 0
+    assert recorded(run("--lora_dropout=0.25", output="b")) == 0.25
 
 
 def test_dropout_repeats_without_privacy_and_with_a_known_seed_and_is_fresh_otherwise(run):

@@ -79,21 +79,6 @@ def read_flags(
     return settings(**vars(parser.parse_args(argv)))
 
 
-def parse(
-    parser: argparse.ArgumentParser, settings: type[Settings], argv: list[str] | None
-) -> Settings:
-    """The flags in `argv` as a frozen dataclass that has a field for each of them.
-
-    Args:
-        settings: the dataclass; its fields have the flags' names.
-        argv: those of the process if None.
-
-    Raises:
-        TypeError: a flag has no field, or a field no flag.
-    """
-    return settings(**vars(parser.parse_args(argv)))
-
-
 def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
     """Flags that make `parser` give `settings` again; those at their default are left out."""
     argv: list[str] = []

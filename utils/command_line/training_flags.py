@@ -154,13 +154,15 @@ class TrainingSettings(JobSettings):
         "steps = floor(num_epochs * N / total_bs)", 3, type=positive_float
     )
     lr: float = _optimisation("peak learning rate", 3e-4)
-    lr_scheduler: str = _optimisation("", "constant", choices=SCHEDULERS)
+    lr_scheduler: str = _optimisation("of the learning rate", "constant", choices=SCHEDULERS)
     warmup_steps: int = _optimisation("steps; `constant` has none", 30, type=natural_int)
     wd: float = _optimisation("AdamW's weight decay", 0.0, type=float)
 
     lora_r: int = _lora("rank", 8)
     lora_alpha: float = _lora("scale is alpha / r", 16, type=positive_float)
-    lora_dropout: float = _lora("probability", 0.05, type=float)
+    lora_dropout: float | None = _lora(
+        "probability of dropout; 0 in a DP run and 0.05 in another if left out", type=float
+    )
     target_modules: list[str] | None = _lora(
         "names of Linear layers, or all-linear; the attention projections if left out", nargs="+"
     )
@@ -217,6 +219,12 @@ class TrainingSettings(JobSettings):
         return Canaries(self.num_canaries, self.canary_repeats, self.seed)
 
     @property
+    def dropout(self) -> float:
+        """The probability of LoRA's dropout."""
+        default = 0.05 if self.eps == -1 else 0.0
+        return default if self.lora_dropout is None else self.lora_dropout
+
+    @property
     def quantised_bits(self) -> int | None:
         """Bits to which the base is quantised; None for a base as it is."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
@@ -224,7 +232,8 @@ class TrainingSettings(JobSettings):
     @property
     def run_settings(self) -> dict:
         """The flags of `train.py` by their names, as `run_config.json` keeps them."""
-        return {field.name: getattr(self, field.name) for field in fields(TrainingSettings)}
+        given = {field.name: getattr(self, field.name) for field in fields(TrainingSettings)}
+        return given | {"lora_dropout": self.dropout}
 
 
 def check_training_settings(settings: TrainingSettings) -> list[str]:
@@ -237,8 +246,8 @@ def check_training_settings(settings: TrainingSettings) -> list[str]:
         UsageError: see its message.
     """
     require_fitting_style(settings.dataset_name, settings.prompt_style)
-    if not 0 <= settings.lora_dropout < 1:
-        raise UsageError(f"--lora_dropout {settings.lora_dropout}: must be in [0, 1)")
+    if not 0 <= settings.dropout < 1:
+        raise UsageError(f"--lora_dropout {settings.dropout}: must be in [0, 1)")
     if not 0 <= settings.wd < math.inf:
         raise UsageError(f"--wd {settings.wd}: must be 0 or more")
     if settings.canary_repeats > 1 and not settings.num_canaries:
