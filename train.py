@@ -71,7 +71,7 @@ from utils.runs.distributed import (
     require_same_tensors,
     shard_base,
 )
-from utils.runs.metrics import PrivateMetrics, start_tracker
+from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
 from utils.runs.run_folder import begin, held, holds_run, model_card, require_usable
 from utils.runs.stopping import StopRequest
 from utils.texts.data_sets import load_splits
@@ -248,7 +248,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         restore_adapter(parameters, checkpoint.adapter)
         optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
-    stays_here = settings.report_to != "wandb" or settings.report_private_metrics
+    may_see = settings.report_to in LOCAL_TRACKERS or settings.report_private_metrics
     return Run(
         settings=settings,
         accelerator=accelerator,
@@ -266,7 +266,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         token_budget=int(sequences) * settings.max_seq_len,
         is_sharded=is_sharded,
         base_fingerprint=fingerprint,
-        metrics=PrivateMetrics(folder, accelerator, tracked=stays_here or not plan)
+        metrics=PrivateMetrics(folder, accelerator, tracked=may_see or not plan)
         if is_main
         else None,
     )

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import wandb
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -230,6 +231,31 @@ def test_dropout_repeats_without_privacy_and_with_a_known_seed_and_is_fresh_othe
     assert largest_difference(run(FIXED, dropout, output="f"), other) > 1e-4
 
 
+# ---------------------------------------------------------------- trackers
+
+
+def everything_in(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(("more", "shown"), [([], False), (["--report_private_metrics"], True)])
+def test_wandb_gets_no_loss_of_a_private_run_unless_it_is_asked_for(
+    run, monkeypatch, tmp_path, more, shown
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    try:
+        folder = run("--report_to=wandb", *more)
+    finally:
+        wandb.teardown()
+    kept = everything_in(folder / "private" / "wandb")
+    assert b"job" in kept  # the run is there
+    assert (b"train_loss" in kept) is shown
+    assert (b"validation" in kept) is shown
+    losses = [m["validation_loss"] for m in metrics(folder) if "validation_loss" in m]
+    assert not any(f"{loss:.4f}".encode() in kept for loss in losses) or shown
+
+
 # ---------------------------------------------------------------- what must not matter
 
 
@@ -406,15 +432,22 @@ def test_kill_9_loses_nothing_but_steps_since_the_checkpoint(
     assert not list(folder.rglob("*.partial*")), "a half-written checkpoint was left behind"
 
 
-def test_sigterm_saves_and_ends_with_130(run, tiny_model_dir, letters, tmp_path):
-    # Enough steps that the run cannot end before the signal comes.
+@pytest.fixture
+def long_run(tiny_model_dir, letters, tmp_path):
+    """A process that trains for 4,000 steps, and its folder."""
     more = flags(tiny_model_dir, letters, tmp_path / "outputs", "--num_epochs=500")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "train.py", *more], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "train.py", *more], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    folder = tmp_path / "outputs" / "job"
+    yield process, tmp_path / "outputs" / "job"
+    if process.poll() is None:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_saves_and_ends_with_130(long_run):
+    process, folder = long_run
     wait_for(lambda: (folder / LEDGER_FILE).exists() and len(ledger_steps(folder)) >= 4, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
@@ -557,16 +590,8 @@ def test_a_checkpoint_of_a_step_that_the_run_has_not_is_refused(stopped, tmp_pat
         stopped("--resume=auto")
 
 
-def test_a_second_run_on_the_same_folder_is_refused_until_the_first_ends(
-    run, tiny_model_dir, letters, tmp_path
-):
-    more = flags(tiny_model_dir, letters, tmp_path / "outputs", "--num_epochs=500")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *more], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    folder = tmp_path / "outputs" / "job"
+def test_a_second_run_on_the_same_folder_is_refused_until_the_first_ends(run, long_run):
+    process, folder = long_run
     wait_for(lambda: (folder / ".lock").exists(), process)
     for resume in ([], ["--resume=auto"]):
         with pytest.raises(UsageError, match=r"outputs/job is in use.*another --job_sess"):
@@ -640,7 +665,7 @@ def test_pairs_are_trained_on_their_answers(run, tmp_path):
         (["--prompt_style=vicuna"], "does not fit"),
         (["--target_modules", "nosuch"], "--target_modules"),
         (["--num_train_examples=63"], "train split of"),
-        (["--report_to=wandb"], "pip install wandb"),
+        (["--report_to=trackio"], "pip install trackio"),
         (["--perdevice_bs=0"], "not a whole number of 1 or more"),
         (["--job_sess=../up"], "must be a folder name"),
         (["--lora_dropout=1"], "must be in [0, 1)"),

@@ -209,7 +209,7 @@ class TrainingSettings(JobSettings):
     )
     report_private_metrics: bool = _reporting(
         "also send losses and clipping statistics, which no guarantee covers, to a tracker outside "
-        "this machine (wandb)",
+        "this machine (wandb, trackio)",
         False,
     )
 

@@ -5,18 +5,38 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from utils.cli import UsageError, in_one_line
 from utils.files import JsonlAppender
 
 
+# Trackers that write to this machine alone; the others have a server, or take one from their
+# environment.
+LOCAL_TRACKERS = ("none", "tensorboard")
+
+
 def start_tracker(accelerator: Accelerator, tracker: str, job: str, folder: Path) -> None:
-    """Start a tracker on the main process; what it keeps is under the run's private/."""
+    """Start a tracker on the main process; what it keeps is under the run's private/.
+
+    It gets what it is given: no lines of the console, which show losses, and no figures of the
+    machine.
+
+    Raises:
+        UsageError: the tracker refuses to start.
+    """
     if tracker == "none" or not accelerator.is_main_process:
         return
     private = folder / "private"
     os.environ.setdefault("TRACKIO_DIR", str(private / "trackio"))
     private.mkdir(parents=True, exist_ok=True)
-    options = {"wandb": {"dir": str(private), "name": job}}
-    accelerator.init_trackers(job, init_kwargs=options)
+    quiet = {"console": "off", "x_disable_stats": True, "x_disable_meta": True}
+    options = {"wandb": {"dir": str(private), "name": job, "settings": quiet}}
+    try:
+        accelerator.init_trackers(job, init_kwargs=options)
+    except Exception as error:
+        if not type(error).__module__.startswith(tracker):
+            raise
+        reason = in_one_line(error, 160)
+        raise UsageError(f"--report_to {tracker}: {reason}") from None
 
 
 class PrivateMetrics:
