@@ -15,28 +15,14 @@ import pytest
 
 from query_gpt35_for_annotation import annotate
 from query_gpt35_for_annotation.job import Job, instruction_id, read_records
-from query_gpt35_for_annotation.rate_limits import backoff
 from query_gpt35_for_annotation.spending import Price, Spending
-from tests.annotation_server import MinuteLimit, Reply, Server, answer, completion, error
+from tests.annotation_server import KEY, MinuteLimit, Reply, Server, answer, completion, error
 from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl
 from utils.folders import locked
 
-KEY = "sk-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Pauses of a twentieth, so that a test of many retries takes seconds."""
-    monkeypatch.setattr(
-        "query_gpt35_for_annotation.client.backoff", lambda *given: backoff(*given) / 20
-    )
+pytestmark = pytest.mark.usefixtures("key")
 
 
 def arguments(folder, server, number, **flags):
