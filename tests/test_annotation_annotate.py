@@ -17,6 +17,7 @@ from query_gpt35_for_annotation import annotate
 from query_gpt35_for_annotation.job import Job, instruction_id, read_records
 from query_gpt35_for_annotation.spending import Price, Spending
 from tests.annotation_server import KEY, MinuteLimit, Reply, Server, answer, completion, error
+from tests.json_lines import jsonl
 from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl
@@ -438,7 +439,7 @@ def test_answers_of_older_versions_are_known(tmp_path):
         run(tmp_path, server, 4)
         file = tmp_path / "out" / "answers.jsonl"
         old = [{"id": line.pop("instruction_sha256")} | line for line in read_jsonl(file)]
-        file.write_text("".join(json.dumps(line) + "\n" for line in old))
+        file.write_text(jsonl(old))
         code, records = run(tmp_path, server, 6)
         assert (code, len(server.requests)) == (0, 6)
     assert records.keys() == {instruction_id(f"q{each}") for each in range(6)}
