@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+KEY = "sk-secret-0123456789"
 MOST_REQUESTS = 50_000
 MOST_SECONDS = 600
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from privacy_checks.tiny_model import save_tiny_model
+from query_gpt35_for_annotation.rate_limits import backoff
+from tests.annotation_server import KEY
 from utils.privacy import guarantee, plan
 
 datasets.disable_progress_bars()
@@ -27,6 +29,20 @@ def tiny_model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     save_tiny_model(folder)
     return str(folder)
+
+
+@pytest.fixture
+def key(monkeypatch):
+    """The key of an annotation server, in the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pauses of a twentieth, so that a test of many retries takes seconds."""
+    monkeypatch.setattr(
+        "query_gpt35_for_annotation.client.backoff", lambda *given: backoff(*given) / 20
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

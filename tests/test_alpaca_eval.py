@@ -5,6 +5,7 @@ import json
 import pytest
 
 from evaluation.alpaca_eval import main, read_answers
+from tests.json_lines import jsonl
 from utils.cli import UsageError
 from utils.files import JsonlAppender
 
@@ -92,7 +93,6 @@ def test_a_bad_folder_is_one_line(tmp_path):
     shard.write_text('{"prompt": "a", "text": "x"}\n')
     with pytest.raises(UsageError, match="shard-0.jsonl, line 1 lacks the id of a sample"):
         read_answers(tmp_path)
-    lines = [json.dumps({"id": id, "prompt": "a", "text": "x"}) for id in range(2)]
-    shard.write_text("\n".join(lines) + "\n")
+    shard.write_text(jsonl({"id": id, "prompt": "a", "text": "x"} for id in range(2)))
     with pytest.raises(UsageError, match="shard-0.jsonl, line 2 answers an instruction"):
         read_answers(tmp_path)

@@ -15,29 +15,16 @@ import pytest
 
 from query_gpt35_for_annotation import annotate
 from query_gpt35_for_annotation.job import Job, instruction_id, read_records
-from query_gpt35_for_annotation.rate_limits import backoff
 from query_gpt35_for_annotation.spending import Price, Spending
-from tests.annotation_server import MinuteLimit, Reply, Server, answer, completion, error
+from tests.annotation_server import KEY, MinuteLimit, Reply, Server, answer, completion, error
+from tests.json_lines import jsonl
 from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
 from utils.files import JsonlAppender, read_jsonl
 from utils.folders import locked
 
-KEY = "sk-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Pauses of a twentieth, so that a test of many retries takes seconds."""
-    monkeypatch.setattr(
-        "query_gpt35_for_annotation.client.backoff", lambda *given: backoff(*given) / 20
-    )
+pytestmark = pytest.mark.usefixtures("key")
 
 
 def arguments(folder, server, number, **flags):
@@ -453,7 +440,7 @@ def test_answers_of_older_versions_are_known(tmp_path):
         run(tmp_path, server, 4)
         file = tmp_path / "out" / "answers.jsonl"
         old = [{"id": line.pop("instruction_sha256")} | line for line in read_jsonl(file)]
-        file.write_text("".join(json.dumps(line) + "\n" for line in old))
+        file.write_text(jsonl(old))
         code, records = run(tmp_path, server, 6)
         assert (code, len(server.requests)) == (0, 6)
     assert records.keys() == {instruction_id(f"q{each}") for each in range(6)}

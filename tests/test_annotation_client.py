@@ -10,25 +10,12 @@ import pytest
 
 from query_gpt35_for_annotation.client import Client, read_completion, retry_after_seconds
 from query_gpt35_for_annotation.job import Job
-from query_gpt35_for_annotation.rate_limits import RateBudget, backoff
+from query_gpt35_for_annotation.rate_limits import RateBudget
 from query_gpt35_for_annotation.spending import BudgetReached, Price, Spending
-from tests.annotation_server import Reply, Server, answer, completion, error
+from tests.annotation_server import KEY, Reply, Server, answer, completion, error
 from utils.cli import UsageError
 
-KEY = "sk-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Pauses of a twentieth, so that a test of ten retries takes seconds."""
-    monkeypatch.setattr(
-        "query_gpt35_for_annotation.client.backoff", lambda *given: backoff(*given) / 20
-    )
+pytestmark = pytest.mark.usefixtures("key")
 
 
 def job_for(url, **decoding):

@@ -11,6 +11,7 @@ from benchmarks.engines.published_loop import _keep_input
 from benchmarks.jobs import OURS, PEERS, Job
 from privacy_checks.tiny_model import save_tiny_model
 from tests.helpers import adapted_model, random_examples, reference_gradients
+from tests.json_lines import jsonl
 from tests.training import run_process
 from utils.models.language_model import LanguageModel
 from utils.models.losses import normalise
@@ -23,7 +24,7 @@ def texts(tmp_path):
     """A data set of 40 instructions of 1 to 40 words."""
     path = tmp_path / "texts.jsonl"
     rows = [{"instruction": " ".join(["word"] * (1 + number % 40))} for number in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(jsonl(rows))
     return str(path)
 
 

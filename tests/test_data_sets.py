@@ -1,10 +1,12 @@
 """Finding, counting and loading data sets."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
 
+from tests.json_lines import jsonl
 from utils.cli import UsageError
 from utils.texts.data_sets import count_train_examples, find_dataset, load_splits
 
@@ -24,8 +26,7 @@ def save(kind: str, name: str, rows=ROWS):
     elif kind == "parquet":
         train.to_parquet(f"data/{name}.parquet")
     elif kind == "jsonl":
-        with open(f"data/{name}.jsonl", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        Path(f"data/{name}.jsonl").write_text(jsonl(rows))
     elif kind == "json":
         with open(f"data/{name}.json", "w") as file:
             json.dump(rows, file)

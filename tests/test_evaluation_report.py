@@ -18,6 +18,7 @@ from evaluation.page import material
 from evaluation.page.printing import markdown
 from evaluation.results import Result, Score, write_result
 from privacy_checks import composition
+from tests.json_lines import jsonl
 from tests.report_folders import ANSWER, LEDGER, file_hashes, make_folders, read_real_rows
 from utils.cli import run_cli
 from utils.files import JsonlAppender, read_jsonl, write_json
@@ -224,7 +225,7 @@ def test_answers_to_synthetic_prompts_are_shown(folders):
     path = Path("inference_outputs/answers/shard-0.jsonl")
     samples = list(read_jsonl(path))
     samples[0] |= {"prompt": selected, "text": "an answer to a synthetic prompt"}
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    path.write_text(jsonl(samples))
     page, _ = page_of(folders)
     assert "an answer to a synthetic prompt" in page
     assert "1 answers in inference_outputs/answers are not shown" in page
@@ -257,7 +258,7 @@ def test_hostile_texts_stay_texts(folders):
     path = Path("inference_outputs/instructions/shard-0.jsonl")
     samples = list(read_jsonl(path))
     samples[0] |= {"text": hostile, "id": 0}
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    path.write_text(jsonl(samples))
     write_result(Path("hostile"), Result(
         "other", "<b>title</b>", False, "x", [Score("</svg><script>", "<i>", 1.0, 0.5, 1.5, 0.2)],
         "<u>",

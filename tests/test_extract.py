@@ -5,6 +5,7 @@ import json
 import pytest
 
 from resample_with_dp_histogram import extract
+from tests.json_lines import jsonl
 from tests.training import run_process
 from utils.cli import UsageError
 from utils.files import read_jsonl
@@ -13,7 +14,7 @@ from utils.files import read_jsonl
 def write_shard(path, *samples, torn=""):
     path.parent.mkdir(exist_ok=True)
     rows = [{"id": i, "text": text, "finish_reason": reason} for i, (text, reason) in samples]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn, encoding="utf-8")
+    path.write_text(jsonl(rows) + torn, encoding="utf-8")
 
 
 def extracted(output):

@@ -169,11 +169,6 @@ def test_what_has_no_effect_is_said(adapter, capsys):
     assert "warning: --no_sample: --top_p 0.95 has no effect" in capsys.readouterr().err
 
 
-def test_no_torch():
-    code = "import generate_inference_command, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
 def test_a_shell_runs_the_line_whatever_the_names(tmp_path):
     model = tmp_path / 'a "model" of $HOME\'s'
     save_tiny_model(model)

@@ -14,18 +14,13 @@ import pytest
 from evaluation import judge
 from query_gpt35_for_annotation.job import read_records
 from tests import annotation_server
-from tests.annotation_server import Reply, Server, completion, error
+from tests.annotation_server import KEY, Reply, Server, completion, error
 from tests.paths import ROOT
 from tests.test_alpaca_eval import sampling_folder
 from utils.cli import UsageError
 from utils.files import read_jsonl
 
-KEY = "sk-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+pytestmark = pytest.mark.usefixtures("key")
 
 
 def better(first, second):

@@ -24,6 +24,7 @@ from data.prepare_chatbot_arena import (
     ngram_hashes,
     read_conversations,
 )
+from tests.json_lines import jsonl
 from tests.paths import ROOT
 from utils.cli import UsageError
 
@@ -54,7 +55,7 @@ def write_json_list(path, rows):
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(jsonl(rows))
 
 
 def write_parquet(path, rows):

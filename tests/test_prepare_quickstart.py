@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import re
 import shutil
 import signal
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import prepare_quickstart
 from data.prepare_quickstart import Prompt, answer_of, choose_rows, instruction_of, read_prompts
+from tests.json_lines import jsonl
 from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.texts.prompts import read_instruction_file
@@ -33,10 +33,6 @@ def user(text, **more):
 
 def system(text, **more):
     return {"role": "system", "content": text, **more}
-
-
-def jsonl(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def question(n):
@@ -57,14 +53,14 @@ REGISTRY_FILES = {
     "sums/tools/template.jsonl": jsonl(
         [{"input": "This text is part of a tool, no task.", "ideal": "x"}]
     ),
-    "odd/samples.jsonl": "\n".join(
+    "odd/samples.jsonl": "not JSON\n"
+    + jsonl(
         [
-            "not JSON",
-            "[]",
-            "{}",
-            json.dumps({"input": 7, "ideal": "x"}),
-            json.dumps({"input": "What has no answer at all, then?", "ideal": []}),
-            json.dumps({"input": "Which of these rows is kept?", "ideal": "this one"}),
+            [],
+            {},
+            {"input": 7, "ideal": "x"},
+            {"input": "What has no answer at all, then?", "ideal": []},
+            {"input": "Which of these rows is kept?", "ideal": "this one"},
         ]
     ),
 }

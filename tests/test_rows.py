@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
+from tests.json_lines import jsonl
 from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.texts import rows
@@ -40,7 +41,7 @@ def mixed(*values) -> str:
     objects = [
         {"other": values[n % len(values)], "instruction": text} for n, text in enumerate(TEXTS)
     ]
-    return "".join(json.dumps(row) + "\n" for row in objects)
+    return jsonl(objects)
 
 
 SAME = {

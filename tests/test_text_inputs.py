@@ -6,6 +6,7 @@ import pickle
 import pytest
 from datasets import Dataset, DatasetDict
 
+from tests.json_lines import jsonl
 from utils.cli import UsageError
 from utils.texts.text_inputs import read_instructions
 
@@ -16,12 +17,8 @@ def write_shards(folder):
     folder.mkdir()
     for rank in (0, 1):
         rows = [{"id": i, "prompt": "", "text": text} for i, text in enumerate(TEXTS[rank::2])]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"shard-{rank}.jsonl").write_text(lines + '{"id": 9, "te', encoding="utf-8")
-
-
-def jsonl(key):
-    return "".join(json.dumps({key: text}) + "\n" for text in TEXTS)
+        torn = jsonl(rows) + '{"id": 9, "te'
+        (folder / f"shard-{rank}.jsonl").write_text(torn, encoding="utf-8")
 
 
 WRITERS = {
@@ -30,8 +27,8 @@ WRITERS = {
     "objects.json": lambda path: path.write_text(
         json.dumps([{"instruction": text, "text": "other"} for text in TEXTS])
     ),
-    "a.jsonl": lambda path: path.write_text(jsonl("instruction")),
-    "b.jsonl": lambda path: path.write_text(jsonl("text")),
+    "a.jsonl": lambda path: path.write_text(jsonl({"instruction": text} for text in TEXTS)),
+    "b.jsonl": lambda path: path.write_text(jsonl({"text": text} for text in TEXTS)),
     "a.parquet": lambda path: Dataset.from_dict({"instruction": TEXTS}).to_parquet(str(path)),
     "dataset": lambda path: Dataset.from_dict({"instruction": TEXTS}).save_to_disk(str(path)),
 }
@@ -55,8 +52,7 @@ def test_sampled_texts_without_an_end_are_left_out_and_counted(tmp_path, capsys)
         for i, (text, reason) in enumerate(reasons.items())
     ]
     for rank in (0, 1):
-        lines = "".join(json.dumps(row) + "\n" for row in rows[rank::2])
-        (tmp_path / f"shard-{rank}.jsonl").write_text(lines)
+        (tmp_path / f"shard-{rank}.jsonl").write_text(jsonl(rows[rank::2]))
     # The empty text stays until blank instructions are counted.
     assert read_instructions(str(tmp_path)) == ["a", "", "b"]
     assert capsys.readouterr().err.startswith("2 sampled texts left out")

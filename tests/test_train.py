@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import train
 from privacy_checks.observed_run import signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
+from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.training import (
     NUM_EXAMPLES,
@@ -715,12 +716,12 @@ def test_auto_finds_how_much_fits_and_learns_the_same(run, capsys):
 def test_rows_that_cannot_be_used_leave_no_copy_behind(run, tmp_path):
     rows = [{"instruction": "hello"}] * 63 + [{"instruction": None}]
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text(jsonl(rows))
     with pytest.raises(UsageError, match="entry 64, column 'instruction'"):
         run(dataset=str(data))
     assert not (tmp_path / "outputs").exists()
     data = tmp_path / "labelled_rows.jsonl"  # read, and found unusable where tokens are written
-    data.write_text(json.dumps({"instruction": "hello", "answer": "hello"}) + "\n")
+    data.write_text(jsonl([{"instruction": "hello", "answer": "hello"}]))
     with pytest.raises(UsageError, match="every example is longer"):
         run("--prompt_style=vicuna", "--total_bs=1", "--delta=0.01", dataset=str(data))
     assert not (tmp_path / "outputs").exists()
