@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from utils.cli import UsageError, in_one_line
 from utils.files import JsonlAppender
 
-
 # Trackers that write to this machine alone; the others have a server, or take one from their
 # environment.
 LOCAL_TRACKERS = ("none", "tensorboard")
