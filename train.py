@@ -448,7 +448,8 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
             if stop_asked(run, stop):
                 break
             if examples is None:
-                run.language_model.idle_pass()
+                with mechanism.capture(np.zeros(1, dtype=np.int64)):
+                    run.language_model.idle_pass()
                 continue
             batch = run.data["train"].collate(examples, run.pad_id, run.device)
             sums, counts, microbatch_norms = add_microbatch(

@@ -26,6 +26,7 @@ from utils.privacy.ledger import LEDGER_FILE
 from utils.runs import distributed
 
 FIXED = "--insecure_fixed_noise_seed=1"
+DROPOUT = "--lora_dropout=0.2"
 # Sums of float32 numbers in another order; a lost, doubled or reweighed example moves them by
 # more than 1e-2.
 SUMMATION = 1e-6
@@ -79,7 +80,10 @@ def observed_jobs(parts, output, *more) -> list[dict]:
     return [
         {
             "name": name,
-            "argv": flags(model, data, output, FIXED, f"--job_sess={name}", *batches, *more),
+            # Masks follow the row, so they are the same in any number of processes.
+            "argv": flags(
+                model, data, output, FIXED, DROPOUT, f"--job_sess={name}", *batches, *more
+            ),
             "public_steps": True,
         }
         for name, batches in BATCHES.items()
