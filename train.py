@@ -43,7 +43,11 @@ from utils.dp_utils import PerExampleGradients, assign_gradient
 from utils.files import write_atomic
 from utils.folders import whole_folder
 from utils.models.adapter_info import write_adapter_info
-from utils.models.independence import require_independent_examples, silence_dropout
+from utils.models.independence import (
+    require_independent_examples,
+    require_no_other_randomness,
+    silence_dropout,
+)
 from utils.models.language_model import LanguageModel, require_coverage
 from utils.models.loading import (
     load_base_model,
@@ -146,21 +150,21 @@ def main(
     settings = read_flags(TrainingSettings, __doc__, argv)
     # What saves the work, once there is some, if another process of the job is lost.
     rescue: list[Callable[[], None]] = []
-    try:
-        with held(settings.folder):
+    with held(settings.folder):
+        try:
             run = prepare(settings, private, plain)
             return learn(run, rescue) if run else EXIT_OK
-    except RuntimeError as error:
-        if not is_loss_of_a_rank(error):
-            raise
-        for save in rescue:
-            save()
-        reason = in_one_line(error, 160)
-        say(
-            "error: another process of this job has ended, so this one ends too; the same command "
-            f"with --resume auto continues {settings.folder} ({reason})"
-        )
-        return EXIT_FAILED
+        except RuntimeError as error:
+            if not is_loss_of_a_rank(error):
+                raise
+            for save in rescue:
+                save()
+            reason = in_one_line(error, 160)
+            say(
+                "error: another process of this job has ended, so this one ends too; the same "
+                f"command with --resume auto continues {settings.folder} ({reason})"
+            )
+            return EXIT_FAILED
 
 
 # ------------------------------------------------------------------------ before the first step
@@ -207,7 +211,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         silence_dropout(base)
         require_independent_examples(base, settings.max_seq_len)
     model = adapt(base, settings)
-    masks = row_masks(model, settings) if plan else None
+    masks = row_masks(model, settings)
     if is_sharded:
         shard_base(model, device)
     model.to(device)
@@ -221,6 +225,10 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         known_seed = settings.insecure_fixed_noise_seed
         mechanism = private(plan, gradients, masks, is_main=is_main, known_seed=known_seed)
         require_coverage(gradients, language_model)
+        masks.rows = np.arange(2)
+        require_no_other_randomness(
+            model, lambda: language_model.example_losses(language_model.public_batch(2))
+        )
     else:
         mechanism = plain(
             parameters, num_examples, settings.total_bs, settings.loss_normalization, settings.seed
@@ -347,11 +355,12 @@ def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
 
 
 def row_masks(model: PeftModel, settings: TrainingSettings) -> RowMasks:
-    """Give the adapters dropout by row, under a key that the processes of the job share."""
+    """Masks by row in a DP run, under a key that the processes of the job share."""
     known_seed = settings.insecure_fixed_noise_seed
     key = b"" if known_seed is None else f"a known seed: {known_seed}".encode()
     masks = RowMasks(on_main_process(lambda: key or os.urandom(32)))
-    use_row_dropout(model, masks)
+    if settings.eps != -1:
+        use_row_dropout(model, masks)
     return masks
 
 

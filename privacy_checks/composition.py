@@ -258,7 +258,10 @@ def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int,
         heads[file] = (state["step"], state["ledger"])
     for file, (step, head) in heads.items():
         require_head(ledger, records, head)
-        if records[head["lines"] - 1].get("step", 0) != step:
+        known = [record.get("step", 0) for record in records[: head["lines"]]]
+        counted = step + own_report.get("steps_lost", 0) if file == report else len(known) - 1
+        # After a crash, steps beyond those of the model are on record.
+        if step not in known or counted != len(known) - 1:
             raise UsageError(f"{file} counts {step} steps, which {ledger} does not; restore it")
         checks.append(f"{ledger.name} continues what {file.relative_to(run)} knew of it")
     if not heads:
@@ -267,8 +270,8 @@ def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int,
             "and every step in it is taken as released"
         )
         return len(records) - 1, own_report, checks
-    last = max(head["lines"] for _, head in heads.values())
-    return records[last - 1].get("step", 0), own_report, checks
+    step, _ = max(heads.values(), key=lambda each: each[1]["lines"])
+    return step, own_report, checks
 
 
 def _require_claim(run: _Run) -> None:

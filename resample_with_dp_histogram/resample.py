@@ -45,7 +45,7 @@ from resample_with_dp_histogram.selection import (
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, positive_int, read_flags
 from utils.files import write_json
-from utils.folders import whole_folder
+from utils.folders import locked, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
 from utils.privacy.guarantee import UNIT
 from utils.privacy.ledger import read_histograms, read_ledger, record_histogram
@@ -134,8 +134,17 @@ class Settings:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # ------------------------------------------------------------------ what is asked for
     settings = read_flags(Settings, __doc__, argv)
+    output = settings.output.resolve()
+    # From the first check on: one that found another in its place would have paid for nothing.
+    lock = output.with_name(f".{output.name}.resample-lock")
+    with locked(settings.output, "name another --output", lock):
+        select(settings)
+
+
+def select(settings: Settings) -> None:
+    """The selection: clusters, the DP histogram, rows."""
+    # ------------------------------------------------------------------ what is asked for
     output, num_bins, sigma = settings.output, settings.num_bins, settings.histogram_sigma
     if output.exists():
         raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")

@@ -168,7 +168,7 @@ def test_every_stage_is_there_with_its_numbers(folders):
         "not told apart from the control",
         "better than the control",
         "python -m privacy_checks.report outputs/instructions outputs/answers --histogram",
-        "accelerate launch inference.py --instruction_file",
+        "accelerate launch inference.py --model_name",
         ANSWER,
     ):
         assert content in page, content

@@ -14,7 +14,12 @@ from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from tests.helpers import tiny_model
 from tests.mutated_train import observe_mutated_training
 from utils.cli import UsageError
-from utils.models.independence import require_independent_examples, silence_dropout
+from utils.models import independence
+from utils.models.independence import (
+    require_independent_examples,
+    require_no_other_randomness,
+    silence_dropout,
+)
 from utils.models.loading import load_base_model, load_quantised_model
 
 CPU = torch.device("cpu")
@@ -53,6 +58,7 @@ EXAMPLES = 8
 
 def largest_move(folder, model, *more):
     """How far leaving out one example moves the clipped sum of a real run, over C."""
+    folder.mkdir(exist_ok=True)
     model.save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     random = np.random.default_rng(0)
@@ -88,8 +94,45 @@ def test_one_example_moves_the_sum_by_the_clip_norm_on_a_base_with_dropout(tmp_p
     ],
 )
 def test_dropout_by_place_shows(tmp_path, monkeypatch, old, more):
+    model = model_with_dropout("gpt2")
+    with monkeypatch.context() as context:
+        observe_mutated_training(context, old, "pass")
+        with pytest.raises(UsageError, match="random numbers of its own"):
+            largest_move(tmp_path / "refused", model, *more)
+    monkeypatch.setattr(independence, "require_no_other_randomness", lambda *_: None)
     observe_mutated_training(monkeypatch, old, "pass")
     assert largest_move(tmp_path, model_with_dropout("gpt2"), *more) > 1.05
+
+
+ROUTERS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "jitter", "draws"),
+    [("mixtral", 0.1, True), ("mixtral", 0.0, False), ("phimoe", 0.01, True)],
+)
+def test_a_base_that_draws_random_numbers_of_its_own_is_refused(model_type, jitter, draws):
+    model = tiny_model(model_type, **ROUTERS[model_type], router_jitter_noise=jitter)
+    silence_dropout(model)
+
+    def one_pass():
+        model(input_ids=torch.arange(3, 23).view(2, 10))
+
+    if draws:
+        with pytest.raises(UsageError, match="random numbers of its own"):
+            require_no_other_randomness(model, one_pass)
+    else:
+        require_no_other_randomness(model, one_pass)
+    assert not model.training
+
+
+def test_training_refuses_it_too(tmp_path):
+    model = tiny_model("mixtral", **ROUTERS["mixtral"], router_jitter_noise=0.1)
+    with pytest.raises(UsageError, match="random numbers of its own"):
+        largest_move(tmp_path, model)
 
 
 # ---------------------------------------------------------------- RoPE
@@ -157,6 +200,22 @@ def test_a_quantised_layer_of_an_unknown_kind_is_refused_by_name():
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj = Packed()
     with pytest.raises(UsageError, match=r"layers.1.mlp.up_proj is a Packed.*--load_in_4bit"):
+        require_independent_examples(model, 10)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "fbgemm_fp8"])
+def test_a_base_stored_by_another_method_is_refused_by_name(method):
+    model = tiny_llama()
+    model.config.quantization_config = {"quant_method": method}
+    with pytest.raises(UsageError, match=f"quantised by {method}"):
+        require_independent_examples(model, 10)
+
+
+def test_weights_of_eight_bits_are_quantised_whether_floating_or_not():
+    model = tiny_llama()
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UsageError, match="up_proj is a Linear, a quantised layer"):
         require_independent_examples(model, 10)
 
 

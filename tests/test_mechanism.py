@@ -95,7 +95,7 @@ def gradients():
 
 @pytest.fixture
 def private(gradients, tmp_path):
-    mechanism = Private(PLAN, gradients)
+    mechanism = Private(PLAN, gradients, RowMasks(b"k"))
     mechanism.open(tmp_path)
     yield mechanism
     mechanism.close()
@@ -132,7 +132,7 @@ def test_every_constant_comes_from_the_plan(name, gradients, tmp_path, monkeypat
 
     def used(plan, folder):
         seen.clear()
-        mechanism = Private(plan, gradients)
+        mechanism = Private(plan, gradients, RowMasks(b"k"))
         mechanism.open(folder)
         mechanism.draw(0)
         mechanism.add(torch.zeros(1))
@@ -163,7 +163,7 @@ def test_a_step_is_on_record_before_its_noise_is_used(private, tmp_path, monkeyp
 def test_a_record_that_another_process_wrote_into_is_refused_at_the_end(private, tmp_path):
     private.release(torch.zeros(5), 0)
     assert private.report(1)["steps_taken"] == 1
-    other = Private(PLAN, private.gradients)
+    other = Private(PLAN, private.gradients, RowMasks(b"k"))
     other.open(tmp_path)
     other.release(torch.zeros(5), 1)
     with pytest.raises(UsageError, match="changed while the run was going on"):
@@ -172,11 +172,11 @@ def test_a_record_that_another_process_wrote_into_is_refused_at_the_end(private,
 
 def test_nothing_is_released_without_a_ledger(gradients):
     with pytest.raises(RuntimeError, match="nothing may be released"):
-        Private(PLAN, gradients).release(torch.zeros(5), 0)
+        Private(PLAN, gradients, RowMasks(b"k")).release(torch.zeros(5), 0)
 
 
 def test_other_processes_release_nothing_of_the_sum(gradients):
-    released = Private(PLAN, gradients, is_main=False).release(torch.ones(5), 0)
+    released = Private(PLAN, gradients, RowMasks(b"k"), is_main=False).release(torch.ones(5), 0)
     assert released.tolist() == [0.0] * 5
     assert released.dtype == torch.float64
 
@@ -188,10 +188,10 @@ def test_released_sums_have_the_plans_noise(private):
 
 
 def test_draws_are_fresh_unless_the_seed_is_known(gradients, tmp_path):
-    one, other = Private(PLAN, gradients), Private(PLAN, gradients)
+    one, other = Private(PLAN, gradients, RowMasks(b"k")), Private(PLAN, gradients, RowMasks(b"k"))
     drawn = {tuple(mechanism.draw(0)) for mechanism in (one, one, other)}
     assert len(drawn) == 3
-    known = [Private(PLAN, gradients, known_seed=1) for _ in range(2)]
+    known = [Private(PLAN, gradients, RowMasks(b"k"), known_seed=1) for _ in range(2)]
     assert known[0].draw(3).tolist() == known[1].draw(3).tolist()
     known[0].open(tmp_path)
     assert known[0].report(0)["guarantee"] is False
@@ -222,7 +222,7 @@ def test_a_changed_end_of_the_record_is_refused(private, gradients, tmp_path):
     private.require_head(head)
     lines = (tmp_path / LEDGER_FILE).read_text().splitlines(keepends=True)
     (tmp_path / LEDGER_FILE).write_text("".join(lines[:1]))
-    again = Private(PLAN, gradients)
+    again = Private(PLAN, gradients, RowMasks(b"k"))
     again.open(tmp_path)
     with pytest.raises(UsageError, match="truncated"):
         again.require_head(head)

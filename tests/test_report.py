@@ -53,6 +53,22 @@ def make_run(
     return folder
 
 
+def test_a_run_that_was_stopped_right_after_it_went_on_is_read(tmp_path):
+    """Its ledger ends with steps that a crash lost: the model has those of its checkpoint."""
+    folder = make_run(tmp_path / "job", range(1, 16), checkpoints=(10,), own_report=False)
+    records = read_ledger(folder / LEDGER_FILE)
+    head = {"lines": len(records), "chain": records[-1]["chain"]}
+    own = build_report(PLAN, steps_taken=10, steps_recorded=15, ledger_head=head)
+    write_report(folder, own)
+    composed = report.composed_report(folder)
+    assert (composed["steps_taken"], composed["steps_lost"]) == (10, 5)
+    # Nor may a report say that fewer are lost, or that another step is the model's.
+    for change in ({"steps_lost": 0}, {"steps_taken": 5}):
+        write_json(folder / "privacy_report.json", own | change)
+        with pytest.raises(UsageError, match="which .* does not"):
+            report.composed_report(folder)
+
+
 @pytest.fixture
 def run(tmp_path):
     return make_run(tmp_path / "job")

@@ -107,3 +107,23 @@ def test_a_model_in_the_privacy_wing_is_noticed(line):
 def test_planning_does_without_torch(module):
     check = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
+
+
+def functions_of(path) -> dict[str, ast.FunctionDef]:
+    tree = ast.parse(path.read_text())
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_loop_of_training_knows_no_privacy():
+    """What a step does to the data is the mechanism's: the loop is the same for every kind."""
+    nodes = list(ast.walk(functions_of(ROOT / "train.py")["learn"]))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert {"draw", "capture", "release", "divisor", "statistics"} <= names
+    privacy = {"plan", "private", "plain", "eps", "clip", "noise_multiplier", "total_bs"}
+    assert not privacy & {name.lower() for name in names}
+
+
+def test_no_function_of_train_is_longer_than_a_screen_or_two():
+    functions = functions_of(ROOT / "train.py").values()
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 110

@@ -1,9 +1,13 @@
 """Dropout whose masks follow the row, and not its place in a microbatch.
 
 torch deals masks by place in the microbatch, so that an example's mask, and with it its gradient,
-depends on who else was drawn. Here an entry of a mask is a function of key, step, layer, row,
-position and feature. Given the key, an example's gradient is then a function of the example, the
-parameters and the step, and one example moves a clipped sum by at most the clip norm.
+depends on who else was drawn. Here an entry of a mask is a function of a secret key, step, layer,
+row, position and feature, and of nothing else that was drawn.
+
+What follows is a statement on the mixture over keys: the masks of rows are independent and have one
+law, so equal masks can be coupled between neighbouring data sets, and by joint convexity of the
+hockey-stick divergence the mixture costs no more than a pair of equal masks does. Given the key it
+would be false: rows are numbered, and removing one renumbers those after it.
 """
 
 import hashlib

@@ -1,5 +1,7 @@
 """Bases in which one example's gradient would depend on the presence of others."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,12 +38,20 @@ def require_independent_examples(model: PreTrainedModel, max_seq_len: int) -> No
         UsageError: names what couples examples, and what to do.
     """
     _require_fixed_rope(model, max_seq_len)
+    stored = getattr(model.config, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if method and str(getattr(method, "value", method)) != "bitsandbytes":
+        raise UsageError(
+            f"the base is stored quantised by {getattr(method, 'value', method)}, which is not "
+            "known to compute each example apart; use the base as it was before, with "
+            "--load_in_4bit or --load_in_8bit"
+        )
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UsageError(f"{name} is a {kind}, whose statistics are of all examples together")
         weight = getattr(module, "weight", None)
-        quantised = isinstance(weight, torch.Tensor) and not weight.is_floating_point()
+        quantised = isinstance(weight, torch.Tensor) and weight.element_size() == 1
         if quantised and kind not in INDEPENDENT_QUANTISED_LAYERS:
             raise UsageError(
                 f"{name} is a {kind}, a quantised layer that is not known to compute each example "
@@ -58,6 +68,36 @@ def require_independent_examples(model: PreTrainedModel, max_seq_len: int) -> No
         raise UsageError(
             f"{model.config.model_type} has experts of limited capacity, for which the examples "
             "of a microbatch compete; use another base"
+        )
+
+
+def require_no_other_randomness(model: nn.Module, one_pass: Callable[[], object]) -> None:
+    """Refuse a base that draws random numbers of its own in training.
+
+    They would be dealt by place in the microbatch, as a router's jitter is, and follow a public
+    seed.
+
+    Args:
+        one_pass: a forward pass of public examples.
+
+    Raises:
+        UsageError: the pass moved one of torch's generators.
+    """
+
+    def states() -> list[torch.Tensor]:
+        on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+        return [torch.get_rng_state(), *on_gpu]
+
+    training, before = model.training, states()
+    model.train()
+    with torch.no_grad():
+        one_pass()
+    model.train(training)
+    if not all(torch.equal(old, new) for old, new in zip(before, states())):
+        raise UsageError(
+            "this base draws random numbers of its own in training (a router's jitter, or dropout "
+            "of a kind that cannot be switched off), by which one example changes how others are "
+            "computed; use another base, or switch that off in its config.json"
         )
 
 

@@ -147,7 +147,7 @@ class Private(Mechanism):
     Args:
         plan: the source of every constant.
         gradients: of the model that is trained.
-        masks: of the model's dropout, see `row_dropout`; of no use where there is none.
+        masks: those of the model's dropout, see `row_dropout`.
         is_main: whether this is the process that draws, records and adds noise.
         known_seed: for tests: all randomness follows from it, and there is no guarantee.
     """
@@ -156,7 +156,7 @@ class Private(Mechanism):
         self,
         plan: PrivacyPlan,
         gradients: PerExampleGradients,
-        masks: RowMasks | None = None,
+        masks: RowMasks,
         *,
         is_main: bool = True,
         known_seed: int | None = None,
@@ -166,7 +166,7 @@ class Private(Mechanism):
         self.num_examples = plan.num_examples
         self.divisor = plan.expected_batch_size
         self.loss_normalization = plan.loss_normalization
-        self._masks = masks or RowMasks()
+        self._masks = masks
         self._is_main = is_main
         self._known_seed = known_seed
         self._streams = {name: SecureRandom() for name in ("sampling", "noise")}
