@@ -4,13 +4,10 @@ import hashlib
 from pathlib import Path
 
 import datasets
-import torch
-from accelerate.state import AcceleratorState
 
 import inference
 import train
 from evaluation.results import Chart, Result, Score, write_result
-from privacy_checks.observed_run import signal_handlers_restored
 from query_gpt35_for_annotation.client import answer_record
 from query_gpt35_for_annotation.job import Job
 from resample_with_dp_histogram import extract, resample
@@ -24,16 +21,6 @@ LEDGER = "private_data/histogram_ledger.jsonl"
 ANSWER = "Water freezes at 0 °C."
 
 
-def in_process(main, argv: list[str]) -> None:
-    """Run a script as a process of its own would, with one thread."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with signal_handlers_restored():
-        assert main(argv) in (0, None)
-    torch.set_num_threads(threads)
-
-
 def make_folders(model: str) -> list[str]:
     """Run the pipeline in the current folder; returns the report's flags, but for --output."""
     real = training.save_dataset(Path())
@@ -41,29 +28,28 @@ def make_folders(model: str) -> list[str]:
     private_question = "what did patient zero say"
     write_instruction_file("questions.txt", [private_question, "say hello"])
 
-    answers = [
-        "--job_sess=answers",
-        "--eps=3",
-        "--num_epochs=0.5",
-        "--prompt_style=vicuna",
-        "--max_seq_len=200",
-    ]
     instructions = ["--job_sess=instructions", "--eps=3", "--num_epochs=0.5"]
-    in_process(train.main, training.flags(model, real, Path("outputs"), *instructions))
-    in_process(train.main, training.flags(model, pairs, Path("outputs"), *answers))
+    answers = [
+        "--job_sess=answers", "--eps=3", "--num_epochs=0.5", "--prompt_style=vicuna",
+        "--max_seq_len=200",
+    ]  # fmt: skip
     public = [*answers, "--job_sess=synthetic_answers", "--num_epochs=0.2", "--eps=-1"]
-    in_process(train.main, training.flags(model, pairs, Path("outputs"), *public, dp=False))
+    for data, more, dp in (
+        (real, instructions, True), (pairs, answers, True), (pairs, public, False),
+    ):  # fmt: skip
+        argv = training.flags(model, data, Path("outputs"), *more, dp=dp)
+        assert training.in_process(train.main, argv) == 0
 
     sample = [f"--model_name={model}", "--max_seq_len=100", "--seed=3"]
-    in_process(inference.main, [
+    assert training.in_process(inference.main, [
         *sample, f"--instruction_file={ROOT / 'utils/syn_instruct.txt'}",
         "--adapter_path=outputs/instructions/adapter", "--job_sess=instructions",
         "--prompt_style=uncond_generation", "--num_samples=80",
-    ])  # fmt: skip
-    in_process(inference.main, [
+    ]) == 0  # fmt: skip
+    assert training.in_process(inference.main, [
         *sample, "--instruction_file=questions.txt", "--adapter_path=outputs/answers/adapter",
         "--job_sess=answers", "--prompt_style=vicuna", "--max_seq_len=400",
-    ])  # fmt: skip
+    ]) == 0  # fmt: skip
 
     extract.main(["--instructions", "inference_outputs/instructions", "--output", "synthetic"])
     texts = [row["instruction"] for row in read_jsonl("synthetic/instructions.jsonl")]

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 from benchmarks import utility
 from benchmarks.utility import side_by_side
-from privacy_checks.observed_run import signal_handlers_restored
 from tests.resampling import save_tiny_encoder
+from tests.training import in_process
 from utils.cli import UsageError
 from utils.files import write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
@@ -29,11 +28,9 @@ def in_this_process(study, name, *command):
     finished = study.folder / "times" / f"{name.replace(' ', '-')}.json"
     if finished.exists():
         return
-    AcceleratorState._reset_state(reset_partial_state=True)
     module = command[1] if command[0] == "-m" else command[0].removesuffix(".py")
-    with signal_handlers_restored():
-        arguments = list(command[2:] if command[0] == "-m" else command[1:])
-        assert not importlib.import_module(module).main(arguments), name
+    arguments = list(command[2:] if command[0] == "-m" else command[1:])
+    assert in_process(importlib.import_module(module).main, arguments) == 0, name
     ran.append(name)
     write_json(finished, 1.0)
 

@@ -17,10 +17,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
-from privacy_checks.observed_run import PublicSteps, observe, signal_handlers_restored
+from privacy_checks.observed_run import PublicSteps, observe
 from privacy_checks.tiny_model import save_tiny_model
 from tests.paths import ROOT
-from tests.training import flags, save_dataset
+from tests.training import flags, in_process, save_dataset
 from utils.command_line.launch import launch_command, with_this_python
 from utils.privacy.ledger import LEDGER_FILE
 from utils.runs import distributed
@@ -110,14 +110,11 @@ def interrupted(parts):
         for name in ("whole", "broken")
     )
     plain = flags(model, data, folder / "one", "--job_sess=plain", dp=False)
-    with signal_handlers_restored():
-        for argv in (whole, plain):
-            AcceleratorState._reset_state(reset_partial_state=True)
-            assert train.main(argv) == 0
-        AcceleratorState._reset_state(reset_partial_state=True)
-        calls = iter([train.assign_gradient] * 4)
-        with mock.patch("train.assign_gradient", lambda *args: next(calls)(*args)):
-            pytest.raises(StopIteration, train.main, broken)
+    for argv in (whole, plain):
+        assert in_process(train.main, argv) == 0
+    calls = iter([train.assign_gradient] * 4)
+    with mock.patch("train.assign_gradient", lambda *args: next(calls)(*args)):
+        pytest.raises(StopIteration, in_process, train.main, broken)
     return folder / "one"
 
 
@@ -287,11 +284,9 @@ def test_a_killed_rank_ends_the_others_and_one_process_resumes_the_job(parts, tm
     taken = len((folder / LEDGER_FILE).read_text().splitlines()) - 1
     saved = int(max(p.name for p in folder.glob("checkpoints/step-*")).removeprefix("step-"))
     assert taken - saved <= (1 if killed else 4)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with signal_handlers_restored():
-        stopping = mock.patch.object(train.StopRequest, "requested", True)
-        with stopping:
-            assert train.main(flags(model, data, tmp_path, *long, "--resume=auto")) == 130
+    with mock.patch.object(train.StopRequest, "requested", True):
+        resumed = flags(model, data, tmp_path, *long, "--resume=auto")
+        assert in_process(train.main, resumed) == 130
     report = json.loads((folder / "privacy_report.json").read_text())
     assert (report["steps_taken"], report["steps_lost"]) == (saved, taken - saved)
 

@@ -17,11 +17,11 @@ import torch
 
 import inference
 from benchmarks.environments import vllm_python
-from privacy_checks.observed_run import signal_handlers_restored
 from privacy_checks.tiny_model import byte_tokenizer, save_tiny_model
 from tests.helpers import adapted_model
 from tests.paths import ROOT
 from tests.test_engines import constant_model
+from tests.training import in_process
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli
 from utils.files import read_jsonl
 from utils.models.adapter_info import write_adapter_info
@@ -71,8 +71,7 @@ def flags(model, **changes):
 
 def run(model, **changes):
     """Run in this process; the code it returns."""
-    with signal_handlers_restored():
-        return inference.main(flags(model, **changes))
+    return in_process(inference.main, flags(model, **changes))
 
 
 def samples(job="job"):

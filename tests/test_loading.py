@@ -7,11 +7,9 @@ import re
 import bitsandbytes
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from bitsandbytes.autograd import _functions as kernels
 
 import train
-from privacy_checks.observed_run import signal_handlers_restored
 from tests.helpers import (
     adapted_model,
     clipped_sum,
@@ -19,7 +17,7 @@ from tests.helpers import (
     reference_sum,
     relative_error,
 )
-from tests.training import flags, save_dataset
+from tests.training import flags, in_process, save_dataset
 from utils.cli import UsageError
 from utils.models import loading
 from utils.models.loading import load_base_model, load_quantised_model, model_fingerprint
@@ -102,10 +100,9 @@ def run(tiny_model_dir, tmp_path):
     data = save_dataset(tmp_path)
 
     def call(*more):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        with signal_handlers_restored():
-            short = ["--num_epochs=0.3", "--no_eval_at_start"]
-            assert train.main(flags(tiny_model_dir, data, tmp_path / "out", *short, *more)) == 0
+        short = ["--num_epochs=0.3", "--no_eval_at_start"]
+        argv = flags(tiny_model_dir, data, tmp_path / "out", *short, *more)
+        assert in_process(train.main, argv) == 0
         return tmp_path / "out" / "job"
 
     return call

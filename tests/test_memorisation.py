@@ -5,17 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 import train
 from evaluation import memorisation
 from evaluation.measures.exposure import exposure_by_chance
 from evaluation.measures.overlap import Reference, make_reference
 from evaluation.memorisation import MORE, canary_scores, compared, distinct, main, read_run
-from privacy_checks.observed_run import signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
 from tests.resampling import save_tiny_encoder
-from tests.training import flags, save_dataset
+from tests.training import flags, in_process, save_dataset
 from utils.cli import UsageError
 from utils.texts.canaries import secrets
 
@@ -243,15 +241,13 @@ def trained(tmp_path_factory):
     data = save_dataset(folder, rows=16)
 
     def run(output: str, *more: str, dp: bool = False) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
         common = [
             "--num_canaries=4", "--canary_repeats=40", "--max_seq_len=64", "--lora_r=16",
             "--total_bs=16", "--perdevice_bs=16", "--no_eval_at_start", "--save_steps=1000",
             "--target_modules=all-linear",
         ]  # fmt: skip
         given = flags(str(folder / "model"), data, folder / output, *common, *more, dp=dp)
-        with signal_handlers_restored():
-            assert train.main(given) == 0
+        assert in_process(train.main, given) == 0
         return folder / output / "job"
 
     return {

@@ -17,12 +17,11 @@ from unittest import mock
 
 import datasets
 import pytest
-from accelerate.state import AcceleratorState
 
-from privacy_checks.observed_run import signal_handlers_restored
 from tests.annotation_server import Server, judge
 from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
+from tests.training import in_process
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
 from utils.texts.prompts import write_instruction_file
 
@@ -114,10 +113,8 @@ def clone(tmp_path_factory, tiny_model_dir):
 
 def run_script(words: list[str]) -> int:
     """Run a command in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     module, arguments = module_of(words)
-    with signal_handlers_restored():
-        return importlib.import_module(module).main(arguments) or 0
+    return in_process(importlib.import_module(module).main, arguments)
 
 
 @pytest.fixture

@@ -18,17 +18,16 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
-from privacy_checks.observed_run import signal_handlers_restored
 from privacy_checks.tiny_model import save_tiny_model
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.training import (
     NUM_EXAMPLES,
     flags,
+    in_process,
     run_until_killed,
     save_dataset,
 )
@@ -66,15 +65,13 @@ def run(tiny_model_dir, letters, tmp_path):
     def call(
         *more, dp=True, output="outputs", dataset=letters, model=tiny_model_dir, crash_in_step=None
     ):
-        AcceleratorState._reset_state(reset_partial_state=True)
         arguments = flags(model, dataset, tmp_path / output, *more, dp=dp)
-        with signal_handlers_restored():
-            if crash_in_step:
-                calls = [train.assign_gradient] * (crash_in_step - 1) + [Crash]
-                with mock.patch("train.assign_gradient", side_effect=stepwise(calls)):
-                    pytest.raises(Crash, train.main, arguments)
-            else:
-                assert train.main(arguments) == 0
+        if crash_in_step:
+            calls = [train.assign_gradient] * (crash_in_step - 1) + [Crash]
+            with mock.patch("train.assign_gradient", side_effect=stepwise(calls)):
+                pytest.raises(Crash, in_process, train.main, arguments)
+        else:
+            assert in_process(train.main, arguments) == 0
         return tmp_path / output / "job"
 
     return call

@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
+from accelerate.state import AcceleratorState
 
+from privacy_checks.observed_run import signal_handlers_restored
 from tests.paths import ROOT
 
 NUM_EXAMPLES = 64
@@ -43,6 +47,18 @@ def flags(model: str, dataset: str, output_dir: Path, *more: str, dp: bool = Tru
         "--perdevice_bs=2", "--num_epochs=1", "--lr=0.01", "--loss_normalization=tokens",
         "--lora_dropout=0", "--save_steps=3", *(private if dp else []), *more,
     ]  # fmt: skip
+
+
+def in_process(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """The exit code of a script, run here as by a process of its own with one thread."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with signal_handlers_restored():
+            return main(argv) or 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run_process(*command: str, **options) -> subprocess.CompletedProcess:
