@@ -65,7 +65,7 @@ from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
 from utils.privacy.plan import PrivacyPlan, num_steps
 from utils.row_dropout import RowMasks
-from utils.runs.batching import cut_microbatches
+from utils.runs.batching import Microbatch, Shapes, cut_microbatches
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
     is_loss_of_a_rank,
@@ -76,6 +76,7 @@ from utils.runs.distributed import (
     shard_base,
 )
 from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
+from utils.runs.probe import full_precision, probed
 from utils.runs.run_folder import begin, held, holds_run, model_card, require_usable
 from utils.runs.stopping import StopRequest
 from utils.texts.data_sets import load_splits
@@ -83,6 +84,8 @@ from utils.texts.tokens import TokenisedExamples, tokenise_once
 
 # Flags that may differ between the machines of a job; what they lead to is compared by itself.
 DIFFERS_BY_MACHINE = {"dataset_name", "model_name", "output_dir", "report_to"}
+# Padded tokens of a microbatch with a fixed number of rows, at least: fewer leave a device idle.
+LEAST_TOKENS_ON_AN_ACCELERATOR, LEAST_TOKENS = 512, {"cpu": 128}
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Run:
         is_continued: whether there is such a checkpoint.
         parameters: the trainable tensors by name.
         token_budget: padded tokens of a microbatch, at most.
+        shapes: of the microbatches in which examples are to be computed each by itself.
         is_sharded: whether the base is spread over all processes, which then pass in step.
         base_fingerprint: of the base model as it is, quantised or not.
         metrics: on the main process alone.
@@ -114,6 +118,7 @@ class Run:
     first_step: int
     is_continued: bool
     token_budget: int
+    shapes: Shapes | None
     is_sharded: bool
     base_fingerprint: str
     metrics: PrivateMetrics | None
@@ -208,6 +213,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     if bits := settings.quantised_bits:
         base = load_quantised_model(settings.model_name, dtype, bits, device)
     if plan:
+        full_precision()
         silence_dropout(base)
         require_independent_examples(base, settings.max_seq_len)
     model = adapt(base, settings)
@@ -230,18 +236,19 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
             model, lambda: language_model.example_losses(language_model.public_batch(2))
         )
     else:
-        mechanism = plain(
-            parameters, num_examples, settings.total_bs, settings.loss_normalization, settings.seed
-        )
+        total_bs, normalization = settings.total_bs, settings.loss_normalization
+        mechanism = plain(parameters, num_examples, total_bs, normalization, settings.seed)
     steps = num_steps(settings.num_epochs, num_examples, settings.total_bs)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.wd)
     scheduler = transformers.get_scheduler(
         settings.lr_scheduler, optimizer, settings.warmup_steps, steps
     )
-    sequences = settings.perdevice_bs
-    if sequences == "auto":
-        model.train()
-        sequences = fitting_batch(mechanism, language_model, parameters, settings.max_seq_len)
+    token_budget = settings.max_seq_len * sequences_at_once(mechanism, language_model, settings)
+    shapes = None
+    if plan:
+        fixed = fixed_shapes(settings, token_budget, device)
+        shapes, numerics = probed(language_model, gradients, masks, fixed, largest_of_all)
+        mechanism.numerics = str(numerics)
 
     # Begin, or continue. The other machines of a job may not see the folder.
     identity = {
@@ -271,7 +278,8 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         steps=steps,
         first_step=checkpoint.state["step"] if checkpoint else 0,
         is_continued=checkpoint is not None,
-        token_budget=int(sequences) * settings.max_seq_len,
+        token_budget=token_budget,
+        shapes=shapes,
         is_sharded=is_sharded,
         base_fingerprint=fingerprint,
         metrics=PrivateMetrics(folder, accelerator, tracked=may_see or not plan)
@@ -392,16 +400,18 @@ def begin_or_continue(
     return checkpoint
 
 
-def fitting_batch(
-    mechanism: Mechanism,
-    language_model: LanguageModel,
-    parameters: dict[str, nn.Parameter],
-    max_seq_len: int,
+def sequences_at_once(
+    mechanism: Mechanism, language_model: LanguageModel, settings: TrainingSettings
 ) -> int:
-    """--perdevice_bs auto: as many sequences of `max_seq_len` as fit on every device."""
-    state = PartialState()
-    num_parameters = sum(tensor.numel() for tensor in parameters.values())
-    total = torch.zeros(num_parameters, device=state.device)
+    """--perdevice_bs, or as many sequences of the greatest length as fit on every device."""
+    if settings.perdevice_bs != "auto":
+        return int(settings.perdevice_bs)
+    state, max_seq_len = PartialState(), settings.max_seq_len
+    model = language_model.model.train()
+    total = torch.zeros(
+        sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
+        device=state.device,
+    )
 
     def step(sequences: int) -> None:
         batch = language_model.public_batch(sequences, max_seq_len)
@@ -413,6 +423,22 @@ def fitting_batch(
     if state.is_main_process:
         say(f"--perdevice_bs auto: {sequences} sequences of {max_seq_len} tokens fit on a device")
     return sequences
+
+
+def fixed_shapes(settings: TrainingSettings, token_budget: int, device: torch.device) -> Shapes:
+    """Shapes with a fixed number of rows, from public constants.
+
+    The rows that fill up cost at most half of a microbatch for each padded length, so a microbatch
+    may be the larger the larger the logical batch is; 3% of the tokens of 4,096 instructions.
+    """
+    least = LEAST_TOKENS.get(device.type, LEAST_TOKENS_ON_AN_ACCELERATOR)
+    return Shapes(settings.max_seq_len, token_budget, max(least, settings.total_bs // 4))
+
+
+def largest_of_all(number: float) -> float:
+    """The largest of a number over all processes."""
+    own = torch.tensor([number], device=PartialState().device)
+    return float(gather(own).max())
 
 
 # ------------------------------------------------------------------------ the loop
@@ -446,23 +472,25 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
 
         # Draw: once for the whole job, then split over ranks and microbatches.
         indices = on_main_process(partial(mechanism.draw, step))
-        microbatches = own_microbatches(run, indices, lengths)
+        microbatches = own_microbatches(run, indices, lengths, run.shapes)
 
         # Sum of clipped per-example gradients (of plain ones in a run without privacy).
         total.zero_()
         run.optimizer.zero_grad()
         losses = torch.zeros(2, device=run.device)  # their sum, and of how many tokens
         norms = []
-        for examples in microbatches:
+        for part in microbatches:
             if stop_asked(run, stop):
                 break
-            if examples is None:
+            if part is None:
                 with mechanism.capture(np.zeros(1, dtype=np.int64)):
                     run.language_model.idle_pass()
                 continue
-            batch = run.data["train"].collate(examples, run.pad_id, run.device)
+            batch = run.data["train"].collate(
+                part.examples, run.pad_id, run.device, rows=part.rows, tokens=part.tokens
+            )
             sums, counts, microbatch_norms = add_microbatch(
-                mechanism, run.language_model, settings.max_seq_len, examples, batch, total
+                mechanism, run.language_model, settings.max_seq_len, part.examples, batch, total
             )
             norms.append(microbatch_norms)
             losses += torch.stack([sums.nansum(), counts.sum()])
@@ -519,9 +547,12 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
     return EXIT_OK if step == run.steps else EXIT_INTERRUPTED
 
 
-def own_microbatches(run: Run, indices: np.ndarray, lengths: np.ndarray) -> list[np.ndarray | None]:
+def own_microbatches(
+    run: Run, indices: np.ndarray, lengths: np.ndarray, shapes: Shapes | None = None
+) -> list[Microbatch | None]:
     """This rank's share of a batch; with a sharded base all ranks have equally many, some None."""
-    ranks = cut_microbatches(indices, lengths, run.token_budget, run.accelerator.num_processes)
+    num_ranks = run.accelerator.num_processes
+    ranks = cut_microbatches(indices, lengths, run.token_budget, num_ranks, shapes)
     own = ranks[run.accelerator.process_index]
     idle = max(map(len, ranks)) - len(own) if run.is_sharded else 0
     return [*own, *[None] * idle]
@@ -540,7 +571,7 @@ def add_microbatch(
     Returns:
         Summed losses, numbers of tokens with loss, and norms of gradients, each [examples].
     """
-    with mechanism.capture(examples):
+    with mechanism.capture(examples, len(batch["lengths"])):
         sums, counts = language_model.example_losses(batch)
         losses = normalise(sums, counts, mechanism.loss_normalization, max_seq_len)
         losses.sum().backward()
@@ -577,7 +608,7 @@ def evaluate(run: Run, step: int, stop: StopRequest) -> None:
 
 @torch.no_grad()
 def validation_loss(
-    run: Run, microbatches: list[np.ndarray | None], stop: StopRequest
+    run: Run, microbatches: list[Microbatch | None], stop: StopRequest
 ) -> float | None:
     """Mean loss in nats per token with loss, over all ranks; None if a stop was asked for.
 
@@ -594,7 +625,7 @@ def validation_loss(
         if microbatch is None:
             language_model.example_losses(language_model.public_batch(1))
             continue
-        batch = run.data["val"].collate(microbatch, 0, run.device)
+        batch = run.data["val"].collate(microbatch.examples, 0, run.device)
         losses, counts = language_model.example_losses(batch)
         sums[0] += losses.sum()
         sums[1] += counts.sum()

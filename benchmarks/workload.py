@@ -148,4 +148,4 @@ def measure(jobs: list[Job], rounds: int) -> dict[str, dict]:
 def padded_tokens(lengths: np.ndarray, token_budget: int) -> int:
     """Tokens that a logical batch of these lengths is processed as, the padding included."""
     (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, token_budget)
-    return sum(len(cut) * int(lengths[cut].max()) for cut in cuts)
+    return sum(cut.rows * cut.tokens for cut in cuts)

@@ -93,11 +93,11 @@ def example_losses(
     language_model = LanguageModel(model.eval())
     sums, counts = np.zeros(len(data)), np.zeros(len(data))
     (microbatches,) = cut_microbatches(np.arange(len(data)), data.lengths, token_budget)
-    for microbatch in tqdm(microbatches, name, unit="batch"):
+    for part in tqdm(microbatches, name, unit="batch"):
         # Padding is never attended to and carries no loss, so any token serves.
-        batch = data.collate(microbatch, 0, model.device)
+        batch = data.collate(part.examples, 0, model.device)
         losses, tokens = language_model.example_losses(batch)
-        sums[microbatch], counts[microbatch] = losses.cpu().numpy(), tokens.cpu().numpy()
+        sums[part.examples], counts[part.examples] = losses.cpu().numpy(), tokens.cpu().numpy()
     return sums, counts
 
 

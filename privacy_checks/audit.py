@@ -110,9 +110,11 @@ class Pushed(Private):
 
     coordinates: np.ndarray
 
-    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+    def capture(
+        self, examples: np.ndarray, rows: int | None = None
+    ) -> AbstractContextManager[None]:
         self._examples = examples
-        return super().capture(examples)
+        return super().capture(examples, rows)
 
     def add(self, total: torch.Tensor) -> torch.Tensor:
         coordinates = torch.from_numpy(self.coordinates[self._examples])

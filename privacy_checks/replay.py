@@ -26,6 +26,7 @@ from privacy_checks.observed_run import Observation, PublicSteps, observe, save_
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
 from utils.command_line.parser import flag, read_flags
 from utils.files import write_json
+from utils.runs.batching import GRID_STEP
 from utils.texts.prompts import UNCONDITIONAL
 
 TOLERANCE = 1e-5
@@ -113,7 +114,9 @@ def _save_data(folder: Path, examples: int) -> None:
     random = np.random.default_rng(0)
 
     def text() -> str:
-        return "".join(random.choice(list("abcdef "), random.integers(1, LONGEST)))
+        # Half of them are so short that they pass together.
+        longest = random.choice([GRID_STEP - 1, LONGEST])
+        return "".join(random.choice(list("abcdef "), random.integers(1, longest)))
 
     for name in DATASETS.values():
         rows = [json.dumps({"instruction": text(), "answer": text()}) for _ in range(examples)]

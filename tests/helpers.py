@@ -64,7 +64,8 @@ def clipped_sum(
     total = torch.zeros(gradients.num_parameters)
     indices = np.arange(len(data)) if indices is None else indices
     norms = torch.zeros(len(data))
-    for microbatch in cut_microbatches(indices, data.lengths, budget)[0]:
+    for part in cut_microbatches(indices, data.lengths, budget)[0]:
+        microbatch = part.examples
         with gradients.capture(len(microbatch)):
             sums, counts = language_model.example_losses(data.collate(microbatch, pad_id=0))
             normalise(sums, counts, normalization, max_seq_len).sum().backward()

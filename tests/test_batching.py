@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from utils.runs.batching import MICROBATCH_TOKENS, cut_microbatches
+from utils.runs import batching
+from utils.runs.batching import MICROBATCH_TOKENS
+
+
+def cut_microbatches(*arguments):
+    """The examples of each microbatch, for each rank."""
+    ranks = batching.cut_microbatches(*arguments)
+    return [[part.examples for part in rank] for rank in ranks]
 
 
 def test_microbatches_keep_the_budget_and_waste_little():

@@ -221,7 +221,7 @@ def test_microbatches_do_not_change_who_takes_part():
     drawn = np.flatnonzero(np.random.default_rng(1).random(500) < 0.3)
     for ranks in (1, 2, 4):
         parts = cut_microbatches(drawn, lengths, 120, ranks)
-        together = np.concatenate([batch for rank in parts for batch in rank])
+        together = np.concatenate([part.examples for rank in parts for part in rank])
         assert sorted(together) == list(drawn)
 
 

@@ -21,6 +21,7 @@ from utils.models.independence import (
     silence_dropout,
 )
 from utils.models.loading import load_base_model, load_quantised_model
+from utils.runs import probe
 
 CPU = torch.device("cpu")
 
@@ -99,7 +100,12 @@ def test_dropout_by_place_shows(tmp_path, monkeypatch, old, more):
         observe_mutated_training(context, old, "pass")
         with pytest.raises(UsageError, match="random numbers of its own"):
             largest_move(tmp_path / "refused", model, *more)
+        context.setattr(independence, "require_no_other_randomness", lambda *_: None)
+        observe_mutated_training(context, old, "pass")
+        with pytest.raises(UsageError, match="changes by .* with the examples next to it"):
+            largest_move(tmp_path / "probed", model, *more)
     monkeypatch.setattr(independence, "require_no_other_randomness", lambda *_: None)
+    monkeypatch.setattr(probe, "LARGEST_DIFFERENCE", np.inf)
     observe_mutated_training(monkeypatch, old, "pass")
     assert largest_move(tmp_path, model_with_dropout("gpt2"), *more) > 1.05
 

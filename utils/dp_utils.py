@@ -188,6 +188,20 @@ class PerExampleGradients:
             raise RuntimeError(f"no per-example gradient for {missing[0]} ({len(missing)} in all)")
 
     @torch.no_grad()
+    def of_example(self, place: int) -> torch.Tensor:
+        """The captured gradient of one example, and the norms that its clip factor follows from.
+
+        Args:
+            place: of the example in its microbatch.
+
+        Returns:
+            float32 [parameters + tensors].
+        """
+        captured = [self._captured[name] for name in self.parameters]
+        norms = torch.stack([layer.norms[place] for layer in captured])
+        return torch.cat([*(layer.of_example(place).flatten() for layer in captured), norms])
+
+    @torch.no_grad()
     def add_clipped_sum(
         self, total: torch.Tensor, clip_norm: float, clip_function: str
     ) -> torch.Tensor:
@@ -231,6 +245,9 @@ class _Instantiated:
         self.gradients = torch.bmm(output_gradients.transpose(1, 2), inputs).flatten(1)
         self.norms = torch.linalg.vector_norm(self.gradients, dim=1)
 
+    def of_example(self, place: int) -> torch.Tensor:
+        return self.gradients[place]
+
     def silence(self, examples: torch.Tensor) -> None:
         self.gradients.masked_fill_(examples[:, None], 0.0)
 
@@ -252,6 +269,9 @@ class _Pair:
         self.apart = cancelled.nonzero().flatten()
         self.exact = _Instantiated(inputs[self.apart], output_gradients[self.apart])
         self.norms[self.apart] = self.exact.norms
+
+    def of_example(self, place: int) -> torch.Tensor:
+        return self.output_gradients[place].t() @ self.inputs[place]
 
     def silence(self, examples: torch.Tensor) -> None:
         # Both may be shared with the model's own backward pass, so these are copies.

@@ -44,7 +44,8 @@ class LanguageModel:
         mask = None
         if self.needs_mask:
             positions = torch.arange(batch["input_ids"].shape[1], device=batch["lengths"].device)
-            mask = (positions < batch["lengths"][:, None]).long()
+            # An empty row sees its first token: a row that sees nothing is not a number.
+            mask = (positions < batch["lengths"].clamp(min=1)[:, None]).long()
         hidden = self._decode(batch["input_ids"], mask)
         return example_losses(
             hidden, batch["input_ids"], batch["loss_starts"], batch["lengths"],

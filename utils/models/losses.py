@@ -1,6 +1,6 @@
 """Per-example language-model loss that never holds the logits of all tokens at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,33 +11,43 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def token_losses(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocabulary: int
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    counts: Sequence[int],
+    head: Head,
+    vocabulary: int,
 ) -> torch.Tensor:
     """Cross-entropy of every target token, chunk by chunk through a frozen head.
 
-    Each chunk's gradient with respect to the hidden states is taken in the forward pass, while
-    its logits exist, so that the backward pass only has to scale it.
+    No chunk holds tokens of two examples: which kernel multiplies a chunk, and so how it rounds,
+    follows from its size, and an example's size is to be its own. Each chunk's gradient with
+    respect to the hidden states is taken in the forward pass, while its logits exist, so that the
+    backward pass only has to scale it.
 
     Args:
-        hidden: [tokens, d], the decoder's last hidden states.
+        hidden: [tokens, d], the decoder's last hidden states, example after example.
         targets: int64 [tokens].
+        counts: tokens of each example.
         head: [n, d] -> logits [n, vocabulary]; frozen.
 
     Returns:
         float32 [tokens], in nats.
     """
-    return _ChunkedCrossEntropy.apply(hidden, targets, head, max(1, CHUNK_ELEMENTS // vocabulary))
+    most = max(1, CHUNK_ELEMENTS // vocabulary)
+    sizes = [min(most, count - start) for count in counts for start in range(0, count, most)]
+    return _ChunkedCrossEntropy.apply(hidden, targets, head, sizes)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, head, chunk):
+    def forward(ctx, hidden, targets, head, sizes):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         wants_gradient = ctx.needs_input_grad[0]
         # Written where a gradient is wanted, and never read elsewhere.
         gradient = torch.empty_like(hidden if wants_gradient else hidden[:0])
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        end = 0
+        for size in sizes:
+            part = slice(end, end := end + size)
             with torch.set_grad_enabled(wants_gradient):
                 states = hidden[part].detach().requires_grad_(wants_gradient)
                 logits = head(states)
@@ -88,11 +98,11 @@ def example_losses(
     positions = torch.arange(1, input_ids.shape[1], device=input_ids.device)
     # The token at a position is predicted from the one before it, so position 0 has no loss.
     has_loss = (positions >= loss_starts[:, None]) & (positions < lengths[:, None])
-    losses = token_losses(hidden[:, :-1][has_loss], input_ids[:, 1:][has_loss], head, vocabulary)
     counts = has_loss.sum(dim=1)
-    examples = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    sums = torch.zeros(len(counts), dtype=losses.dtype, device=losses.device)
-    return sums.index_add(0, examples, losses), counts
+    sizes = counts.tolist()
+    states, targets = hidden[:, :-1][has_loss], input_ids[:, 1:][has_loss]
+    losses = token_losses(states, targets, sizes, head, vocabulary)
+    return torch.stack([own.sum() for own in losses.split(sizes)]), counts
 
 
 def normalise(

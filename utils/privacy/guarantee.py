@@ -25,6 +25,7 @@ COVERED = [
     "synthetic instructions, answers",
     "the number of steps, the learning rate and every other value of run_config.json",
 ]
+INEXACT = "what kernels change in a row's gradient with the rows next to it"
 NOT_COVERED = [
     "everything under private/: training and validation losses, gradient norms, clip fractions, "
     "realised batch sizes; also when they are shown on a terminal or sent to a tracker",
@@ -32,9 +33,6 @@ NOT_COVERED = [
     "data-dependent preparation, such as deduplication: the guarantee is for the prepared set",
     "text that the base model had already seen",
     "several rows about one person: the unit is a row",
-    "what kernels change in a row's gradient with the rows next to it: nothing beyond rounding in "
-    "float32 on a CPU, 2% of the clip norm in all where it was measured in bfloat16, and not "
-    "measured for this run",
     "timing and other side channels of the machine that trains",
 ]
 
@@ -46,6 +44,7 @@ def build_report(
     steps_recorded: int = 0,
     ledger_head: dict | None = None,
     insecure: bool = False,
+    numerics: str = "not probed",
 ) -> dict:
     """The privacy report of a run.
 
@@ -55,6 +54,7 @@ def build_report(
         steps_recorded: steps in the ledger; those beyond `steps_taken` were noised, then lost in
             a crash, and never released.
         insecure: noise came from a known seed.
+        numerics: how far an example's gradient was its own: begins with "exact" where it was.
 
     Returns:
         A JSON-able dict; every epsilon is None where there is no guarantee.
@@ -96,7 +96,8 @@ def build_report(
             else "ChaCha20 keyed from the operating system's entropy at every process start"
         ),
         "covered": [] if insecure else COVERED,
-        "not_covered": NOT_COVERED,
+        "numerics": numerics,
+        "not_covered": [*NOT_COVERED, *([] if numerics.startswith("exact") else [INEXACT])],
         "plan_hash": plan.digest(),
         "ledger": ledger_head,
     }
@@ -166,6 +167,8 @@ def promise(report: dict) -> list[str]:
         f"N = {sizes}, the sampling rate, the number of steps and the clip norm {clip_norms} are "
         "public constants."
     )
+    if probed := {run["numerics"]: None for run in runs if "numerics" in run}:
+        lines.append(f"Numerics: {'; '.join(probed)}.")
     return lines + conditions(report)
 
 

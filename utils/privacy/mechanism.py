@@ -59,11 +59,13 @@ class Mechanism(ABC):
         num_examples: N, of which `draw` draws.
         divisor: the public constant that a released sum is divided by, the (expected) batch size.
         loss_normalization: what an example's summed loss is divided by, see `losses.normalise`.
+        numerics: how far an example's gradient is its own on this machine, for the report.
     """
 
     num_examples: int
     divisor: int
     loss_normalization: str
+    numerics: str = "not probed"
 
     @abstractmethod
     def open(self, folder: Path) -> None:
@@ -78,11 +80,14 @@ class Mechanism(ABC):
         """Settle what else is random in step `step` of this process: its dropout masks."""
 
     @abstractmethod
-    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+    def capture(
+        self, examples: np.ndarray, rows: int | None = None
+    ) -> AbstractContextManager[None]:
         """Wraps the one forward and backward pass of a microbatch.
 
         Args:
             examples: int64, its indices in the order of its rows.
+            rows: those beyond the examples are empty; None for as many as examples.
         """
 
     @abstractmethod
@@ -171,6 +176,7 @@ class Private(Mechanism):
         self._known_seed = known_seed
         self._streams = {name: SecureRandom() for name in ("sampling", "noise")}
         self._ledger: Ledger | None = None
+        self._num_captured = 0
 
     @property
     def ledger(self) -> Ledger:
@@ -190,12 +196,20 @@ class Private(Mechanism):
     def begin(self, step: int, rank: int) -> None:
         self._masks.step = step
 
-    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
-        self._masks.rows = examples
-        return self.gradients.capture(len(examples))
+    def capture(
+        self, examples: np.ndarray, rows: int | None = None
+    ) -> AbstractContextManager[None]:
+        self._num_captured = len(examples)
+        rows = rows or len(examples)
+        # Beyond the last row there is nobody.
+        nobody = np.full(rows - len(examples), self.num_examples)
+        self._masks.rows = np.concatenate([examples, nobody])
+        return self.gradients.capture(rows)
 
     def add(self, total: torch.Tensor) -> torch.Tensor:
-        return self.gradients.add_clipped_sum(total, self.plan.clip_norm, self.plan.clip_function)
+        plan = self.plan
+        norms = self.gradients.add_clipped_sum(total, plan.clip_norm, plan.clip_function)
+        return norms[: self._num_captured]
 
     def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
         """The sum with noise, float64, once its step is on record; zeros on other processes."""
@@ -216,6 +230,7 @@ class Private(Mechanism):
             steps_recorded=self.steps_recorded,
             ledger_head=self.head,
             insecure=self._known_seed is not None,
+            numerics=self.numerics,
         )
 
     def describe(self) -> str:
@@ -280,7 +295,9 @@ class Plain(Mechanism):
         state = np.random.SeedSequence((self._seed, step, rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0] >> np.uint64(1)))
 
-    def capture(self, examples: np.ndarray) -> AbstractContextManager[None]:
+    def capture(
+        self, examples: np.ndarray, rows: int | None = None
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
     def add(self, total: torch.Tensor) -> torch.Tensor:

@@ -52,21 +52,33 @@ class TokenisedExamples:
         return digest.hexdigest()
 
     def collate(
-        self, indices: np.ndarray, pad_id: int, device: "torch.device | str" = "cpu"
+        self,
+        indices: np.ndarray,
+        pad_id: int,
+        device: "torch.device | str" = "cpu",
+        *,
+        rows: int | None = None,
+        tokens: int | None = None,
     ) -> dict[str, "torch.Tensor"]:
-        """Right-pad a microbatch: `input_ids` [examples, tokens], `lengths`, `loss_starts`."""
+        """Right-pad a microbatch: `input_ids` [rows, tokens], `lengths`, `loss_starts` [rows].
+
+        Args:
+            rows: those beyond the examples are empty: of length 0; None for as many as examples.
+            tokens: None for the longest example's.
+        """
         import torch
 
-        lengths = self.lengths[indices]
-        positions = np.arange(int(lengths.max()))
+        rows = rows or len(indices)
+        lengths, loss_starts = np.zeros((2, rows), dtype=np.int64)
+        lengths[: len(indices)] = self.lengths[indices]
+        loss_starts[: len(indices)] = self.loss_starts[indices]
+        positions = np.arange(tokens or int(lengths.max()))
         is_token = positions < lengths[:, None]
+        offsets = np.zeros(rows, dtype=np.int64)
+        offsets[: len(indices)] = self.offsets[indices]
         input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
-        input_ids[is_token] = self.ids[(self.offsets[indices, None] + positions)[is_token]]
-        arrays = {
-            "input_ids": input_ids,
-            "lengths": lengths,
-            "loss_starts": self.loss_starts[indices].astype(np.int64),
-        }
+        input_ids[is_token] = self.ids[(offsets[:, None] + positions)[is_token]]
+        arrays = {"input_ids": input_ids, "lengths": lengths, "loss_starts": loss_starts}
         return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
