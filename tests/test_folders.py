@@ -18,6 +18,7 @@ from utils.folders import (
     PREPARATION_FILE,
     locked,
     names_in,
+    private_folder,
     require_same_settings,
     save_dataset,
     sibling_lock,
@@ -127,6 +128,16 @@ def test_a_file_is_no_folder_to_hold(tmp_path):
 
 
 # ------------------------------------------------------------------ the same settings
+
+
+def test_a_private_folder_is_for_its_owner_alone_whatever_the_umask(tmp_path, private_modes):
+    folder = tmp_path / "run" / "private"
+    assert private_folder(folder, explained=False) == folder
+    assert private_modes == ["0o700"]
+    assert list(folder.iterdir()) == []
+    folder.chmod(0o777)
+    assert "Do not share it" in (private_folder(folder) / "README.md").read_text()
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_every_setting_that_differs_is_named_with_both_values_and_the_remedy():
