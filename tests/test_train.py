@@ -154,6 +154,43 @@ def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch):
     )
 
 
+def test_private_is_for_its_owner_alone_from_its_first_moment(run, private_modes):
+    folder = run()
+    assert set(private_modes) == {"0o700"}
+    (folder / "private").chmod(0o755)  # as earlier versions made it
+    shutil.rmtree(folder / "adapter")
+    run("--resume=auto")
+    assert (folder / "private").stat().st_mode & 0o777 == 0o700
+
+
+TOKENISING = ("utils.texts.tokens.training_ids", "utils.texts.tokens.open_tokens")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("target", [*TOKENISING, "train.load_base_model"])
+def test_a_signal_before_the_first_step_leaves_nothing(
+    tiny_model_dir, letters, tmp_path, target, number
+):
+    arguments = flags(tiny_model_dir, letters, tmp_path / "outputs")
+    died = run_until_killed(arguments, target, 1, number)
+    assert died.returncode == 130
+    assert died.stderr.endswith("interrupted\n")
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("target", TOKENISING)
+def test_what_kill_9_leaves_of_tokens_goes_with_the_next_start(
+    run, tiny_model_dir, letters, tmp_path, target
+):
+    run_until_killed(flags(tiny_model_dir, letters, tmp_path / "outputs"), target, 1)
+    private = tmp_path / "outputs" / "job" / "private"
+    assert list(private.iterdir()) == [private / "tokens-0"]
+    # As another machine of a job leaves them.
+    (private / "tokens-0").rename(private / "tokens-8")
+    run()
+    assert not list(private.glob("tokens-*"))
+
+
 def test_the_report_holds_the_guarantee_and_agrees_with_the_ledger(run):
     folder = run()
     values = report(folder)
@@ -238,7 +275,7 @@ def everything_in(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(("more", "shown"), [([], False), (["--report_private_metrics"], True)])
 def test_wandb_gets_no_loss_of_a_private_run_unless_it_is_asked_for(
-    run, monkeypatch, tmp_path, more, shown
+    run, monkeypatch, tmp_path, private_modes, more, shown
 ):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
@@ -246,6 +283,7 @@ def test_wandb_gets_no_loss_of_a_private_run_unless_it_is_asked_for(
         folder = run("--report_to=wandb", *more)
     finally:
         wandb.teardown()
+    assert set(private_modes) == {"0o700"}
     kept = everything_in(folder / "private" / "wandb")
     assert b"job" in kept  # the run is there
     assert (b"train_loss" in kept) is shown
