@@ -42,7 +42,7 @@ from utils.command_line.training_flags import (
 from utils.dp_utils import PerExampleGradients, assign_gradient
 from utils.files import write_atomic
 from utils.folders import whole_folder
-from utils.models.adapter_info import write_adapter_info
+from utils.models.adapter_info import adapter_sha256, write_adapter_info
 from utils.models.independence import (
     require_independent_examples,
     require_no_other_randomness,
@@ -76,7 +76,15 @@ from utils.runs.distributed import (
     shard_base,
 )
 from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
-from utils.runs.run_folder import begin, held, holds_run, model_card, require_usable
+from utils.runs.run_folder import (
+    ADAPTER_HASH,
+    begin,
+    held,
+    holds_run,
+    is_finished,
+    model_card,
+    require_usable,
+)
 from utils.runs.stopping import StopRequest
 from utils.texts.data_sets import load_splits
 from utils.texts.tokens import TokenisedExamples, tokenise_once
@@ -184,7 +192,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     tracker = None if settings.report_to == "none" else settings.report_to
     accelerator = make_accelerator(tracker, folder / "private")
     device, is_main = accelerator.device, accelerator.is_main_process
-    if on_main_process((folder / "adapter").exists):
+    if on_main_process(partial(is_finished, folder)):
         if is_main:
             say(f"{folder} is finished already: its adapter is in {folder / 'adapter'}")
         return None
@@ -636,12 +644,18 @@ def save(run: Run, step: int) -> None:
 
 
 def finish(run: Run, step: int, stopped_by: str) -> None:
-    """Write the report and, if all steps are taken, the adapter; close what is open."""
+    """Write the report and, if all steps are taken, the adapter; close what is open.
+
+    A report that names its adapter comes last, so that a run which was killed before goes on.
+    """
     if run.is_main:
-        report = run.mechanism.report(step)
+        report = run.mechanism.report(step) | {ADAPTER_HASH: None}
         write_report(run.folder, report)
         if step == run.steps:
-            save_adapter(run, report)
+            sha256 = save_adapter(run, report)
+            run.mechanism.record_adapter(sha256)
+            report = run.mechanism.report(step) | {ADAPTER_HASH: sha256}
+            write_report(run.folder, report)
         if run.metrics:
             run.metrics.close()
         run.mechanism.close()
@@ -650,9 +664,14 @@ def finish(run: Run, step: int, stopped_by: str) -> None:
     run.accelerator.end_training()
 
 
-def save_adapter(run: Run, report: dict) -> None:
-    """Write the adapter, its model card and its training style, in one piece."""
+def save_adapter(run: Run, report: dict) -> str:
+    """Write the adapter, its model card and its training style, in one piece; returns its hash.
+
+    One that is on record already stays as it is: another version of PEFT writes another one.
+    """
     settings, final = run.settings, run.folder / "adapter"
+    if final.exists() and run.mechanism.adapter == adapter_sha256(final):
+        return run.mechanism.adapter
     info = {
         "prompt_style": settings.prompt_style,
         "max_seq_len": settings.max_seq_len,
@@ -665,6 +684,7 @@ def save_adapter(run: Run, report: dict) -> None:
         run.model.save_pretrained(temporary, save_embedding_layers=False)
         write_adapter_info(temporary, info)
         write_atomic(temporary / "README.md", card)
+    return adapter_sha256(final)
 
 
 def say_start(run: Run) -> None:

@@ -21,6 +21,7 @@ import wandb
 from safetensors.torch import load_file
 
 import train
+from privacy_checks.composition import composed_report
 from privacy_checks.tiny_model import save_tiny_model
 from tests.json_lines import jsonl
 from tests.paths import ROOT
@@ -34,10 +35,11 @@ from tests.training import (
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
-from utils.files import sha256_of
+from utils.files import sha256_of, write_json
+from utils.models.adapter_info import adapter_sha256
 from utils.models.lora import use_row_dropout
 from utils.privacy import mechanism, plan
-from utils.privacy.ledger import LEDGER_FILE, read_plan
+from utils.privacy.ledger import LEDGER_FILE, adapter_in, read_ledger, read_plan, steps_in
 from utils.row_dropout import RowMasks
 from utils.runs.run_folder import RELEASABLE
 from utils.texts import tokens
@@ -105,8 +107,7 @@ def report(folder: Path) -> dict:
 
 
 def ledger_steps(folder: Path) -> list[int]:
-    lines = (folder / LEDGER_FILE).read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines[1:]]
+    return steps_in(read_ledger(folder / LEDGER_FILE))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -468,6 +469,68 @@ def test_kill_9_loses_nothing_but_steps_since_the_checkpoint(
     assert not list(folder.rglob("*.partial*")), "a half-written checkpoint was left behind"
 
 
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [
+        ("train.write_report", 1),
+        ("train.adapter_sha256", 1),  # the adapter is there, and on record nowhere
+        ("train.write_report", 2),  # it is in the ledger, and not in the report
+    ],
+)
+@pytest.mark.parametrize("dp", [True, False])
+def test_a_kill_at_the_end_is_repaired_by_the_same_command(
+    run, tiny_model_dir, letters, tmp_path, capsys, target, call, dp
+):
+    died = run_until_killed(
+        flags(tiny_model_dir, letters, tmp_path / "outputs", dp=dp), target, call
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    folder = tmp_path / "outputs" / "job"
+    if dp and (folder / "adapter").exists():
+        with pytest.raises(UsageError, match="--resume auto finishes it"):
+            composed_report(folder)
+    weights = adapter(folder) if (folder / "adapter").exists() else None
+    assert run("--resume=auto", dp=dp) == folder
+    assert "finished already" not in capsys.readouterr().err
+    assert weights is None or all(
+        torch.equal(weights[name], tensor) for name, tensor in adapter(folder).items()
+    )
+    assert report(folder)["adapter_sha256"] == adapter_sha256(folder / "adapter")
+    if dp:
+        assert adapter_in(read_ledger(folder / LEDGER_FILE)) == adapter_sha256(folder / "adapter")
+        assert ledger_steps(folder) == list(range(1, 9))
+        assert composed_report(folder)["guarantee"] is True
+    run("--resume=auto", dp=dp)
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_the_hash_of_an_adapter_is_one_that_a_shell_gives_too(run):
+    folder = run() / "adapter"
+    files = "sha256sum adapter_config.json adapter_model.safetensors | sha256sum"
+    shell = subprocess.run(files, shell=True, cwd=folder, capture_output=True, text=True)
+    assert shell.stdout.split()[0] == adapter_sha256(folder)
+
+
+def test_a_run_that_an_earlier_version_finished_is_finished(run, capsys):
+    """Its report and its ledger name no adapter."""
+    folder = run()
+    older = report(folder)
+    del older["adapter_sha256"]
+    write_json(folder / "privacy_report.json", older)
+    run("--resume=auto")
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_a_finished_run_takes_no_further_step(run):
+    folder = run()
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    before = (folder / LEDGER_FILE).read_text()
+    with pytest.raises(UsageError, match="ends with an adapter, so step 7 cannot follow"):
+        run("--resume=auto")
+    assert (folder / LEDGER_FILE).read_text() == before
+
+
 @pytest.fixture
 def long_run(tiny_model_dir, letters, tmp_path):
     """A process that trains for 4,000 steps, and its folder."""
@@ -522,10 +585,11 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(run, monkeypatch, capsys)
 
 @pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
-def test_a_poisoned_checkpoint_is_passed_over(run, capsys, file, damage):
-    folder = run(FIXED)
-    reference = adapter(folder)
-    shutil.rmtree(folder / "adapter")
+def test_a_poisoned_checkpoint_is_passed_over(run, tmp_path, capsys, file, damage):
+    reference = adapter(run(FIXED, output="whole"))
+    with mock.patch("train.save_adapter", side_effect=Crash), pytest.raises(Crash):
+        run(FIXED)
+    folder = tmp_path / "outputs" / "job"
     path = folder / "checkpoints" / "step-000008" / file
     content = bytearray(path.read_bytes())
     if damage == "truncated":

@@ -18,6 +18,7 @@ from pathlib import Path
 from utils.cli import UsageError
 from utils.files import write_json
 from utils.folders import locked, names_in, private_folder, require_same_settings
+from utils.models.adapter_info import adapter_sha256
 from utils.privacy.guarantee import claim
 from utils.versions import versions_of
 
@@ -26,7 +27,10 @@ RELEASABLE = {
     "adapter", "privacy_report.json", "privacy_report.md", "privacy_ledger.jsonl",
     "run_config.json",
 }  # fmt: skip
-CONFIG_FILE = "run_config.json"
+CONFIG_FILE, REPORT_FILE = "run_config.json", "privacy_report.json"
+# In a report: the hash of the adapter that it is of; None as long as there is none.
+ADAPTER_HASH = "adapter_sha256"
+NO_GUARANTEE = "**No privacy guarantee**"
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "dp-accounting")
 # Settings that a continued run may change, since none of them changes what is learnt or how
 # private it is. The privacy plan and the contents of data and base model are compared by
@@ -124,12 +128,65 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
     )
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end: its adapter is there, and its report names it.
+
+    A report of an earlier version names none, but was written before the adapter.
+    """
+    report = folder / REPORT_FILE
+    if not (folder / "adapter").exists() or not report.exists():
+        return False
+    return json.loads(report.read_text()).get(ADAPTER_HASH, "an earlier version's") is not None
+
+
+def require_own_adapter(folder: Path, report: dict, recorded: str | None) -> str:
+    """Refuse a run's folder whose adapter is another one than its report and ledger say.
+
+    Args:
+        report: the run's own.
+        recorded: the adapter at the end of its ledger, if it has one.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        UsageError: names both hashes, or what the model card denies, or how to finish the run.
+    """
+    adapter, path = folder / "adapter", folder / REPORT_FILE
+    named = report.get(ADAPTER_HASH)
+    if named is None and (recorded or (ADAPTER_HASH in report and adapter.exists())):
+        raise UsageError(
+            f"{folder} was stopped while its adapter was put on record; the command of the run "
+            "with --resume auto finishes it"
+        )
+    if named != recorded:
+        raise UsageError(
+            f"{path} is of the adapter {named}, the ledger of {recorded}; restore the run's own"
+        )
+    if not adapter.exists():
+        return "adapter: not here, so there is nothing to compare"
+    card = adapter / "README.md"
+    if report["guarantee"] and card.exists() and NO_GUARANTEE in card.read_text():
+        raise UsageError(
+            f"{card} says that there is no guarantee, {path} that there is one; restore the run's "
+            "own adapter and report"
+        )
+    if named is None:
+        return f"adapter: nothing to compare it with, {path.name} is of a version that named none"
+    if named != (found := adapter_sha256(adapter)):
+        raise UsageError(
+            f"{adapter} is another adapter ({found}) than the one that {path} is of ({named}); "
+            "restore the run's own"
+        )
+    return f"adapter: the one that {path.name} and ledger name, {named}"
+
+
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
     """The README.md of an adapter."""
     if report["guarantee"]:
         guarantee = f"This adapter is {claim(report)} (see privacy_report.md of the run)."
     else:
-        guarantee = f"**No privacy guarantee**: {report['why']}. Treat it as private data."
+        guarantee = f"{NO_GUARANTEE}: {report['why']}. Treat it as private data."
     return f"""---
 base_model: {json.dumps(base_model)}
 library_name: peft
