@@ -41,7 +41,7 @@ from utils.command_line.training_flags import (
 )
 from utils.dp_utils import PerExampleGradients, assign_gradient
 from utils.files import write_atomic
-from utils.folders import whole_folder
+from utils.folders import portable, whole_folder
 from utils.models.adapter_info import adapter_sha256, write_adapter_info
 from utils.models.independence import (
     require_independent_examples,
@@ -675,11 +675,12 @@ def save_adapter(run: Run, report: dict) -> str:
     info = {
         "prompt_style": settings.prompt_style,
         "max_seq_len": settings.max_seq_len,
-        "base_model": settings.model_name,
+        "base_model": portable(settings.model_name),
         "base_model_fingerprint": run.base_fingerprint,
         "base_model_bits": settings.quantised_bits,
     }
     card = model_card(settings.model_name, settings.prompt_style, report, str(final))
+    run.model.peft_config["default"].base_model_name_or_path = portable(settings.model_name)
     with whole_folder(final) as temporary:
         run.model.save_pretrained(temporary, save_embedding_layers=False)
         write_adapter_info(temporary, info)

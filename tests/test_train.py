@@ -37,11 +37,11 @@ from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
 from utils.files import sha256_of, write_json
 from utils.models.adapter_info import adapter_sha256
-from utils.models.lora import use_row_dropout
+from utils.models.lora import load_adapted, use_row_dropout
 from utils.privacy import mechanism, plan
 from utils.privacy.ledger import LEDGER_FILE, adapter_in, read_ledger, read_plan, steps_in
 from utils.row_dropout import RowMasks
-from utils.runs.run_folder import RELEASABLE
+from utils.runs.run_folder import RELEASABLE, model_name_of
 from utils.texts import tokens
 from utils.texts.canaries import canary, secrets
 
@@ -153,6 +153,56 @@ def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch):
         json.loads((folder / "private" / "identity.json").read_text())["training_data"]
         not in public
     )
+
+
+def test_what_is_released_says_nothing_of_the_machine(
+    run, tiny_model_dir, letters, tmp_path, monkeypatch
+):
+    """A real process with absolute paths, one of them below the working folder."""
+    inside = tmp_path / "models" / "inside"
+    shutil.copytree(tiny_model_dir, inside)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "USER": "alice"}
+    for output, model, named in (
+        ("outputs", tiny_model_dir, "tiny-llama"), ("other", "~/models/inside", "models/inside"),
+    ):  # fmt: skip
+        arguments = flags(model, letters, tmp_path / output, "--save_steps=2")
+        subprocess.run(
+            [sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, env=environment,
+            check=True, capture_output=True,
+        )  # fmt: skip
+        folder = tmp_path / output / "job"
+        released = [f for name in [*RELEASABLE, "checkpoints"] for f in (folder / name).rglob("*")]
+        released = [f for f in [*released, *folder.iterdir()] if f.is_file()]
+        assert len(released) > 10
+        tell_tales = [str(tmp_path), str(Path(tiny_model_dir).parent), str(ROOT), "alice"]
+        found = {(f, t) for f in released for t in tell_tales if t.encode() in f.read_bytes()}
+        assert found == set()
+        config = json.loads((folder / "run_config.json").read_text())
+        assert config["arguments"]["model_name"] == named
+        assert config["arguments"]["output_dir"] == output
+        assert f"--output_dir={output}" in config["argv"]
+        adapted = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        assert adapted["base_model_name_or_path"] == named
+        assert f"--model_name {named} " in (folder / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_run_goes_on_whether_its_folder_holds_whole_paths_or_not(
+    stopped, tmp_path, tiny_model_dir, older
+):
+    config = tmp_path / "outputs" / "job" / "run_config.json"
+    begun_with = json.loads(config.read_text())
+    assert begun_with["arguments"]["model_name"] == "tiny-llama"
+    if older:
+        begun_with["arguments"]["model_name"] = tiny_model_dir
+        config.write_text(json.dumps(begun_with))
+        private = config.parent / "private" / "identity.json"
+        training_data = json.loads(private.read_text())["training_data"]
+        write_json(private, {"training_data": training_data})
+    assert model_name_of(config.parent) == tiny_model_dir
+    folder = stopped("--resume=auto")
+    merged = load_adapted(tiny_model_dir, folder / "adapter", torch.float32, merge=True)
+    assert merged.config.model_type == "llama"
 
 
 def test_private_is_for_its_owner_alone_from_its_first_moment(run, private_modes):
@@ -343,7 +393,7 @@ CANARIES = ("--num_canaries=5", "--canary_repeats=2", "--max_seq_len=64")
 WITH_CANARIES = NUM_EXAMPLES + 10
 
 
-def test_canaries_count_in_n_like_any_other_row(run, monkeypatch):
+def test_canaries_count_in_n_like_any_other_row(run, monkeypatch, tiny_model_dir):
     """In the plan, the ledger and the report; and as many rows are there to be sampled."""
     drawn, tokenised = [], []
     sample, open_tokens = mechanism.poisson_batch, tokens.open_tokens
@@ -364,7 +414,7 @@ def test_canaries_count_in_n_like_any_other_row(run, monkeypatch):
     assert (named["num_canaries"], named["canary_repeats"]) == (5, 2)
     # Those at the end are the canaries, whole.
     ids = tokenised[0].ids[tokenised[0].offsets[-2] : tokenised[0].offsets[-1]]
-    text = train.load_tokenizer(named["model_name"]).decode(ids)
+    text = train.load_tokenizer(tiny_model_dir).decode(ids)
     assert canary(list(islice(secrets(named["seed"]), 5))[-1], False)["instruction"] in text
 
 

@@ -83,6 +83,26 @@ def private_folder(path: Path, *, explained: bool = True) -> Path:
     return path
 
 
+def portable(name: str) -> str:
+    """A path without what it says of this machine; a name that is no path, such as a hub id, as is.
+
+    Below the working folder it becomes relative to that; elsewhere its last name stays.
+    """
+    path = Path(name).expanduser()
+    if not path.is_absolute() and ".." not in path.parts:
+        return name
+    for full in (Path(os.path.abspath(path)), path.resolve()):
+        if full.is_relative_to(Path.cwd()):
+            return str(full.relative_to(Path.cwd()))
+    return full.name
+
+
+def portable_word(word: str) -> str:
+    """`portable` of a word of a command line, which may be --FLAG=PATH."""
+    flag, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+    return f"{flag}{equals}{portable(value)}"
+
+
 def names_in(folder: Path) -> set[str]:
     """What a folder holds besides its lock; nothing where there is none."""
     return {path.name for path in folder.glob("*")} - {LOCK_FILE}

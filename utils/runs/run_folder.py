@@ -17,7 +17,14 @@ from pathlib import Path
 
 from utils.cli import UsageError
 from utils.files import write_json
-from utils.folders import locked, names_in, private_folder, require_same_settings
+from utils.folders import (
+    locked,
+    names_in,
+    portable,
+    portable_word,
+    private_folder,
+    require_same_settings,
+)
 from utils.models.adapter_info import adapter_sha256
 from utils.privacy.guarantee import claim
 from utils.versions import versions_of
@@ -28,6 +35,8 @@ RELEASABLE = {
     "run_config.json",
 }  # fmt: skip
 CONFIG_FILE, REPORT_FILE = "run_config.json", "privacy_report.json"
+# Settings that may say something of this machine.
+PLACES = ("dataset_name", "model_name", "output_dir")
 # In a report: the hash of the adapter that it is of; None as long as there is none.
 ADAPTER_HASH = "adapter_sha256"
 NO_GUARANTEE = "**No privacy guarantee**"
@@ -111,8 +120,13 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
     if not holds_run(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         private_folder(folder / "private")
-        write_json(private_file, private_identity)
-        config = {"arguments": settings, "argv": sys.argv, "versions": versions_of(VERSIONED)}
+        places = {name: settings[name] for name in PLACES}
+        write_json(private_file, private_identity | places)
+        config = {
+            "arguments": settings | {name: portable(place) for name, place in places.items()},
+            "argv": [portable_word(word) for word in sys.argv],
+            "versions": versions_of(VERSIONED),
+        }
         config |= identity
         write_json(folder / CONFIG_FILE, config)
         return
@@ -181,8 +195,17 @@ def require_own_adapter(folder: Path, report: dict, recorded: str | None) -> str
     return f"adapter: the one that {path.name} and ledger name, {named}"
 
 
+def model_name_of(folder: Path) -> str:
+    """The base model of a run as it was given, which only its `private/` knows of a local one."""
+    private_file = folder / "private" / "identity.json"
+    known = json.loads(private_file.read_text()) if private_file.exists() else {}
+    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["model_name"]
+    return known.get("model_name", released)
+
+
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
-    """The README.md of an adapter."""
+    """The README.md of an adapter, without what the paths say of this machine."""
+    base_model, adapter = portable(base_model), portable(adapter)
     if report["guarantee"]:
         guarantee = f"This adapter is {claim(report)} (see privacy_report.md of the run)."
     else:
