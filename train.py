@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ from utils.runs.run_folder import (
     require_usable,
 )
 from utils.runs.stopping import StopRequest
-from utils.texts.data_sets import load_splits
+from utils.texts.data_sets import load_splits, rows_fingerprint
 from utils.texts.tokens import TokenisedExamples, tokenise_once
 
 # Flags that may differ between the machines of a job; what they lead to is compared by itself.
@@ -256,7 +257,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         "base_model_fingerprint": fingerprint,
         "lora_target_modules": sorted(model.peft_config["default"].target_modules),
     }
-    private_identity = {"training_data": data["train"].fingerprint()}
+    private_identity = fingerprints(settings, splits["train"], data["train"])
     checkpoint = on_main_process(
         partial(begin_or_continue, settings, mechanism, steps, identity, private_identity)
     )
@@ -344,6 +345,15 @@ def require_one_job(
     flags = settings.run_settings
     facts |= {f"--{name}": flags[name] for name in flags.keys() - DIFFERS_BY_MACHINE}
     require_same_on_every_rank(facts)
+
+
+def fingerprints(settings: TrainingSettings, rows: Dataset, tokens: TokenisedExamples) -> dict:
+    """Of the training data as it is read, and as it was prepared: for `private/` alone."""
+    prepared = len(rows) - settings.canaries.num_rows
+    return {
+        "training_data": tokens.fingerprint(),
+        "rows_fingerprint": rows_fingerprint(islice(rows["instruction"], prepared)),
+    }
 
 
 def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:

@@ -28,7 +28,6 @@ from resample_with_dp_histogram.embeddings import (
     open_vectors,
     read_manifest,
     require_unit,
-    texts_digest,
 )
 from utils.cli import UsageError, in_one_line, run_cli, say
 from utils.command_line.parser import flag, parser_of
@@ -41,6 +40,7 @@ from utils.folders import (
     sibling_lock,
 )
 from utils.models.loading import model_fingerprint
+from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"{folder} holds something else than embeddings; use another --output")
         model = load_model(settings.model)
         facts = {
-            "texts_sha256": texts_digest(texts),
+            "texts_sha256": rows_fingerprint(texts),
             "model_fingerprint": model_fingerprint(model),
         }
         if begun is not None:

@@ -44,6 +44,7 @@ from utils.row_dropout import RowMasks
 from utils.runs.run_folder import RELEASABLE, model_name_of
 from utils.texts import tokens
 from utils.texts.canaries import canary, secrets
+from utils.texts.data_sets import rows_fingerprint
 
 FIXED = "--insecure_fixed_noise_seed=1"
 
@@ -149,10 +150,9 @@ def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch):
         path.read_text(errors="replace") for path in files if "private" not in path.parts
     )
     assert 'loss"' not in public
-    assert (
-        json.loads((folder / "private" / "identity.json").read_text())["training_data"]
-        not in public
-    )
+    identity = json.loads((folder / "private" / "identity.json").read_text())
+    assert identity["training_data"] not in public
+    assert identity["rows_fingerprint"] not in public
 
 
 def test_what_is_released_says_nothing_of_the_machine(
@@ -197,10 +197,13 @@ def test_a_run_goes_on_whether_its_folder_holds_whole_paths_or_not(
         begun_with["arguments"]["model_name"] = tiny_model_dir
         config.write_text(json.dumps(begun_with))
         private = config.parent / "private" / "identity.json"
-        training_data = json.loads(private.read_text())["training_data"]
-        write_json(private, {"training_data": training_data})
+        known = json.loads(private.read_text())
+        write_json(private, {"training_data": known["training_data"]})
     assert model_name_of(config.parent) == tiny_model_dir
     folder = stopped("--resume=auto")
+    if older:
+        fingerprint = json.loads(private.read_text())["rows_fingerprint"]
+        assert fingerprint == known["rows_fingerprint"]
     merged = load_adapted(tiny_model_dir, folder / "adapter", torch.float32, merge=True)
     assert merged.config.model_type == "llama"
 
@@ -393,7 +396,7 @@ CANARIES = ("--num_canaries=5", "--canary_repeats=2", "--max_seq_len=64")
 WITH_CANARIES = NUM_EXAMPLES + 10
 
 
-def test_canaries_count_in_n_like_any_other_row(run, monkeypatch, tiny_model_dir):
+def test_canaries_count_in_n_like_any_other_row(run, monkeypatch, letters, tiny_model_dir):
     """In the plan, the ledger and the report; and as many rows are there to be sampled."""
     drawn, tokenised = [], []
     sample, open_tokens = mechanism.poisson_batch, tokens.open_tokens
@@ -410,6 +413,9 @@ def test_canaries_count_in_n_like_any_other_row(run, monkeypatch, tiny_model_dir
     values = report(folder)
     assert values["num_examples"] == WITH_CANARIES
     assert values["sampling_rate"] == 8 / WITH_CANARIES
+    identity = json.loads((folder / "private" / "identity.json").read_text())
+    rows = train.load_splits(letters)["train"]["instruction"]
+    assert identity["rows_fingerprint"] == rows_fingerprint(rows)  # of those without canaries
     named = json.loads((folder / "run_config.json").read_text())["arguments"]
     assert (named["num_canaries"], named["canary_repeats"]) == (5, 2)
     # Those at the end are the canaries, whole.

@@ -11,7 +11,7 @@ from utils.files import JsonlAppender, read_jsonl
 from utils.folders import locked, sibling_lock
 from utils.privacy.plan import PrivacyPlan
 
-LEDGER_FILE = "privacy_ledger.jsonl"
+LEDGER_FILE, HISTOGRAM_LEDGER_FILE = "privacy_ledger.jsonl", "histogram_ledger.jsonl"
 HISTOGRAM, ADAPTER = "gaussian_histogram", "adapter"
 # What kinds of line may follow one of a kind; "" is before the first line.
 FOLLOWERS = {

@@ -131,7 +131,10 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
         write_json(folder / CONFIG_FILE, config)
         return
     begun_with = json.loads((folder / CONFIG_FILE).read_text())
-    begun_with |= json.loads(private_file.read_text())
+    known = json.loads(private_file.read_text())
+    begun_with |= known
+    # Runs of earlier versions have none. Their tokens say as much of the rows, and are compared.
+    begun_with.setdefault("rows_fingerprint", private_identity.get("rows_fingerprint"))
     now = identity | private_identity
     require_same_settings(
         {name.replace("_", " "): begun_with.get(name) for name in now},
@@ -140,6 +143,8 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
         "use another --job_sess",
         shown=False,
     )
+    if not private_identity.keys() <= known.keys():
+        write_json(private_file, private_identity | known)
 
 
 def is_finished(folder: Path) -> bool:
