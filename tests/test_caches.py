@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
+from privacy_checks.tiny_model import byte_tokenizer
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
 from tests.training import NUM_EXAMPLES, flags
+from utils.texts.tokens import TOKEN_FILES
 
 SECRET = "the quick canary"
 ROWS = [{"instruction": f"{SECRET} {n}", "answer": "fly"} for n in range(NUM_EXAMPLES)]
@@ -43,7 +46,8 @@ def save(kind: str, path: Path) -> str:
 
 def copies(*folders: Path) -> list[str]:
     """Files below `folders` that hold a private row, as text or as tokens of the byte tokenizer."""
-    tokens = b"".join(int(3 + byte).to_bytes(4, "little") for byte in SECRET.encode())
+    ids = byte_tokenizer()(SECRET, add_special_tokens=False)["input_ids"]
+    tokens = np.array(ids, dtype=TOKEN_FILES["ids"]).tobytes()
     return [
         str(file)
         for folder in folders
