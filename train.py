@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,8 @@ from utils.command_line.training_flags import (
 )
 from utils.dp_utils import PerExampleGradients, assign_gradient
 from utils.files import write_atomic
-from utils.folders import whole_folder
-from utils.models.adapter_info import write_adapter_info
+from utils.folders import portable, whole_folder
+from utils.models.adapter_info import adapter_sha256, write_adapter_info
 from utils.models.independence import (
     require_independent_examples,
     require_no_other_randomness,
@@ -77,9 +78,17 @@ from utils.runs.distributed import (
 )
 from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
 from utils.runs.probe import full_precision, probed
-from utils.runs.run_folder import begin, held, holds_run, model_card, require_usable
+from utils.runs.run_folder import (
+    ADAPTER_HASH,
+    begin,
+    held,
+    holds_run,
+    is_finished,
+    model_card,
+    require_usable,
+)
 from utils.runs.stopping import StopRequest
-from utils.texts.data_sets import load_splits
+from utils.texts.data_sets import load_splits, rows_fingerprint
 from utils.texts.tokens import TokenisedExamples, tokenise_once
 
 # Flags that may differ between the machines of a job; what they lead to is compared by itself.
@@ -189,7 +198,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     tracker = None if settings.report_to == "none" else settings.report_to
     accelerator = make_accelerator(tracker, folder / "private")
     device, is_main = accelerator.device, accelerator.is_main_process
-    if on_main_process((folder / "adapter").exists):
+    if on_main_process(partial(is_finished, folder)):
         if is_main:
             say(f"{folder} is finished already: its adapter is in {folder / 'adapter'}")
         return None
@@ -255,7 +264,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         "base_model_fingerprint": fingerprint,
         "lora_target_modules": sorted(model.peft_config["default"].target_modules),
     }
-    private_identity = {"training_data": data["train"].fingerprint()}
+    private_identity = fingerprints(settings, splits["train"], data["train"])
     checkpoint = on_main_process(
         partial(begin_or_continue, settings, mechanism, steps, identity, private_identity)
     )
@@ -344,6 +353,15 @@ def require_one_job(
     flags = settings.run_settings
     facts |= {f"--{name}": flags[name] for name in flags.keys() - DIFFERS_BY_MACHINE}
     require_same_on_every_rank(facts)
+
+
+def fingerprints(settings: TrainingSettings, rows: Dataset, tokens: TokenisedExamples) -> dict:
+    """Of the training data as it is read, and as it was prepared: for `private/` alone."""
+    prepared = len(rows) - settings.canaries.num_rows
+    return {
+        "training_data": tokens.fingerprint(),
+        "rows_fingerprint": rows_fingerprint(islice(rows["instruction"], prepared)),
+    }
 
 
 def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
@@ -667,12 +685,18 @@ def save(run: Run, step: int) -> None:
 
 
 def finish(run: Run, step: int, stopped_by: str) -> None:
-    """Write the report and, if all steps are taken, the adapter; close what is open."""
+    """Write the report and, if all steps are taken, the adapter; close what is open.
+
+    A report that names its adapter comes last, so that a run which was killed before goes on.
+    """
     if run.is_main:
-        report = run.mechanism.report(step)
+        report = run.mechanism.report(step) | {ADAPTER_HASH: None}
         write_report(run.folder, report)
         if step == run.steps:
-            save_adapter(run, report)
+            sha256 = save_adapter(run, report)
+            run.mechanism.record_adapter(sha256)
+            report = run.mechanism.report(step) | {ADAPTER_HASH: sha256}
+            write_report(run.folder, report)
         if run.metrics:
             run.metrics.close()
         run.mechanism.close()
@@ -681,21 +705,28 @@ def finish(run: Run, step: int, stopped_by: str) -> None:
     run.accelerator.end_training()
 
 
-def save_adapter(run: Run, report: dict) -> None:
-    """Write the adapter, its model card and its training style, in one piece."""
+def save_adapter(run: Run, report: dict) -> str:
+    """Write the adapter, its model card and its training style, in one piece; returns its hash.
+
+    One that is on record already stays as it is: another version of PEFT writes another one.
+    """
     settings, final = run.settings, run.folder / "adapter"
+    if final.exists() and run.mechanism.adapter == adapter_sha256(final):
+        return run.mechanism.adapter
     info = {
         "prompt_style": settings.prompt_style,
         "max_seq_len": settings.max_seq_len,
-        "base_model": settings.model_name,
+        "base_model": portable(settings.model_name),
         "base_model_fingerprint": run.base_fingerprint,
         "base_model_bits": settings.quantised_bits,
     }
     card = model_card(settings.model_name, settings.prompt_style, report, str(final))
+    run.model.peft_config["default"].base_model_name_or_path = portable(settings.model_name)
     with whole_folder(final) as temporary:
         run.model.save_pretrained(temporary, save_embedding_layers=False)
         write_adapter_info(temporary, info)
         write_atomic(temporary / "README.md", card)
+    return adapter_sha256(final)
 
 
 def say_start(run: Run) -> None:

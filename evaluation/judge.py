@@ -52,6 +52,7 @@ from query_gpt35_for_annotation.job import (
 )
 from utils.cli import EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, read_flags
+from utils.folders import private_folder
 
 TOOL = "judge"
 JUDGEMENTS_FOLDER = "judgements"
@@ -134,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # ------------------------------------------------------------------ judge
     if settings.private and not settings.dry_run:
+        private_folder(settings.output / PRIVATE_FOLDER)
         say(f"warning: private instructions or answers are sent to {job.base_url}")
     code = finish_job(job, settings)
     if code != EXIT_OK or settings.dry_run:

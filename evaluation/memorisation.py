@@ -43,7 +43,7 @@ from utils.command_line.parser import flag, natural_int, read_flags
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
-from utils.runs.run_folder import CONFIG_FILE, holds_run
+from utils.runs.run_folder import CONFIG_FILE, holds_run, model_name_of
 from utils.texts.canaries import canary, secrets
 from utils.texts.data_sets import is_labelled
 from utils.texts.text_filters import comparison_form
@@ -418,7 +418,7 @@ def read_run(folder: Path, model_name: str | None) -> CanaryRun:
     read_adapter_info(folder / "adapter")
     report = folder / "privacy_report.json"
     has_guarantee = report.is_file() and json.loads(report.read_text())["guarantee"]
-    return CanaryRun(folder, model_name or arguments["model_name"], arguments, has_guarantee)
+    return CanaryRun(folder, model_name or model_name_of(folder), arguments, has_guarantee)
 
 
 def canary_scores(

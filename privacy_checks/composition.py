@@ -16,9 +16,17 @@ from utils.privacy.accounting import (
     epsilon_bounds,
 )
 from utils.privacy.guarantee import COVERED, NOT_COVERED, NOTHING_COVERED, UNIT, listed
-from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, read_ledger, read_plan, require_head
+from utils.privacy.ledger import (
+    HISTOGRAM,
+    LEDGER_FILE,
+    adapter_in,
+    read_ledger,
+    read_plan,
+    require_head,
+    steps_in,
+)
 from utils.privacy.plan import PrivacyPlan
-from utils.runs.run_folder import CONFIG_FILE, holds_run
+from utils.runs.run_folder import CONFIG_FILE, REPORT_FILE, holds_run, require_own_adapter
 
 HISTOGRAM_MECHANISM = "Gaussian histogram"
 STEPS = ("steps_planned", "steps_taken", "steps_lost")
@@ -223,6 +231,8 @@ def _read_run(folder: Path) -> _Run:
     plan = read_plan(folder / LEDGER_FILE)
     records = read_ledger(folder / LEDGER_FILE)
     steps, own_report, checks = _read_heads(folder, plan, records)
+    if own_report:
+        checks.append(require_own_adapter(folder, own_report, adapter_in(records)))
     known_seed = arguments["insecure_fixed_noise_seed"] is not None
     return _Run(
         folder=folder,
@@ -231,7 +241,7 @@ def _read_run(folder: Path) -> _Run:
         # Runs of earlier versions have no such flags.
         num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1),
         steps=steps,
-        steps_recorded=len(records) - 1,
+        steps_recorded=len(steps_in(records)),
         own_report=own_report,
         checks=checks,
         ledger_end=records[-1]["chain"],
@@ -244,9 +254,9 @@ def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int,
     A checkpoint or a report keeps the ledger's head at its moment, and no step after the last of
     these is in any model that was saved.
     """
-    ledger, report = run / LEDGER_FILE, run / "privacy_report.json"
+    ledger, report = run / LEDGER_FILE, run / REPORT_FILE
     checks = [f"{ledger.name}: the hash chain of {len(records)} lines is whole"]
-    needed = ("steps_taken", "ledger", "epsilon")
+    needed = ("guarantee", "steps_taken", "ledger", "epsilon")
     own_report = _read_json(report, *needed) if report.exists() else {}
     if own_report.get("plan_hash", plan.digest()) != plan.digest():
         raise UsageError(f"{report} is of another plan than {ledger}; restore the run's own")
@@ -258,10 +268,10 @@ def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int,
         heads[file] = (state["step"], state["ledger"])
     for file, (step, head) in heads.items():
         require_head(ledger, records, head)
-        known = [record.get("step", 0) for record in records[: head["lines"]]]
-        counted = step + own_report.get("steps_lost", 0) if file == report else len(known) - 1
+        known = steps_in(records[: head["lines"]])
+        counted = step + own_report.get("steps_lost", 0) if file == report else len(known)
         # After a crash, steps beyond those of the model are on record.
-        if step not in known or counted != len(known) - 1:
+        if step not in (0, *known) or counted != len(known):
             raise UsageError(f"{file} counts {step} steps, which {ledger} does not; restore it")
         checks.append(f"{ledger.name} continues what {file.relative_to(run)} knew of it")
     if not heads:
@@ -269,7 +279,7 @@ def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int,
             f"nothing to compare {ledger.name} with: lines cut off its end would not be noticed, "
             "and every step in it is taken as released"
         )
-        return len(records) - 1, own_report, checks
+        return len(steps_in(records)), own_report, checks
     step, _ = max(heads.values(), key=lambda each: each[1]["lines"])
     return step, own_report, checks
 

@@ -5,9 +5,10 @@
 
 Reads the ledgers and refuses any that was edited, truncated or mixed with another's. Everything
 is composed in one accountant, several runs as if each read the same rows, which is an upper bound
-where they did not. Prints the report; --output also writes it as composed_report.json and .md,
-with a plot of epsilon over steps. Exit code 1 if there is no guarantee, so that a script which
-publishes on success publishes nothing.
+where they did not. What else read the same data and is not named, next to these runs or below
+outputs/, resampling/ and embeddings/, is told of with what all spent together. Prints the report;
+--output also writes it as composed_report.json and .md, with a plot of epsilon over steps. Exit
+code 1 if there is no guarantee, so that a script which publishes on success publishes nothing.
 """
 
 import io
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from privacy_checks.composition import by_kind, composed_report, epsilon_over_steps
+from privacy_checks.registry import with_left_out
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import write_atomic, write_json
@@ -63,13 +65,16 @@ def main(argv: list[str] | None = None) -> int:
         for path in (output / name for name in OUTPUT_FILES):
             if path.exists():
                 raise UsageError(f"{path} exists; use another --output")
+    relations = list(dict.fromkeys(settings.relation))
     report = composed_report(
         settings.run,
         settings.histogram,
         settings.delta,
         settings.epsilon,
-        list(dict.fromkeys(settings.relation)),
+        relations,
     )
+    if report["guarantee"]:
+        report = with_left_out(report, settings.run, settings.histogram, relations)
     print(render(report, as_text))
     if output:
         if report["guarantee"]:

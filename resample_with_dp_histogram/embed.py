@@ -11,6 +11,7 @@ the very split that was trained on, so that both have one N. Texts of similar le
 batch, the longest first. A stopped run goes on with the same command, on any number of devices.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,19 @@ from resample_with_dp_histogram.embeddings import (
     open_vectors,
     read_manifest,
     require_unit,
-    texts_digest,
 )
 from utils.cli import UsageError, in_one_line, run_cli, say
 from utils.command_line.parser import flag, parser_of
-from utils.files import fsync_folder, write_atomic, write_json
-from utils.folders import locked, names_in, require_same_settings, sibling_lock
+from utils.files import fsync_folder, write_json
+from utils.folders import (
+    locked,
+    names_in,
+    private_folder,
+    require_same_settings,
+    sibling_lock,
+)
 from utils.models.loading import model_fingerprint
-from utils.runs.run_folder import PRIVATE_README
+from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 if TYPE_CHECKING:
@@ -97,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"{folder} holds something else than embeddings; use another --output")
         model = load_model(settings.model)
         facts = {
-            "texts_sha256": texts_digest(texts),
+            "texts_sha256": rows_fingerprint(texts),
             "model_fingerprint": model_fingerprint(model),
         }
         if begun is not None:
@@ -116,8 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             "dimensions": model.get_embedding_dimension(),
             "num_embedded": 0,
         }
-        if begun is None:
-            begin(folder, settings.private, manifest)
+        begin(folder, settings.private, manifest)
         devices = settings.devices or default_devices()
         embed(texts, model, folder, manifest, settings.batch_size, devices)
     say(f"{len(texts):,} embeddings of {manifest['dimensions']} dimensions are in {folder}")
@@ -145,9 +150,9 @@ def load_model(name: str) -> "SentenceTransformer":
 
 def begin(folder: Path, private: bool, manifest: dict) -> None:
     """Make the folder and the manifest that says whose it is."""
-    folder.mkdir(parents=True, exist_ok=True)
     if private:
-        write_atomic(folder / "README.md", PRIVATE_README)
+        private_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MANIFEST_FILE, manifest)
 
 
@@ -172,6 +177,10 @@ def embed(
     if done == 0:
         shape = (manifest["num_texts"], manifest["dimensions"])
         np.lib.format.open_memmap(folder / VECTORS_FILE, mode="w+", dtype=np.float16, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # not on a Mac
+            # A full disk is an error here; of a sparse file it would be a bus error later.
+            with open(folder / VECTORS_FILE, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         fsync_folder(folder)
     vectors = open_vectors(folder, manifest, "r+")
     # Known from the texts alone, so that a later run finds the same first `num_embedded` done.

@@ -6,7 +6,6 @@ manifest.json    the model, the texts (number and hash), and how many are embedd
 Those of private texts lie in the folder's private/, which must stay where it is.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,15 +40,6 @@ class Embeddings:
 def location(folder: Path, private: bool) -> Path:
     """Where in `folder` the files are."""
     return folder / PRIVATE_FOLDER if private else folder
-
-
-def texts_digest(texts: list[str]) -> str:
-    """A hash of texts and their order. Of private texts: for `private/` alone."""
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
 
 
 def read_manifest(folder: Path, private: bool) -> dict | None:

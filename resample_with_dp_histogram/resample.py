@@ -32,7 +32,6 @@ from resample_with_dp_histogram.embeddings import (
     Embeddings,
     open_embeddings,
     require_same_model,
-    texts_digest,
 )
 from resample_with_dp_histogram.histogram import SENSITIVITY, noisy_histogram, project_to_simplex
 from resample_with_dp_histogram.selection import (
@@ -48,12 +47,13 @@ from utils.files import write_json
 from utils.folders import locked, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
 from utils.privacy.guarantee import UNIT
+from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE as LEDGER_FILE
 from utils.privacy.ledger import read_histograms, read_ledger, record_histogram
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
+from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import FORMATS, read_instructions
 
-LEDGER_FILE = "histogram_ledger.jsonl"
 HISTOGRAM, CONDITIONAL = "histogram", "histogram_conditional"
 COVERED = [
     "the noisy histogram, and whatever is computed from it and from synthetic texts alone: the "
@@ -241,7 +241,7 @@ def check_texts(path: str, texts: list[str], synthetic: Embeddings) -> None:
             f"{path} holds {len(texts):,} instructions and {synthetic.folder} "
             f"{len(synthetic.vectors):,} embeddings; name the file that was embedded"
         )
-    if texts_digest(texts) != synthetic.manifest["texts_sha256"]:
+    if rows_fingerprint(texts) != synthetic.manifest["texts_sha256"]:
         raise UsageError(
             f"{synthetic.folder} holds embeddings of other texts than {path}; name the file that "
             "was embedded, or embed this one"

@@ -1,6 +1,8 @@
 """Fixtures that every test may use: a random two-layer LLaMA with a byte-level tokenizer."""
 
 import functools
+import os
+from pathlib import Path
 from unittest import mock
 
 import datasets
@@ -29,6 +31,22 @@ def tiny_model_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     save_tiny_model(folder)
     return str(folder)
+
+
+@pytest.fixture
+def private_modes(monkeypatch):
+    """Under umask 0: the mode of every folder `private` at the moment when it is made."""
+    modes, make = [], os.mkdir
+
+    def watched(path, *args, **options):
+        make(path, *args, **options)
+        if Path(path).name == "private":
+            modes.append(oct(os.stat(path).st_mode & 0o777))
+
+    monkeypatch.setattr(os, "mkdir", watched)
+    before = os.umask(0)
+    yield modes
+    os.umask(before)
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
+from privacy_checks.observed_run import signal_handlers_restored
 from tests.paths import ROOT
 from utils.cli import UsageError, run_cli, say
 
 
 @pytest.fixture(autouse=True)
-def restore_sigint():
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
+def _signal_handlers():
+    with signal_handlers_restored():
+        yield
 
 
 def exit_code(main):
@@ -80,6 +80,30 @@ def test_a_defect_keeps_its_traceback(defect):
 def test_say_leaves_stdout_to_the_product(capfd):
     say("for people")
     assert capfd.readouterr() == ("", "for people\n")
+
+
+def test_sigterm_lets_a_command_clean_up_whatever_follows_it(tmp_path):
+    script = """
+import os, pathlib, signal, time
+from utils.cli import run_cli
+def main():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        print("cleaned", flush=True)
+run_cli(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "cleaned\n", "interrupted\n")
 
 
 def test_ctrl_c_works_in_a_process_that_inherited_its_being_ignored():

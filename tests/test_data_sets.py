@@ -8,7 +8,12 @@ import pytest
 
 from tests.json_lines import jsonl
 from utils.cli import UsageError
-from utils.texts.data_sets import count_train_examples, find_dataset, load_splits
+from utils.texts.data_sets import (
+    count_train_examples,
+    find_dataset,
+    load_splits,
+    rows_fingerprint,
+)
 
 ROWS = [{"instruction": f"say {n}", "answer": str(n)} for n in range(7)]
 
@@ -88,3 +93,11 @@ def test_a_single_saved_split_is_explained():
     datasets.Dataset.from_list(ROWS).save_to_disk("data/x")
     with pytest.raises(UsageError, match="one saved split"):
         count_train_examples("x")
+
+
+def test_a_fingerprint_tells_texts_and_their_order_apart():
+    digests = {
+        rows_fingerprint(texts)
+        for texts in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["ab", "c", ""], [])
+    }
+    assert len(digests) == 5

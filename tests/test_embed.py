@@ -1,6 +1,8 @@
 """Embedding texts: right, private, resumable, on several devices, and clear about bad input."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -54,6 +56,26 @@ def test_vectors_are_in_the_order_of_the_texts_at_length_1(arguments, expected, 
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "embeddings.npy", "manifest.json",
     }  # fmt: skip
+
+
+def test_private_embeddings_are_for_their_owner_alone_from_the_first_moment(
+    arguments, tmp_path, private_modes
+):
+    embed.main(["--private", *arguments])
+    assert private_modes == ["0o700"]
+    (tmp_path / "out" / "private").chmod(0o755)  # as earlier versions made it
+    embed.main(["--private", *arguments])
+    assert (tmp_path / "out" / "private").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_disk_without_room_for_the_vectors_is_an_error_at_once(arguments, tmp_path, monkeypatch):
+    def full(_descriptor, start, size):
+        assert (start, size) == (0, (tmp_path / "out" / "embeddings.npy").stat().st_size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        embed.main(["--synthetic", *arguments])
 
 
 def test_private_texts_leave_nothing_outside_private(arguments, tmp_path):

@@ -18,6 +18,9 @@ from utils.folders import (
     PREPARATION_FILE,
     locked,
     names_in,
+    portable,
+    portable_word,
+    private_folder,
     require_same_settings,
     save_dataset,
     sibling_lock,
@@ -127,6 +130,36 @@ def test_a_file_is_no_folder_to_hold(tmp_path):
 
 
 # ------------------------------------------------------------------ the same settings
+
+
+def test_a_private_folder_is_for_its_owner_alone_whatever_the_umask(tmp_path, private_modes):
+    folder = tmp_path / "run" / "private"
+    assert private_folder(folder, explained=False) == folder
+    assert private_modes == ["0o700"]
+    assert list(folder.iterdir()) == []
+    folder.chmod(0o777)
+    assert "Do not share it" in (private_folder(folder) / "README.md").read_text()
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_path_for_others_says_nothing_of_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "alice").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "data")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, shown in (
+        ("yahma/llama-7b-hf", "yahma/llama-7b-hf"),
+        ("models/llama", "models/llama"),
+        (f"{tmp_path}/data/models/llama", "models/llama"),
+        (f"{tmp_path}/alice/models/llama", "models/llama"),
+        ("~/data/models", "models"),
+        ("../data/models", "models"),
+        (f"{tmp_path}/llama/", "llama"),
+        ("../../alice/llama", "llama"),
+    ):
+        assert portable(given) == shown
+        assert portable_word(given) == shown
+        assert portable_word(f"--model_name={given}") == f"--model_name={shown}"
 
 
 def test_every_setting_that_differs_is_named_with_both_values_and_the_remedy():

@@ -341,7 +341,9 @@ def test_judgements_of_other_answers_models_or_prompts_do_not_mix(tmp_path, monk
     assert values(tmp_path / "out")["win rate"] == pytest.approx(0.9)
 
 
-def test_private_instructions_leave_traces_in_the_private_folder_only(tmp_path, capsys):
+def test_private_instructions_leave_traces_in_the_private_folder_only(
+    tmp_path, capsys, private_modes
+):
     write_sets(tmp_path, list("999"), list("111"))
     with Server(annotation_server.judge(better)) as server:
         assert run(tmp_path, server, "--private", "--dry_run") == 0
@@ -352,6 +354,7 @@ def test_private_instructions_leave_traces_in_the_private_folder_only(tmp_path, 
         )
         out = tmp_path / "out"
         assert [path.name for path in out.iterdir()] == ["private"]
+        assert private_modes == ["0o700"]
         assert {path.name for path in (out / "private").iterdir()} == {
             "README.md", "judge.json", "judgements",
         }  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 from privacy_checks import composition, report
 from utils.cli import UsageError, run_cli
 from utils.files import write_json
+from utils.models.adapter_info import adapter_sha256
 from utils.privacy import guarantee
 from utils.privacy.accounting import (
     ADD_REMOVE,
@@ -20,8 +21,16 @@ from utils.privacy.accounting import (
     compute_epsilon,
 )
 from utils.privacy.guarantee import build_report, write_report
-from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, Ledger, read_ledger, record_histogram
+from utils.privacy.ledger import (
+    ADAPTER,
+    HISTOGRAM,
+    LEDGER_FILE,
+    Ledger,
+    read_ledger,
+    record_histogram,
+)
 from utils.privacy.plan import PrivacyPlan
+from utils.runs.run_folder import model_card
 
 PLAN = PrivacyPlan(
     num_examples=500, expected_batch_size=10, steps=20, clip_norm=1.0, clip_function="flat",
@@ -44,11 +53,14 @@ def make_run(
             state = {"ledger": ledger.head, "step": step}
             write_json(folder / "checkpoints" / f"step-{step:06d}" / "state.json", state)
     if own_report:
-        (folder / "adapter").mkdir()
+        write_json(folder / "adapter" / "adapter_config.json", {"r": 8})
+        # Unlike those of other runs, as weights are.
+        write_json(folder / "adapter" / "adapter_model.safetensors", str(folder))
+        ledger.record_adapter(adapter_sha256(folder / "adapter"))
         own = build_report(
             plan, steps_taken=step, steps_recorded=ledger.steps_recorded, ledger_head=ledger.head
         )
-        write_report(folder, own)
+        write_report(folder, own | {"adapter_sha256": ledger.adapter})
     ledger.close()
     return folder
 
@@ -325,6 +337,69 @@ def test_an_edited_report_of_the_run_is_refused(run, change, message):
     write_json(file, json.loads(file.read_text()) | change)
     with pytest.raises(UsageError, match=message):
         report.composed_report(run)
+
+
+def test_an_adapter_next_to_another_runs_report_is_refused(run, pairs):
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(pairs / "adapter", run / "adapter")
+    with pytest.raises(UsageError, match=r"job/adapter is another adapter .* restore the run's"):
+        report.composed_report(run)
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"adapter_model\.safetensors is missing"):
+        report.composed_report(run)
+
+
+def test_a_report_that_names_another_adapter_than_the_ledger_is_refused(run):
+    file = run / "privacy_report.json"
+    write_json(run / "adapter" / "adapter_config.json", {"r": 9})
+    other = {"adapter_sha256": adapter_sha256(run / "adapter")}
+    write_json(file, json.loads(file.read_text()) | other)
+    with pytest.raises(UsageError, match="privacy_report.json is of the adapter .* the ledger of"):
+        report.composed_report(run)
+
+
+def test_a_card_without_a_guarantee_next_to_a_report_with_one_is_refused(run):
+    own = json.loads((run / "privacy_report.json").read_text())
+    card = run / "adapter" / "README.md"
+    card.write_text(model_card("base", "vicuna", own, "adapter"))
+    assert report.composed_report(run)["guarantee"] is True
+    card.write_text(model_card("base", "vicuna", build_report(None), "adapter"))
+    with pytest.raises(UsageError, match=r"README\.md says that there is no guarantee"):
+        report.composed_report(run)
+
+
+def test_a_copy_without_its_adapter_and_a_run_of_before_adapters_were_named_are_read(run):
+    assert "nothing to compare" not in report.composed_report(run)["checks"][-1]
+    file = run / "privacy_report.json"
+    own = json.loads(file.read_text())
+    shutil.move(run / "adapter", run.parent / "moved")
+    assert report.composed_report(run)["checks"][-1].startswith("adapter: not here")
+    shutil.move(run.parent / "moved", run / "adapter")
+    lines = (run / LEDGER_FILE).read_text().splitlines(keepends=True)
+    (run / LEDGER_FILE).write_text("".join(lines[:-1]))
+    del own["adapter_sha256"]
+    own["ledger"] = {"lines": 21, "chain": json.loads(lines[-2])["chain"]}
+    write_json(file, own)
+    assert "a version that named none" in report.composed_report(run)["checks"][-1]
+
+
+def test_nothing_follows_the_adapter_in_a_ledger(run):
+    assert read_ledger(run / LEDGER_FILE)[-1]["kind"] == ADAPTER
+    text = (run / LEDGER_FILE).read_text()
+    last = json.loads(text.splitlines()[-1])["chain"]
+    for content in ({"kind": "step", "step": 21}, {"kind": ADAPTER, "adapter_sha256": "0" * 64}):
+        chained = last + json.dumps(content, sort_keys=True)
+        line = json.dumps(content | {"chain": hashlib.sha256(chained.encode()).hexdigest()})
+        (run / LEDGER_FILE).write_text(text + line + "\n")
+        with pytest.raises(UsageError, match="line 23: this ledger was edited or mixed"):
+            read_ledger(run / LEDGER_FILE)
+    (run / LEDGER_FILE).write_text(text)
+    ledger = Ledger(run / LEDGER_FILE, PLAN)
+    with pytest.raises(UsageError, match="ends with the adapter"):
+        ledger.record_adapter("0" * 64)
+    ledger.record_adapter(ledger.adapter)
+    ledger.close()
+    assert (run / LEDGER_FILE).read_text() == text
 
 
 def test_reading_leaves_the_run_as_it_is(run, histogram):

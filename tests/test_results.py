@@ -39,6 +39,11 @@ def test_a_result_lies_where_its_kind_belongs(tmp_path, private):
     assert "torch" in read["versions"]
 
 
+def test_a_private_result_is_for_its_owner_alone(tmp_path, private_modes):
+    write_result(tmp_path / "results", result(True), {})
+    assert private_modes == ["0o700"]
+
+
 @pytest.mark.parametrize("private", [False, True])
 def test_an_earlier_result_of_either_kind_stays(tmp_path, private):
     require_new_result(tmp_path, "tool")

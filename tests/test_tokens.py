@@ -1,5 +1,6 @@
 """Token ids of a split: flat, on disk, the same in whatever parts, and collated."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -47,6 +48,13 @@ def test_token_ids_stay_on_disk_and_outlive_their_file(tmp_path):
     before = data.fingerprint()
     shutil.rmtree(tmp_path)
     assert data.fingerprint() == before
+
+
+def test_a_full_disk_is_an_error_where_tokens_are_written(tmp_path, monkeypatch):
+    full = functools.partial(open, "/dev/full")
+    monkeypatch.setattr(utils.texts.tokens, "open", lambda _, mode: full(mode), raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        tokens(ROWS, tmp_path)
 
 
 def test_the_fingerprint_sees_one_changed_token(tmp_path):

@@ -21,6 +21,7 @@ import wandb
 from safetensors.torch import load_file
 
 import train
+from privacy_checks.composition import composed_report
 from privacy_checks.tiny_model import save_tiny_model
 from tests.json_lines import jsonl
 from tests.paths import ROOT
@@ -34,14 +35,16 @@ from tests.training import (
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
-from utils.files import sha256_of
-from utils.models.lora import use_row_dropout
+from utils.files import sha256_of, write_json
+from utils.models.adapter_info import adapter_sha256
+from utils.models.lora import load_adapted, use_row_dropout
 from utils.privacy import mechanism, plan
-from utils.privacy.ledger import LEDGER_FILE, read_plan
+from utils.privacy.ledger import LEDGER_FILE, adapter_in, read_ledger, read_plan, steps_in
 from utils.row_dropout import RowMasks
-from utils.runs.run_folder import RELEASABLE
+from utils.runs.run_folder import RELEASABLE, model_name_of
 from utils.texts import tokens
 from utils.texts.canaries import canary, secrets
+from utils.texts.data_sets import rows_fingerprint
 
 FIXED = "--insecure_fixed_noise_seed=1"
 
@@ -105,8 +108,7 @@ def report(folder: Path) -> dict:
 
 
 def ledger_steps(folder: Path) -> list[int]:
-    lines = (folder / LEDGER_FILE).read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines[1:]]
+    return steps_in(read_ledger(folder / LEDGER_FILE))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -148,10 +150,99 @@ def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch):
         path.read_text(errors="replace") for path in files if "private" not in path.parts
     )
     assert 'loss"' not in public
-    assert (
-        json.loads((folder / "private" / "identity.json").read_text())["training_data"]
-        not in public
-    )
+    identity = json.loads((folder / "private" / "identity.json").read_text())
+    assert identity["training_data"] not in public
+    assert identity["rows_fingerprint"] not in public
+
+
+def test_what_is_released_says_nothing_of_the_machine(
+    run, tiny_model_dir, letters, tmp_path, monkeypatch
+):
+    """A real process with absolute paths, one of them below the working folder."""
+    inside = tmp_path / "models" / "inside"
+    shutil.copytree(tiny_model_dir, inside)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "USER": "alice"}
+    for output, model, named in (
+        ("outputs", tiny_model_dir, "tiny-llama"), ("other", "~/models/inside", "models/inside"),
+    ):  # fmt: skip
+        arguments = flags(model, letters, tmp_path / output, "--save_steps=2")
+        subprocess.run(
+            [sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, env=environment,
+            check=True, capture_output=True,
+        )  # fmt: skip
+        folder = tmp_path / output / "job"
+        released = [f for name in [*RELEASABLE, "checkpoints"] for f in (folder / name).rglob("*")]
+        released = [f for f in [*released, *folder.iterdir()] if f.is_file()]
+        assert len(released) > 10
+        tell_tales = [str(tmp_path), str(Path(tiny_model_dir).parent), str(ROOT), "alice"]
+        found = {(f, t) for f in released for t in tell_tales if t.encode() in f.read_bytes()}
+        assert found == set()
+        config = json.loads((folder / "run_config.json").read_text())
+        assert config["arguments"]["model_name"] == named
+        assert config["arguments"]["output_dir"] == output
+        assert f"--output_dir={output}" in config["argv"]
+        adapted = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        assert adapted["base_model_name_or_path"] == named
+        assert f"--model_name {named} " in (folder / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_run_goes_on_whether_its_folder_holds_whole_paths_or_not(
+    stopped, tmp_path, tiny_model_dir, older
+):
+    config = tmp_path / "outputs" / "job" / "run_config.json"
+    begun_with = json.loads(config.read_text())
+    assert begun_with["arguments"]["model_name"] == "tiny-llama"
+    if older:
+        begun_with["arguments"]["model_name"] = tiny_model_dir
+        config.write_text(json.dumps(begun_with))
+        private = config.parent / "private" / "identity.json"
+        known = json.loads(private.read_text())
+        write_json(private, {"training_data": known["training_data"]})
+    assert model_name_of(config.parent) == tiny_model_dir
+    folder = stopped("--resume=auto")
+    if older:
+        fingerprint = json.loads(private.read_text())["rows_fingerprint"]
+        assert fingerprint == known["rows_fingerprint"]
+    merged = load_adapted(tiny_model_dir, folder / "adapter", torch.float32, merge=True)
+    assert merged.config.model_type == "llama"
+
+
+def test_private_is_for_its_owner_alone_from_its_first_moment(run, private_modes):
+    folder = run()
+    assert set(private_modes) == {"0o700"}
+    (folder / "private").chmod(0o755)  # as earlier versions made it
+    shutil.rmtree(folder / "adapter")
+    run("--resume=auto")
+    assert (folder / "private").stat().st_mode & 0o777 == 0o700
+
+
+TOKENISING = ("utils.texts.tokens.training_ids", "utils.texts.tokens.open_tokens")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("target", [*TOKENISING, "train.load_base_model"])
+def test_a_signal_before_the_first_step_leaves_nothing(
+    tiny_model_dir, letters, tmp_path, target, number
+):
+    arguments = flags(tiny_model_dir, letters, tmp_path / "outputs")
+    died = run_until_killed(arguments, target, 1, number)
+    assert died.returncode == 130
+    assert died.stderr.endswith("interrupted\n")
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("target", TOKENISING)
+def test_what_kill_9_leaves_of_tokens_goes_with_the_next_start(
+    run, tiny_model_dir, letters, tmp_path, target
+):
+    run_until_killed(flags(tiny_model_dir, letters, tmp_path / "outputs"), target, 1)
+    private = tmp_path / "outputs" / "job" / "private"
+    assert list(private.iterdir()) == [private / "tokens-0"]
+    # As another machine of a job leaves them.
+    (private / "tokens-0").rename(private / "tokens-8")
+    run()
+    assert not list(private.glob("tokens-*"))
 
 
 def test_the_report_holds_the_guarantee_and_agrees_with_the_ledger(run):
@@ -238,7 +329,7 @@ def everything_in(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(("more", "shown"), [([], False), (["--report_private_metrics"], True)])
 def test_wandb_gets_no_loss_of_a_private_run_unless_it_is_asked_for(
-    run, monkeypatch, tmp_path, more, shown
+    run, monkeypatch, tmp_path, private_modes, more, shown
 ):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
@@ -246,6 +337,7 @@ def test_wandb_gets_no_loss_of_a_private_run_unless_it_is_asked_for(
         folder = run("--report_to=wandb", *more)
     finally:
         wandb.teardown()
+    assert set(private_modes) == {"0o700"}
     kept = everything_in(folder / "private" / "wandb")
     assert b"job" in kept  # the run is there
     assert (b"train_loss" in kept) is shown
@@ -304,7 +396,7 @@ CANARIES = ("--num_canaries=5", "--canary_repeats=2", "--max_seq_len=64")
 WITH_CANARIES = NUM_EXAMPLES + 10
 
 
-def test_canaries_count_in_n_like_any_other_row(run, monkeypatch):
+def test_canaries_count_in_n_like_any_other_row(run, monkeypatch, letters, tiny_model_dir):
     """In the plan, the ledger and the report; and as many rows are there to be sampled."""
     drawn, tokenised = [], []
     sample, open_tokens = mechanism.poisson_batch, tokens.open_tokens
@@ -321,11 +413,14 @@ def test_canaries_count_in_n_like_any_other_row(run, monkeypatch):
     values = report(folder)
     assert values["num_examples"] == WITH_CANARIES
     assert values["sampling_rate"] == 8 / WITH_CANARIES
+    identity = json.loads((folder / "private" / "identity.json").read_text())
+    rows = train.load_splits(letters)["train"]["instruction"]
+    assert identity["rows_fingerprint"] == rows_fingerprint(rows)  # of those without canaries
     named = json.loads((folder / "run_config.json").read_text())["arguments"]
     assert (named["num_canaries"], named["canary_repeats"]) == (5, 2)
     # Those at the end are the canaries, whole.
     ids = tokenised[0].ids[tokenised[0].offsets[-2] : tokenised[0].offsets[-1]]
-    text = train.load_tokenizer(named["model_name"]).decode(ids)
+    text = train.load_tokenizer(tiny_model_dir).decode(ids)
     assert canary(list(islice(secrets(named["seed"]), 5))[-1], False)["instruction"] in text
 
 
@@ -430,6 +525,68 @@ def test_kill_9_loses_nothing_but_steps_since_the_checkpoint(
     assert not list(folder.rglob("*.partial*")), "a half-written checkpoint was left behind"
 
 
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [
+        ("train.write_report", 1),
+        ("train.adapter_sha256", 1),  # the adapter is there, and on record nowhere
+        ("train.write_report", 2),  # it is in the ledger, and not in the report
+    ],
+)
+@pytest.mark.parametrize("dp", [True, False])
+def test_a_kill_at_the_end_is_repaired_by_the_same_command(
+    run, tiny_model_dir, letters, tmp_path, capsys, target, call, dp
+):
+    died = run_until_killed(
+        flags(tiny_model_dir, letters, tmp_path / "outputs", dp=dp), target, call
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    folder = tmp_path / "outputs" / "job"
+    if dp and (folder / "adapter").exists():
+        with pytest.raises(UsageError, match="--resume auto finishes it"):
+            composed_report(folder)
+    weights = adapter(folder) if (folder / "adapter").exists() else None
+    assert run("--resume=auto", dp=dp) == folder
+    assert "finished already" not in capsys.readouterr().err
+    assert weights is None or all(
+        torch.equal(weights[name], tensor) for name, tensor in adapter(folder).items()
+    )
+    assert report(folder)["adapter_sha256"] == adapter_sha256(folder / "adapter")
+    if dp:
+        assert adapter_in(read_ledger(folder / LEDGER_FILE)) == adapter_sha256(folder / "adapter")
+        assert ledger_steps(folder) == list(range(1, 9))
+        assert composed_report(folder)["guarantee"] is True
+    run("--resume=auto", dp=dp)
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_the_hash_of_an_adapter_is_one_that_a_shell_gives_too(run):
+    folder = run() / "adapter"
+    files = "sha256sum adapter_config.json adapter_model.safetensors | sha256sum"
+    shell = subprocess.run(files, shell=True, cwd=folder, capture_output=True, text=True)
+    assert shell.stdout.split()[0] == adapter_sha256(folder)
+
+
+def test_a_run_that_an_earlier_version_finished_is_finished(run, capsys):
+    """Its report and its ledger name no adapter."""
+    folder = run()
+    older = report(folder)
+    del older["adapter_sha256"]
+    write_json(folder / "privacy_report.json", older)
+    run("--resume=auto")
+    assert "finished already" in capsys.readouterr().err
+
+
+def test_a_finished_run_takes_no_further_step(run):
+    folder = run()
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "step-000008")
+    before = (folder / LEDGER_FILE).read_text()
+    with pytest.raises(UsageError, match="ends with an adapter, so step 7 cannot follow"):
+        run("--resume=auto")
+    assert (folder / LEDGER_FILE).read_text() == before
+
+
 @pytest.fixture
 def long_run(tiny_model_dir, letters, tmp_path):
     """A process that trains for 4,000 steps, and its folder."""
@@ -484,10 +641,11 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(run, monkeypatch, capsys)
 
 @pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
-def test_a_poisoned_checkpoint_is_passed_over(run, capsys, file, damage):
-    folder = run(FIXED)
-    reference = adapter(folder)
-    shutil.rmtree(folder / "adapter")
+def test_a_poisoned_checkpoint_is_passed_over(run, tmp_path, capsys, file, damage):
+    reference = adapter(run(FIXED, output="whole"))
+    with mock.patch("train.save_adapter", side_effect=Crash), pytest.raises(Crash):
+        run(FIXED)
+    folder = tmp_path / "outputs" / "job"
     path = folder / "checkpoints" / "step-000008" / file
     content = bytearray(path.read_bytes())
     if damage == "truncated":

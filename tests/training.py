@@ -1,6 +1,7 @@
 """Small training runs for tests: flags, data, and processes that kill themselves."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,24 +71,27 @@ def run_process(*command: str, **options) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def run_until_killed(arguments: list[str], target: str, call: int) -> subprocess.CompletedProcess:
-    """Train in a process that gets SIGKILL at the given call (from 1) of the function `target`.
+def run_until_killed(
+    arguments: list[str], target: str, call: int, number: int = signal.SIGKILL
+) -> subprocess.CompletedProcess:
+    """Train in a process that gets a signal at the given call (from 1) of the function `target`.
 
     Args:
         target: module and name, such as "train.assign_gradient".
     """
     module, name = target.rsplit(".", 1)
     script = f"""
-import importlib, os, signal, sys
+import importlib, os, sys
 import train
+from utils.cli import run_cli
 module = importlib.import_module({module!r})
 original, calls = getattr(module, {name!r}), []
 def dying(*args, **kwargs):
     calls.append(1)
     if len(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), {int(number)})
     return original(*args, **kwargs)
 setattr(module, {name!r}, dying)
-train.main(sys.argv[1:])
+run_cli(lambda: train.main(sys.argv[1:]))
 """
     return run_process("-c", script, *arguments)

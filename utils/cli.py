@@ -26,6 +26,13 @@ def in_one_line(error: Exception, most: int) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def _interrupt(_number: int, _frame: object) -> None:
+    """End the command, and let it remove its temporary files first."""
+    # A launcher sends SIGTERM after a Ctrl-C that its scripts got too.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with the project's codes.
 
@@ -37,7 +44,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
             130 interrupted. Anything else that `main` raises is a defect and keeps its traceback.
     """
     # A launcher that waits for its script ignores Ctrl-C, and children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         code = main()
     except UsageError as error:

@@ -9,11 +9,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from utils.cli import UsageError
-from utils.files import fsync_folder, write_json
+from utils.files import fsync_folder, write_atomic, write_json
 
 # How a prepared folder was made.
 PREPARATION_FILE = "preparation.json"
 LOCK_FILE = ".lock"
+PRIVATE_README = """# Private
+
+Everything in this folder was computed from private data without noise: losses, gradient norms,
+clip fractions, realised batch sizes, embeddings, hashes of the data. No privacy guarantee covers
+it. Do not share it, and do not choose what to publish by it without saying so.
+"""
 
 
 @contextmanager
@@ -57,6 +63,44 @@ def sibling_lock(path: Path) -> Path:
     """The lock of a file, or of a folder that is replaced as a whole."""
     path = path.resolve()
     return path.with_name(f".{path.name}.lock")
+
+
+def private_folder(path: Path, *, explained: bool = True) -> Path:
+    """Make a folder that its owner alone may enter, whatever the umask, or tighten one.
+
+    Args:
+        path: folders above it are made as usual.
+        explained: with a page that says what the folder is.
+
+    Returns:
+        `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    path.chmod(0o700)
+    if explained:
+        write_atomic(path / "README.md", PRIVATE_README)
+    return path
+
+
+def portable(name: str) -> str:
+    """A path without what it says of this machine; a name that is no path, such as a hub id, as is.
+
+    Below the working folder it becomes relative to that; elsewhere its last name stays.
+    """
+    path = Path(name).expanduser()
+    if not path.is_absolute() and ".." not in path.parts:
+        return name
+    for full in (Path(os.path.abspath(path)), path.resolve()):
+        if full.is_relative_to(Path.cwd()):
+            return str(full.relative_to(Path.cwd()))
+    return full.name
+
+
+def portable_word(word: str) -> str:
+    """`portable` of a word of a command line, which may be --FLAG=PATH."""
+    flag, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+    return f"{flag}{equals}{portable(value)}"
 
 
 def names_in(folder: Path) -> set[str]:

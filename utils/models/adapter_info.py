@@ -1,18 +1,37 @@
 """What travels with an adapter next to its weights: prompt style and base model; no torch."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 from utils.cli import UsageError
-from utils.files import write_json
+from utils.files import sha256_of, write_json
 
 TRAINING_STYLE_FILE = "training_style.json"
+# What an adapter is: `adapter_sha256` covers these.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def write_adapter_info(folder: str | os.PathLike, info: dict) -> None:
     """Leave next to an adapter what sampling must know: the prompt style and the base model."""
     write_json(Path(folder) / TRAINING_STYLE_FILE, info)
+
+
+def adapter_sha256(folder: str | os.PathLike) -> str:
+    """One hash of an adapter's weights and configuration.
+
+    The same as `sha256sum adapter_config.json adapter_model.safetensors | sha256sum` in `folder`.
+
+    Raises:
+        UsageError: one of the two is missing.
+    """
+    folder = Path(folder)
+    try:
+        lines = [f"{sha256_of(folder / name)}  {name}\n" for name in ADAPTER_FILES]
+    except FileNotFoundError as error:
+        raise UsageError(f"{error.filename} is missing; restore the run's own adapter/") from None
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_adapter_info(folder: str | os.PathLike) -> dict:

@@ -11,14 +11,16 @@ from utils.files import JsonlAppender, read_jsonl
 from utils.folders import locked, sibling_lock
 from utils.privacy.plan import PrivacyPlan
 
-LEDGER_FILE = "privacy_ledger.jsonl"
-
-
-HISTOGRAM = "gaussian_histogram"
-
-
-# What kind of line may follow the first one of a ledger.
-FOLLOWERS = {"plan": "step", HISTOGRAM: HISTOGRAM}
+LEDGER_FILE, HISTOGRAM_LEDGER_FILE = "privacy_ledger.jsonl", "histogram_ledger.jsonl"
+HISTOGRAM, ADAPTER = "gaussian_histogram", "adapter"
+# What kinds of line may follow one of a kind; "" is before the first line.
+FOLLOWERS = {
+    "": ("plan", HISTOGRAM),
+    "plan": ("step",),
+    "step": ("step", ADAPTER),
+    ADAPTER: (),
+    HISTOGRAM: (HISTOGRAM,),
+}
 
 
 def _next_chain(previous: str, content: dict) -> str:
@@ -37,24 +39,34 @@ def read_ledger(path: str | os.PathLike) -> list[dict]:
     """Read a ledger and check its chain; the file is left as it is.
 
     Returns:
-        A plan and the steps of its run, or histograms (see `record_histogram`); a torn last line
-        is passed over.
+        A plan, the steps of its run and the adapter that a finished one ends with, or histograms
+        (see `record_histogram`); a torn last line is passed over.
 
     Raises:
         UsageError: the file was edited.
     """
     records: list[dict] = []
-    chain = ""
+    chain = kind = ""
     for number, record in enumerate(read_jsonl(path), start=1):
         chain = _next_chain(chain, {k: value for k, value in record.items() if k != "chain"})
-        kinds = ("plan", HISTOGRAM) if number == 1 else (FOLLOWERS[records[0]["kind"]],)
-        if record.get("chain") != chain or record.get("kind") not in kinds:
+        if record.get("chain") != chain or record.get("kind") not in FOLLOWERS[kind]:
             raise UsageError(
                 f"{path}, line {number}: this ledger was edited or mixed with another run's; "
                 "what was spent is no longer known"
             )
+        kind = record["kind"]
         records.append(record)
     return records
+
+
+def steps_in(records: list[dict]) -> list[int]:
+    """The steps among lines of a ledger, in their order; those that a crash lost are there too."""
+    return [record["step"] for record in records if record["kind"] == "step"]
+
+
+def adapter_in(records: list[dict]) -> str | None:
+    """The hash of the adapter that a finished run's ledger ends with; older ones name none."""
+    return records[-1].get("adapter_sha256") if records else None
 
 
 def require_head(path: str | os.PathLike, records: list[dict], head: dict) -> None:
@@ -70,10 +82,11 @@ def require_head(path: str | os.PathLike, records: list[dict], head: dict) -> No
 class Ledger:
     """Append-only record of the logical steps taken: one fsynced line a step, hash-chained.
 
-    The first line holds the plan. Every line carries the SHA-256 of the line before it and its
-    own content, so a line that was changed, moved, dropped from the middle or taken from another
-    run breaks the chain. What is cut off the end shows against the count and chain value that
-    checkpoints and reports keep (`head`, `require_head`).
+    The first line holds the plan, and the last one of a finished run its adapter. Every line
+    carries the SHA-256 of the line before it and its own content, so a line that was changed,
+    moved, dropped from the middle or taken from another run breaks the chain. What is cut off the
+    end shows against the count and chain value that checkpoints and reports keep (`head`,
+    `require_head`).
 
     Raises:
         UsageError: the file was edited, or belongs to another plan.
@@ -94,12 +107,40 @@ class Ledger:
         self._records.append({**content, "chain": _append(self._file, previous, content)})
 
     def record_step(self, step: int) -> None:
-        """Record that logical step `step` (from 1) is taken; call it before its noise is used."""
+        """Record that logical step `step` (from 1) is taken; call it before its noise is used.
+
+        Raises:
+            UsageError: the run is finished.
+        """
+        if self.adapter:
+            raise UsageError(
+                f"{self.path} ends with an adapter, so step {step} cannot follow; restore the "
+                "run's adapter/ and its last checkpoint, or use another --job_sess"
+            )
         self._append({"kind": "step", "step": step})
+
+    def record_adapter(self, sha256: str) -> None:
+        """Record what the run came to; again for the same adapter changes nothing.
+
+        Raises:
+            UsageError: another adapter is on record.
+        """
+        if self.adapter not in (None, sha256):
+            raise UsageError(
+                f"{self.path} ends with the adapter {self.adapter}, not {sha256}; restore the "
+                "run's own adapter/, or use another --job_sess"
+            )
+        if self.adapter is None:
+            self._append({"kind": ADAPTER, "adapter_sha256": sha256})
+
+    @property
+    def adapter(self) -> str | None:
+        """The hash of the adapter on record; None as long as the run is not finished."""
+        return adapter_in(self._records)
 
     @property
     def steps_recorded(self) -> int:
-        return len(self._records) - 1
+        return len(steps_in(self._records))
 
     @property
     def head(self) -> dict:

@@ -131,6 +131,15 @@ class Mechanism(ABC):
         """The end of the record, for a checkpoint to keep."""
         return None
 
+    @property
+    def adapter(self) -> str | None:
+        """The hash of the adapter that the record ends with."""
+        return None
+
+    @abstractmethod
+    def record_adapter(self, sha256: str) -> None:
+        """End the record with the adapter that the run came to; see `Ledger.record_adapter`."""
+
     @abstractmethod
     def require_head(self, head: dict | None) -> None:
         """Raise a UsageError unless the record continues the one that had `head`."""
@@ -249,6 +258,13 @@ class Private(Mechanism):
     def head(self) -> dict | None:
         return self.ledger.head
 
+    @property
+    def adapter(self) -> str | None:
+        return self.ledger.adapter
+
+    def record_adapter(self, sha256: str) -> None:
+        self.ledger.record_adapter(sha256)
+
     def require_head(self, head: dict | None) -> None:
         assert head is not None  # every checkpoint of a DP run has one
         self.ledger.require_head(head)
@@ -320,6 +336,9 @@ class Plain(Mechanism):
 
     def describe(self) -> str:
         return "NO differential privacy (--eps -1)"
+
+    def record_adapter(self, sha256: str) -> None:
+        """There is no record to end with it."""
 
     def require_head(self, head: dict | None) -> None:
         """There is no record to continue."""

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from utils.cli import UsageError, in_one_line
 from utils.files import JsonlAppender
+from utils.folders import private_folder
 
 # Trackers that write to this machine alone; the others have a server, or take one from their
 # environment.
@@ -24,9 +25,8 @@ def start_tracker(accelerator: Accelerator, tracker: str, job: str, folder: Path
     """
     if tracker == "none" or not accelerator.is_main_process:
         return
-    private = folder / "private"
+    private = private_folder(folder / "private")
     os.environ.setdefault("TRACKIO_DIR", str(private / "trackio"))
-    private.mkdir(parents=True, exist_ok=True)
     quiet = {"console": "off", "x_disable_stats": True, "x_disable_meta": True}
     options = {"wandb": {"dir": str(private), "name": job, "settings": quiet}}
     try:
@@ -48,7 +48,7 @@ class PrivateMetrics:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, tracked: bool):
-        self._file = JsonlAppender(folder / "private" / "metrics.jsonl")
+        self._file = JsonlAppender(private_folder(folder / "private") / "metrics.jsonl")
         self._accelerator = accelerator
         self._tracked = tracked
 

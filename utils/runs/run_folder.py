@@ -16,8 +16,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.cli import UsageError
-from utils.files import write_atomic, write_json
-from utils.folders import locked, names_in, require_same_settings
+from utils.files import write_json
+from utils.folders import (
+    locked,
+    names_in,
+    portable,
+    portable_word,
+    private_folder,
+    require_same_settings,
+)
+from utils.models.adapter_info import adapter_sha256
 from utils.privacy.guarantee import claim
 from utils.versions import versions_of
 
@@ -26,13 +34,12 @@ RELEASABLE = {
     "adapter", "privacy_report.json", "privacy_report.md", "privacy_ledger.jsonl",
     "run_config.json",
 }  # fmt: skip
-CONFIG_FILE = "run_config.json"
-PRIVATE_README = """# Private
-
-Everything in this folder was computed from private data without noise: losses, gradient norms,
-clip fractions, realised batch sizes, embeddings, hashes of the data. No privacy guarantee covers
-it. Do not share it, and do not choose what to publish by it without saying so.
-"""
+CONFIG_FILE, REPORT_FILE = "run_config.json", "privacy_report.json"
+# Settings that may say something of this machine.
+PLACES = ("dataset_name", "model_name", "output_dir")
+# In a report: the hash of the adapter that it is of; None as long as there is none.
+ADAPTER_HASH = "adapter_sha256"
+NO_GUARANTEE = "**No privacy guarantee**"
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "dp-accounting")
 # Settings that a continued run may change, since none of them changes what is learnt or how
 # private it is. The privacy plan and the contents of data and base model are compared by
@@ -112,14 +119,22 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
     private_file = folder / "private" / "identity.json"
     if not holds_run(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "private" / "README.md", PRIVATE_README)
-        write_json(private_file, private_identity)
-        config = {"arguments": settings, "argv": sys.argv, "versions": versions_of(VERSIONED)}
+        private_folder(folder / "private")
+        places = {name: settings[name] for name in PLACES}
+        write_json(private_file, private_identity | places)
+        config = {
+            "arguments": settings | {name: portable(place) for name, place in places.items()},
+            "argv": [portable_word(word) for word in sys.argv],
+            "versions": versions_of(VERSIONED),
+        }
         config |= identity
         write_json(folder / CONFIG_FILE, config)
         return
     begun_with = json.loads((folder / CONFIG_FILE).read_text())
-    begun_with |= json.loads(private_file.read_text())
+    known = json.loads(private_file.read_text())
+    begun_with |= known
+    # Runs of earlier versions have none. Their tokens say as much of the rows, and are compared.
+    begun_with.setdefault("rows_fingerprint", private_identity.get("rows_fingerprint"))
     now = identity | private_identity
     require_same_settings(
         {name.replace("_", " "): begun_with.get(name) for name in now},
@@ -128,14 +143,78 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
         "use another --job_sess",
         shown=False,
     )
+    if not private_identity.keys() <= known.keys():
+        write_json(private_file, private_identity | known)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end: its adapter is there, and its report names it.
+
+    A report of an earlier version names none, but was written before the adapter.
+    """
+    report = folder / REPORT_FILE
+    if not (folder / "adapter").exists() or not report.exists():
+        return False
+    return json.loads(report.read_text()).get(ADAPTER_HASH, "an earlier version's") is not None
+
+
+def require_own_adapter(folder: Path, report: dict, recorded: str | None) -> str:
+    """Refuse a run's folder whose adapter is another one than its report and ledger say.
+
+    Args:
+        report: the run's own.
+        recorded: the adapter at the end of its ledger, if it has one.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        UsageError: names both hashes, or what the model card denies, or how to finish the run.
+    """
+    adapter, path = folder / "adapter", folder / REPORT_FILE
+    named = report.get(ADAPTER_HASH)
+    if named is None and (recorded or (ADAPTER_HASH in report and adapter.exists())):
+        raise UsageError(
+            f"{folder} was stopped while its adapter was put on record; the command of the run "
+            "with --resume auto finishes it"
+        )
+    if named != recorded:
+        raise UsageError(
+            f"{path} is of the adapter {named}, the ledger of {recorded}; restore the run's own"
+        )
+    if not adapter.exists():
+        return "adapter: not here, so there is nothing to compare"
+    card = adapter / "README.md"
+    if report["guarantee"] and card.exists() and NO_GUARANTEE in card.read_text():
+        raise UsageError(
+            f"{card} says that there is no guarantee, {path} that there is one; restore the run's "
+            "own adapter and report"
+        )
+    if named is None:
+        return f"adapter: nothing to compare it with, {path.name} is of a version that named none"
+    if named != (found := adapter_sha256(adapter)):
+        raise UsageError(
+            f"{adapter} is another adapter ({found}) than the one that {path} is of ({named}); "
+            "restore the run's own"
+        )
+    return f"adapter: the one that {path.name} and ledger name, {named}"
+
+
+def model_name_of(folder: Path) -> str:
+    """The base model of a run as it was given, which only its `private/` knows of a local one."""
+    private_file = folder / "private" / "identity.json"
+    known = json.loads(private_file.read_text()) if private_file.exists() else {}
+    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["model_name"]
+    return known.get("model_name", released)
 
 
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
-    """The README.md of an adapter."""
+    """The README.md of an adapter, without what the paths say of this machine."""
+    base_model, adapter = portable(base_model), portable(adapter)
     if report["guarantee"]:
         guarantee = f"This adapter is {claim(report)} (see privacy_report.md of the run)."
     else:
-        guarantee = f"**No privacy guarantee**: {report['why']}. Treat it as private data."
+        guarantee = f"{NO_GUARANTEE}: {report['why']}. Treat it as private data."
     return f"""---
 base_model: {json.dumps(base_model)}
 library_name: peft

@@ -1,6 +1,7 @@
 """Data sets: find them, count their rows, load their splits. No torch."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +79,19 @@ def load_splits(dataset_name: str) -> dict[str, "Dataset"]:
     if len(splits["train"]) == 0:
         raise UsageError(f"data set {dataset_name!r} has no example in its train split")
     return splits
+
+
+def rows_fingerprint(texts: Iterable[str]) -> str:
+    """A hash of the instructions of a split and their order, whatever model reads them.
+
+    Answers do not count: what was done with the instructions alone was done with the same rows. Of
+    private texts: for `private/` alone.
+    """
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
 
 
 def load_split(dataset_name: str, split: str) -> "Dataset":

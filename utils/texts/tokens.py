@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.cli import UsageError
+from utils.folders import private_folder
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 
 if TYPE_CHECKING:
@@ -194,7 +195,8 @@ def tokenise_once(
 ) -> dict[str, TokenisedExamples]:
     """Tokenise on one process of each machine, into files that all of its processes map.
 
-    The files are gone as soon as all have them open: nothing of the data stays on the disk.
+    The files are gone as soon as all have them open: nothing of the data stays on the disk. Where a
+    kill left some, the next call removes them.
 
     Args:
         splits, style: see `tokenise`.
@@ -208,9 +210,16 @@ def tokenise_once(
 
     state = PartialState()
     first = state.process_index - state.local_process_index
-    place = folder / "private" / f"tokens-{first}"
+    private = folder / "private"
+    place = private / f"tokens-{first}"
     try:
         if state.is_local_main_process:
+            # Of a job that was killed, perhaps of other machines; nobody has made new ones yet.
+            for stale in private.glob("tokens-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        state.wait_for_everyone()
+        if state.is_local_main_process:
+            private_folder(private, explained=False)
             for split, rows in splits.items():
                 hidden = not state.is_main_process
                 rows = tqdm(rows, f"tokenise {split}", unit="row", disable=hidden, leave=False)
@@ -222,6 +231,6 @@ def tokenise_once(
         if state.is_local_main_process:
             shutil.rmtree(place, ignore_errors=True)
             with suppress(OSError):  # Folders that hold something else stay.
-                for made in (folder / "private", folder, folder.parent):
+                for made in (private, folder, folder.parent):
                     made.rmdir()
     return data

@@ -1,0 +1,111 @@
+"""What else was done with the private data of some runs, looked for where runs and histograms lie.
+
+Data sets are known again by fingerprints under `private/`, which never leave it: of a run's rows
+and tokens, and of the texts that were embedded. So what was copied without its `private/` is not
+found, nor what read another part of the data, or the same rows in another order.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from privacy_checks.composition import composed_report
+from utils.cli import UsageError
+from utils.files import read_jsonl
+from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE
+
+# Where the documentation's commands write; the folders that hold the given runs are searched, too.
+OUTPUT_FOLDERS = ("outputs", "resampling", "embeddings")
+# Of what is in a private/ folder, the fingerprints of its data set, by file.
+FINGERPRINTS = {
+    "identity.json": ("training_data", "rows_fingerprint"),
+    "manifest.json": ("texts_sha256",),
+}
+
+
+def with_left_out(
+    report: dict, runs: Sequence[Path], histograms: Sequence[Path], relations: Sequence[str]
+) -> dict:
+    """A composed report that names what it leaves out of what read the same private data.
+
+    Args:
+        report: of `composed_report`, with a guarantee.
+        runs, histograms, relations: what it was made of.
+
+    Returns:
+        The report itself if nothing is left out; else with "left_out", the folders of runs and
+        ledgers of histograms that were found, "epsilon_with_left_out" by relation, None where it
+        is not known, and a sentence among what is not covered.
+    """
+    other_runs, other_histograms = left_out(runs, histograms)
+    names = [str(path) for path in (*other_runs, *other_histograms)]
+    if not names:
+        return report
+    found = {chain for path in other_histograms for chain in _chains(path)}
+    given = [path for path in histograms if not found.issuperset(_chains(path))]
+    every_run, every_histogram = [*runs, *other_runs], [*given, *other_histograms]
+    try:
+        together = composed_report(every_run, every_histogram, report["delta"], relations=relations)
+        epsilon, unknown = together.get("epsilon"), together.get("why")
+    except UsageError as error:
+        epsilon, unknown = None, str(error)
+    cost = f"what all of it spent together is not known: {unknown}"
+    if epsilon is not None:
+        bounds = " and ".join(f"{epsilon[name]['upper']:.3f} ({name})" for name in relations)
+        cost = f"with it epsilon is {bounds} at delta {report['delta']:g}"
+    sentence = f"{', '.join(names)}: of the same private data, and left out here; {cost}"
+    return report | {
+        "left_out": names,
+        "epsilon_with_left_out": epsilon,
+        "not_covered": [*report["not_covered"], sentence],
+    }
+
+
+def left_out(runs: Sequence[Path], histograms: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Folders of other DP runs, and other ledgers of histograms, of the data of the given ones.
+
+    A copy of a known run or ledger, or one that holds nothing more, is not another one.
+    """
+    given = [*runs, *(path.parent for path in histograms)]
+    sought = {fingerprint for folder in given for fingerprint in _fingerprints(folder)}
+    known_runs = {chain for run in runs for chain in _chains(run / LEDGER_FILE)[:1]}
+    known_histograms = {chain for path in histograms for chain in _chains(path)}
+    found: tuple[list[Path], list[Path]] = ([], [])
+    for folder in _folders_with_private(runs):
+        if sought.isdisjoint(_fingerprints(folder)):
+            continue
+        run, histogram = folder / LEDGER_FILE, folder / HISTOGRAM_LEDGER_FILE
+        # The first line of a run's ledger is its plan alone.
+        if (chains := _chains(run))[1:] and not known_runs.issuperset(chains[:1]):
+            found[0].append(folder)
+            known_runs.add(chains[0])
+        if not known_histograms.issuperset(chains := _chains(histogram)):
+            found[1].append(histogram)
+            known_histograms.update(chains)
+    return found
+
+
+def _folders_with_private(runs: Sequence[Path]) -> Iterator[Path]:
+    """Folders that have a `private/`, next to the given runs and below `OUTPUT_FOLDERS`."""
+    places = [run.resolve().parent if run.name == "" else run.parent for run in runs]
+    seen = set()
+    for place in (*places, *map(Path, OUTPUT_FOLDERS)):
+        for private in sorted([*place.glob("*/private"), *place.glob("*/*/private")]):
+            if private.resolve() not in seen:
+                seen.add(private.resolve())
+                yield private.parent
+
+
+def _fingerprints(folder: Path) -> Iterable[str]:
+    """What is known of the private data behind a folder; nothing where it cannot be read."""
+    for name, facts in FINGERPRINTS.items():
+        try:
+            known = json.loads((folder / "private" / name).read_text())
+        except (OSError, ValueError):
+            continue
+        yield from (known[fact] for fact in facts if fact in known)
+
+
+def _chains(ledger: Path) -> list[str]:
+    """The chain values of a ledger's lines, which tell it from others; none where there is none."""
+    return [record.get("chain", "") for record in read_jsonl(ledger)] if ledger.is_file() else []
