@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(shared):,} instructions with answers of {ours.name} and of {theirs.name}, each "
         "judged in both orders"
     )
-    job = job_for(distinct, folder, settings)
+    job = job_for(distinct, folder, settings, {})
     require_same_judgements(job)
 
     # ------------------------------------------------------------------ judge

@@ -1,6 +1,7 @@
 """What a whole pipeline leaves, made by its own tools on a tiny model, for tests of its report."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from resample_with_dp_histogram import extract, resample
 from tests import training
 from tests.paths import ROOT
 from tests.resampling import save_embeddings, unit_vectors
-from utils.files import JsonlAppender, read_jsonl, write_json
+from utils.files import JsonlAppender, hashes_of, read_jsonl, sha256_of, write_json
 from utils.texts.prompts import write_instruction_file
 
 LEDGER = "private_data/histogram_ledger.jsonl"
@@ -75,7 +76,10 @@ def make_folders(model: str) -> list[str]:
 def annotate(instructions: list[str]) -> None:
     """Answers as `annotate` records them."""
     decoding = {"temperature": 0.7, "max_tokens": 64}
-    job = Job(Path("annotations"), "gpt-3.5-turbo", "https://api.openai.com/v1", decoding, [])
+    hashes = hashes_of([Path("selected/selected.jsonl")])
+    job = Job(
+        Path("annotations"), "gpt-3.5-turbo", "https://api.openai.com/v1", decoding, [], hashes
+    )
     write_json("annotations/manifest.json", job.manifest())
     usage = {"prompt_tokens": 10, "completion_tokens": 20}
     with JsonlAppender("annotations/answers.jsonl") as file:
@@ -110,6 +114,20 @@ def evaluate() -> None:
     write_result(Path("results"), Result(
         "memorisation", "What was memorised", True, "95% bootstrap", [leak], "unseen canaries",
     ), settings)  # fmt: skip
+
+
+def rehash() -> None:
+    """Bring the hashes on record up to date, after a test has changed texts of the pipeline."""
+    for record in ("inference_outputs/instructions/manifest.json",
+                   "inference_outputs/answers/manifest.json", "synthetic/preparation.json",
+                   "selected/resampling_report.json", "annotations/manifest.json"):  # fmt: skip
+        path = Path(record)
+        content = json.loads(path.read_text())
+        for name in content.get("outputs_sha256", {}):
+            content["outputs_sha256"][name] = sha256_of(path.parent / name)
+        if "inputs_sha256" in content:
+            content["inputs_sha256"] = hashes_of(map(Path, content["inputs_sha256"]))
+        write_json(path, content)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
