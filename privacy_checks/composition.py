@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.cli import UsageError
+from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, say
 from utils.privacy.accounting import (
     ADD_REMOVE,
     MAX_DELTA,
@@ -21,6 +21,7 @@ from utils.privacy.plan import PrivacyPlan
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 
 HISTOGRAM_MECHANISM = "Gaussian histogram"
+ALLOW_ABOVE_TARGET = "exit with 0 though all together spent more than a run's target epsilon"
 STEPS = ("steps_planned", "steps_taken", "steps_lost")
 # Factors between delta and the other deltas of the table.
 OTHER_DELTAS = (10, 0.1, 0.01)
@@ -87,6 +88,7 @@ def composed_report(
         ]
     return {
         "guarantee": True,
+        "above_target": _above_target(read, [*training, *events]),
         "run": _names(folders),
         "unit": UNIT,
         "neighbouring_relations": list(relations),
@@ -194,6 +196,34 @@ def _common_delta(runs: Sequence[_Run]) -> float:
             "one; give --delta"
         )
     return deltas.pop()
+
+
+def _above_target(runs: Sequence[_Run], mechanisms: list[dict]) -> list[str]:
+    """A sentence for each run whose target is less than what all mechanisms spend together."""
+    events, found = events_of(mechanisms), []
+    for run in runs:
+        delta, target = run.plan.delta, run.plan.target_epsilon
+        spent = compute_epsilon(events, delta).upper
+        if spent > target:
+            found.append(
+                f"ABOVE TARGET: together they spend epsilon {spent:.3f} at delta {delta:g}, and "
+                f"{run.folder} was planned for {target:g}. Only the epsilon of all that read the "
+                "private rows may be promised to anybody."
+            )
+    return found
+
+
+def exit_code(report: dict, allow_above_target: bool) -> int:
+    """The exit code of a command that shows a composed report; says why it is not 0."""
+    if not report["guarantee"]:
+        return EXIT_FAILED
+    if report["above_target"] and not allow_above_target:
+        say(
+            "more was spent than a run was planned for, so the exit code is 1; if that is meant, "
+            "add --allow_above_target"
+        )
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def _read_json(path: Path, *needed: str) -> dict:

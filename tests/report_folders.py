@@ -29,12 +29,12 @@ def make_folders(model: str) -> list[str]:
     private_question = "what did patient zero say"
     write_instruction_file("questions.txt", [private_question, "say hello"])
 
-    instructions = ["--job_sess=instructions", "--eps=3", "--num_epochs=0.5"]
-    answers = [
-        "--job_sess=answers", "--eps=3", "--num_epochs=0.5", "--prompt_style=vicuna",
-        "--max_seq_len=200",
-    ]  # fmt: skip
-    public = [*answers, "--job_sess=synthetic_answers", "--num_epochs=0.2", "--eps=-1"]
+    # Both runs and the histogram together stay below epsilon 3.
+    budget = ["--eps=3", "--num_epochs=0.5"]
+    instructions = [*budget, "--job_sess=instructions", "--noise_multiplier=0.8"]
+    pairs_form = ["--prompt_style=vicuna", "--max_seq_len=200"]
+    answers = [*budget, *pairs_form, "--job_sess=answers", "--noise_multiplier=0.8"]
+    public = [*pairs_form, "--job_sess=synthetic_answers", "--num_epochs=0.2", "--eps=-1"]
     for data, more, dp in (
         (real, instructions, True), (pairs, answers, True), (pairs, public, False),
     ):  # fmt: skip

@@ -155,6 +155,21 @@ def test_the_guarantee_is_of_all_runs_and_histograms_together(folders):
         assert best <= float(found[1]) / 100 <= best + 1.01e-4
 
 
+def test_more_than_a_run_was_planned_for_is_said_first_and_exits_1(folders, capsys):
+    assert "ABOVE TARGET" not in "".join(page_of(folders))
+    record_histogram("more.jsonl", num_examples=64, noise_multiplier=1.0, num_bins=4)
+    folders.insert(folders.index(LEDGER), "more.jsonl")
+    said = "outputs/answers was planned for 3."
+    for more, code in (([], 1), (["--allow_above_target"], 0)):
+        capsys.readouterr()
+        for content in page_of(folders, *more, code=code):
+            assert content.index("ABOVE TARGET") < content.index("-differentially private")
+            assert said in content
+        err = capsys.readouterr().err
+        assert said in err
+        assert ("add --allow_above_target" in err) == bool(code)
+
+
 def test_html_and_markdown_hold_the_same_facts(folders):
     for more in ([], ["--internal", "--real", "letters", "--split", "train"]):
         page, text = page_of(folders, *more)

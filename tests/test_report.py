@@ -459,6 +459,34 @@ def test_the_command_prints_and_writes_three_files(run, histogram, tmp_path, cap
     assert "epsilon_over_steps.png" in page
 
 
+def test_more_than_a_target_is_said_first_and_exits_1(run, pairs, tmp_path, capsys):
+    """Two runs of one target each, or a histogram that was not reserved."""
+    costly = tmp_path / "costly.jsonl"
+    record_histogram(costly, num_examples=500, noise_multiplier=0.9, num_bins=10)
+    for runs in ([run, pairs], [run]):
+        words = [*map(str, runs), "--histogram", str(costly)]
+        for extra, code in (([], 1), (["--allow_above_target"], 0)):
+            out = tmp_path / f"out-{len(runs)}-{code}"
+            assert report.main([*words, *extra, "--output", str(out)]) == code
+            told = capsys.readouterr()
+            first = told.out.splitlines()[1]
+            assert first.startswith("ABOVE TARGET: together they spend epsilon ")
+            assert f"{run} was planned for 2." in first
+            assert ("add --allow_above_target" in told.err) == (code == 1)
+            written = json.loads((out / "composed_report.json").read_text())
+            assert len(written["above_target"]) == len(runs)
+            assert (out / "composed_report.md").read_text().splitlines()[2] == first
+    assert report.composed_report(run)["above_target"] == []
+    assert report.main([str(run)]) == 0
+
+
+def test_a_target_is_that_of_the_plans_own_delta(run):
+    """Another --delta moves the epsilon that is shown, and no target."""
+    spent = report.composed_report(run, delta=1e-9)
+    assert spent["epsilon"][ADD_REMOVE]["upper"] > PLAN.target_epsilon
+    assert spent["above_target"] == []
+
+
 def test_nothing_is_overwritten(run, tmp_path):
     (tmp_path / "composed_report.md").write_text("mine")
     with pytest.raises(UsageError, match="exists; use another --output"):

@@ -87,6 +87,11 @@ class Page:
                 value = value.replace(str(path), portable_word(path))
         return value
 
+    @property
+    def above_target(self) -> list[str]:
+        """Which runs' targets are less than what was spent; none without a guarantee."""
+        return self.composed.get("above_target", [])
+
     @cached_property
     def guarantee(self) -> dict | None:
         """The figures of the guarantee; None without one."""
