@@ -11,9 +11,10 @@ in both orders (Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Cha
 counts where both agree, and half where they do not or say that it is a tie. A reply that is no
 verdict is counted, and its pair left out. The length-controlled rate follows Dubois et al. 2024.
 
-Judgements are kept in DIR/judgements as annotate keeps answers: after Ctrl-C, a crash or a stop at
---max_cost, the same command goes on where it stopped and pays for nothing twice. The result,
-DIR/judge.json, is written once all are there. With --private both are under DIR/private.
+Judgements are kept in DIR/private/judgements as annotate keeps answers: after Ctrl-C, a crash or a
+stop at --max_cost, the same command goes on where it stopped and pays for nothing twice. The
+result, DIR/private/judge.json, is written once all are there. With --public, where instructions and
+answers are public or covered by a guarantee, both are in DIR itself and may be released.
 A local judge needs no key: add --base_url http://localhost:8000/v1
 """
 
@@ -37,6 +38,7 @@ from evaluation.results import (
     PRIVATE_FOLDER,
     Result,
     Score,
+    private_folder,
     require_new_result,
     table,
     write_result,
@@ -97,9 +99,9 @@ class Contest:
         required=True,
         metavar="DIR",
     )
-    private: bool = flag(
-        "instructions or answers are private: everything goes to DIR/private. They are sent to "
-        "the server at --base_url all the same",
+    public: bool = flag(
+        "instructions and answers may be shown to anyone, so the figures may too. Whatever they "
+        "are, they are sent to the server at --base_url",
         False,
     )
 
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         Settings, __doc__, argv, model="gpt-4o-mini", temperature=0.0, top_p=1.0, max_tokens=16
     )
     require_new_result(settings.output, TOOL)
-    folder = judgements_folder(settings.output, settings.private)
+    folder = judgements_folder(settings.output, settings.public)
     ours, theirs = read_answers(settings.ours), read_answers(settings.theirs)
     shared = [instruction for instruction in ours.texts if instruction in theirs.texts]
     if not shared:
@@ -133,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     require_same_judgements(job)
 
     # ------------------------------------------------------------------ judge
-    if settings.private and not settings.dry_run:
+    if not (settings.public or settings.dry_run):
+        private_folder(settings.output)
         say(f"warning: private instructions or answers are sent to {job.base_url}")
     code = finish_job(job, settings)
     if code != EXIT_OK or settings.dry_run:
@@ -160,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     result = Result(
         tool=TOOL,
         title="Win rate of answers, by a judge",
-        private=settings.private,
+        private=not settings.public,
         interval=BOOTSTRAP,
         scores=scores_of(verdicts[judged], np.array(lengths, dtype=float)[judged], *subjects),
         control="equally good answers, and a judge that prefers no position",
@@ -171,18 +174,18 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_OK
 
 
-def judgements_folder(output: Path, private: bool) -> Path:
+def judgements_folder(output: Path, public: bool) -> Path:
     """Where judgements are kept.
 
     Raises:
         UsageError: there are some in the other place, public or private.
     """
-    folder, other = output / PRIVATE_FOLDER / JUDGEMENTS_FOLDER, output / JUDGEMENTS_FOLDER
-    if not private:
+    folder, other = output / JUDGEMENTS_FOLDER, output / PRIVATE_FOLDER / JUDGEMENTS_FOLDER
+    if not public:
         folder, other = other, folder
     if other.exists():
-        was = "without" if private else "with"
-        raise UsageError(f"{other} was begun {was} --private; move it to {folder}, or remove it")
+        were, remedy = ("private", "leave --public out") if public else ("public", "add --public")
+        raise UsageError(f"{other} was begun with {were} texts; {remedy}, or move it to {folder}")
     return folder
 
 

@@ -21,12 +21,11 @@ from markupsafe import Markup, escape
 from evaluation.page.material import Sources, collect
 from evaluation.page.printing import counted, markdown, one_line, plain, portable_word
 from evaluation.page.sections import Page
-from evaluation.results import PRIVATE_FOLDER, shown
+from evaluation.results import PRIVATE_FOLDER, private_folder, shown
 from privacy_checks.composition import ALLOW_ABOVE_TARGET, exit_code
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import write_atomic
-from utils.runs.run_folder import PRIVATE_README
 
 TEMPLATES = Path(__file__).parent / "page" / "templates"
 ESCAPED: dict[str, Callable[[str], str]] = {".html": escape, ".md": markdown}
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         require_replaceable(path, settings.overwrite)
     page = Page(collect(settings), settings.num_shown)
     if internal:
-        write_atomic(folder / "README.md", PRIVATE_README)
+        private_folder(output)
     for suffix, path in paths.items():
         write_atomic(path, render(page, suffix))
         say(f"written to {path}" + (" (private: do not share)" if internal else ""))

@@ -91,15 +91,22 @@ def require_new_result(folder: Path, tool: str) -> None:
             raise UsageError(f"{path} exists; use another --output, or remove it")
 
 
+def private_folder(output: Path) -> Path:
+    """OUTPUT/private, which its owner alone may enter, with a page that says what it is."""
+    folder = output / PRIVATE_FOLDER
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    write_atomic(folder / "README.md", PRIVATE_README)
+    return folder
+
+
 def write_result(folder: Path, result: Result, settings: dict) -> Path:
     """Write a result where its kind belongs, and say so; returns the file.
 
     Args:
         settings: flags and their values, none of them a secret.
     """
-    place = folder / PRIVATE_FOLDER if result.private else folder
-    if result.private:
-        write_atomic(place / "README.md", PRIVATE_README)
+    place = private_folder(folder) if result.private else folder
     origin = {"settings": settings, "argv": sys.argv, "versions": versions_of(VERSIONED)}
     path = place / f"{result.tool}.json"
     # Paths among the settings become text.

@@ -43,7 +43,8 @@ def write_sets(folder, ours, theirs):
         (folder / f"{name}.json").write_text(json.dumps(rows))
 
 
-def arguments(folder, server, *words, **flags):
+def arguments(folder, server, *words, public=True, **flags):
+    words += ("--public",) if public else ()
     paths = {name: folder / f"{name}.json" for name in ("ours", "theirs")}
     flags = paths | {"output": folder / "out", "base_url": server.url, "concurrency": 8} | flags
     return [*(f"--{name}={value}" for name, value in flags.items()), *words]
@@ -344,14 +345,15 @@ def test_judgements_of_other_answers_models_or_prompts_do_not_mix(tmp_path, monk
 def test_private_instructions_leave_traces_in_the_private_folder_only(tmp_path, capsys):
     write_sets(tmp_path, list("999"), list("111"))
     with Server(annotation_server.judge(better)) as server:
-        assert run(tmp_path, server, "--private", "--dry_run") == 0
+        assert run(tmp_path, server, "--dry_run", public=False) == 0
         assert "warning" not in capsys.readouterr().err
-        assert run(tmp_path, server, "--private") == 0
+        assert run(tmp_path, server, public=False) == 0
         assert f"warning: private instructions or answers are sent to {server.url}" in (
             capsys.readouterr().err
         )
         out = tmp_path / "out"
         assert [path.name for path in out.iterdir()] == ["private"]
+        assert (out / "private").stat().st_mode & 0o777 == 0o700
         assert {path.name for path in (out / "private").iterdir()} == {
             "README.md", "judge.json", "judgements",
         }  # fmt: skip
@@ -359,12 +361,12 @@ def test_private_instructions_leave_traces_in_the_private_folder_only(tmp_path, 
         assert len(read_records(out / "private" / "judgements")) == 6
 
 
-@pytest.mark.parametrize("first", [["--private"], []])
-def test_private_and_public_judgements_are_not_in_one_folder(tmp_path, first):
+@pytest.mark.parametrize(("public", "remedy"), [(True, "add"), (False, "leave")])
+def test_private_and_public_judgements_are_not_in_one_folder(tmp_path, public, remedy):
     write_sets(tmp_path, list("999"), list("111"))
-    second = [] if first else ["--private"]
+    kind = "public" if public else "private"
     with Server(annotation_server.judge(better)) as server:
-        run(tmp_path, server, *first, limit=2)
-        with pytest.raises(UsageError, match=f"begun {'with' if first else 'without'} --private"):
-            run(tmp_path, server, *second)
+        run(tmp_path, server, limit=2, public=public)
+        with pytest.raises(UsageError, match=f"begun with {kind} texts; {remedy} --public"):
+            run(tmp_path, server, public=not public)
         assert len(server.requests) == 2
