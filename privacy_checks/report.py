@@ -8,6 +8,17 @@ is composed in one accountant, several runs as if each read the same rows, which
 where they did not. Prints the report; --output also writes it as composed_report.json and .md,
 with a plot of epsilon over steps. Exit code 1 if there is no guarantee, or if all together spent
 more than a run was planned for: a script which publishes on success publishes nothing then.
+
+The ledgers' hash chains have no key: they show accidents, not a dishonest curator. --sign signs the
+written report with the ledgers' heads and the adapters' hashes; --verify_key looks whether all of
+that is what was signed, and exits with 1 if anything is not. Keys are Ed25519, PEM or OpenSSH's:
+
+    openssl genpkey -algorithm ed25519 -out KEYFILE && chmod 600 KEYFILE
+    openssl pkey -in KEYFILE -pubout -out PUBLIC_KEY
+    python -m privacy_checks.report outputs/mine --output composed --sign KEYFILE
+    python -m privacy_checks.report outputs/mine --output composed --verify_key PUBLIC_KEY
+
+or `ssh-keygen -t ed25519 -N "" -f KEYFILE`, which writes KEYFILE.pub too.
 """
 
 import io
@@ -21,7 +32,14 @@ from privacy_checks.composition import (
     epsilon_over_steps,
     exit_code,
 )
-from utils.cli import UsageError, run_cli, say
+from privacy_checks.signature import (
+    SIGNATURE_FILE,
+    differences,
+    read_private_key,
+    read_public_key,
+    sign,
+)
+from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import write_atomic, write_json
 from utils.privacy.accounting import ADD_REMOVE, REPLACE
@@ -61,13 +79,28 @@ class Settings:
     )
     allow_above_target: bool = flag(ALLOW_ABOVE_TARGET, False)
     output: Path | None = flag("folder for the files", type=Path)
+    sign: Path | None = flag(
+        "sign what is written to --output with this private key", type=Path, metavar="KEYFILE"
+    )
+    verify_key: Path | None = flag(
+        "write nothing; verify the report in --output and the state of the runs against the "
+        "signature there, with this public key",
+        type=Path,
+        metavar="PUBLIC_KEY",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
     output = settings.output
+    if (settings.sign or settings.verify_key) and not output:
+        raise UsageError("--sign and --verify_key need --output, the folder of the report")
+    if output and settings.verify_key:
+        public = read_public_key(settings.verify_key)
+        return verify(differences(output, OUTPUT_FILES, settings.run, settings.histogram, public))
+    key = read_private_key(settings.sign) if settings.sign else None
     if output:
-        for path in (output / name for name in OUTPUT_FILES):
+        for path in (output / name for name in (*OUTPUT_FILES, SIGNATURE_FILE)):
             if path.exists():
                 raise UsageError(f"{path} exists; use another --output")
     report = composed_report(
@@ -85,7 +118,17 @@ def main(argv: list[str] | None = None) -> int:
         write_json(output / OUTPUT_FILES[0], report)
         write_atomic(output / OUTPUT_FILES[1], render(report, as_markdown))
         say(f"written to {output}")
+        if key:
+            say(f"signed: {sign(output, OUTPUT_FILES, settings.run, settings.histogram, key)}")
     return exit_code(report, settings.allow_above_target)
+
+
+def verify(found: list[str]) -> int:
+    """Say whether all is as it was signed; returns the exit code."""
+    for line in found:
+        say(line)
+    print("NOT VERIFIED: do not rely on this report" if found else "verified: all is as signed")
+    return EXIT_FAILED if found else EXIT_OK
 
 
 def plot(report: dict) -> bytes:

@@ -151,6 +151,7 @@ def test_the_guarantee_is_of_all_runs_and_histograms_together(folders):
     best = (1 + compute_delta(events, 0.0)) / 2
     for content in (page, text):
         assert f"({epsilon:.3f}, 0.001)-differentially private" in content
+        assert "The chain has no key: it shows accidents, not a dishonest curator" in content
         found = re.search(r"is right at most ([\d.]+)%", content)
         assert best <= float(found[1]) / 100 <= best + 1.01e-4
 
