@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, say
@@ -396,7 +397,7 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
 
     Args:
         report: of `composed_report`; its first relation and its delta are used.
-        points: at most this many, evenly spaced.
+        points: at most this many, evenly spaced, and the end of every run.
 
     Returns:
         One {"step", "epsilon"} a point; upper bounds.
@@ -406,11 +407,23 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
     taken = sum(entry["times"] for entry in training)
     count = min(points - 1, taken)
     curve = []
-    for step in sorted({round(taken * i / max(1, count)) for i in range(count + 1)}):
+    evenly = {round(taken * i / max(1, count)) for i in range(count + 1)}
+    for step in sorted(evenly | set(accumulate(entry["times"] for entry in training))):
         events = events_of([*_first_steps(training, step), *histograms])
         epsilon = compute_epsilon(events, report["delta"], relation).upper
         curve.append({"step": step, "epsilon": epsilon})
     return curve
+
+
+def curve_by_run(report: dict, curve: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """`epsilon_over_steps` as (step, epsilon) of each run, from where the one before ended."""
+    training, start, found = by_kind(report["mechanisms"])[0], 0, {}
+    for run, entry in zip(report.get("runs", [report]), training):
+        end = start + entry["times"]
+        points = [(each["step"], each["epsilon"]) for each in curve]
+        found[run["run"]] = [point for point in points if start <= point[0] <= end]
+        start = end
+    return found
 
 
 def by_kind(mechanisms: list[dict]) -> tuple[list[dict], list[dict]]:

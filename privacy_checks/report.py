@@ -23,12 +23,14 @@ or `ssh-keygen -t ed25519 -N "" -f KEYFILE`, which writes KEYFILE.pub too.
 
 import io
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from privacy_checks.composition import (
     ALLOW_ABOVE_TARGET,
     by_kind,
     composed_report,
+    curve_by_run,
     epsilon_over_steps,
     exit_code,
 )
@@ -46,6 +48,8 @@ from utils.privacy.accounting import ADD_REMOVE, REPLACE
 from utils.privacy.guarantee import NEIGHBOURS, as_markdown, as_text, render
 
 PLOT_FILE = "epsilon_over_steps.png"
+# matplotlib's, one a run.
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
 OUTPUT_FILES = ("composed_report.json", "composed_report.md", PLOT_FILE)
 
 
@@ -136,12 +140,13 @@ def plot(report: dict) -> bytes:
     from matplotlib.figure import Figure
 
     relation = report["neighbouring_relations"][0]
-    steps = [point["step"] for point in report["epsilon_over_steps"]]
-    epsilons = [point["epsilon"] for point in report["epsilon_over_steps"]]
+    curves = curve_by_run(report, report["epsilon_over_steps"])
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    label = "training" + (" and histograms" if by_kind(report["mechanisms"])[1] else "")
-    axes.plot(steps, epsilons, marker=".", label=label)
+    rest = " and histograms" if by_kind(report["mechanisms"])[1] else ""
+    for (run, points), mark in zip(curves.items(), cycle(MARKS)):
+        label = run if len(curves) > 1 else "training"
+        axes.plot(*zip(*points), marker=mark, markersize=4, label=label + rest)
     if report["delta"] == report.get("target_delta"):
         axes.axhline(report["target_epsilon"], linestyle="--", color="grey", label="target")
     if report["steps_lost"]:

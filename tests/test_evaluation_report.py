@@ -171,6 +171,16 @@ def test_more_than_a_run_was_planned_for_is_said_first_and_exits_1(folders, caps
         assert ("add --allow_above_target" in err) == bool(code)
 
 
+def test_the_curve_of_epsilon_names_each_run(folders):
+    page, text = page_of(folders)
+    (chart,) = [svg for svg in page.split("<svg ") if "epsilon at delta" in svg]
+    (words,) = [line for line in text.splitlines() if line.startswith("*Privacy spent over")]
+    for name in ("1. outputs/instructions", "2. outputs/answers"):
+        assert f">{name}</text>" in chart  # in the legend
+        assert f"{name}: from" in words
+    assert len(set(re.findall(r'<use href="#(m\w+)"', chart))) > 2  # ticks, and a mark each run
+
+
 def test_html_and_markdown_hold_the_same_facts(folders):
     for more in ([], ["--internal", "--real", "letters", "--split", "train"]):
         page, text = page_of(folders, *more)

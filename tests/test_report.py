@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from matplotlib.axes import Axes
 
 from privacy_checks import composition, report
 from utils.cli import UsageError, run_cli
@@ -218,6 +219,22 @@ def test_the_curve_takes_the_runs_one_after_the_other(run, pairs):
     first = report.epsilon_over_steps(report.composed_report(pairs), 2)[1]
     assert points[25] == pytest.approx(first["epsilon"], rel=1e-6)
     assert points[30] > points[25]
+
+
+def test_the_curve_shows_which_run_is_which(run, pairs):
+    composed = report.composed_report([pairs, run])
+    curves = composition.curve_by_run(composed, report.epsilon_over_steps(composed, 4))
+    assert list(curves) == [str(pairs), str(run)]
+    (first, second) = curves.values()
+    assert (first[0][0], first[-1][0]) == (0, 25)
+    # One run after the other: where the first ends the second begins.
+    assert (first[-1], second[-1][0]) == (second[0], 45)
+    composed |= {"epsilon_over_steps": report.epsilon_over_steps(composed)}
+    with mock.patch("matplotlib.axes.Axes.plot", autospec=True, side_effect=Axes.plot) as drawn:
+        report.plot(composed)
+    labels = {call.kwargs["label"]: call.kwargs["marker"] for call in drawn.mock_calls}
+    assert list(labels) == [str(pairs), str(run)]
+    assert len(set(labels.values())) == 2
 
 
 def test_lost_steps_of_every_run_are_composed_apart(run, tmp_path):

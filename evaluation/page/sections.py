@@ -15,6 +15,7 @@ from evaluation.page import charts
 from evaluation.page.material import Material, Samples, Selection
 from evaluation.page.printing import Verbatim, portable, portable_word
 from evaluation.results import interval
+from privacy_checks.composition import curve_by_run
 from utils.command_line.parser import parser_of, to_argv
 from utils.command_line.sampling_flags import SamplingSettings
 from utils.privacy.guarantee import claim, conditions
@@ -101,10 +102,13 @@ class Page:
         (bounds,) = composed["epsilon"].values()
         (other_deltas,) = composed["epsilon_at_other_deltas"].values()
         epsilon, delta = bounds["upper"], f"{composed['delta']:g}"
+        runs = curve_by_run(composed, self.material.curve)
+        # Numbered, since what is portable of two paths may be the same.
+        names = [f"{n}. {portable_word(Path(run))}" for n, run in enumerate(runs, start=1)]
         curve = {
-            "title": "Privacy spent over training", "x_label": "logical steps",
-            "y_label": f"epsilon at delta {delta}", "kind": "line",
-            "lines": {"epsilon": [(each["step"], each["epsilon"]) for each in self.material.curve]},
+            "title": "Privacy spent over training, run after run",
+            "x_label": "logical steps", "y_label": f"epsilon at delta {delta}", "kind": "marked",
+            "lines": dict(zip(names if len(runs) > 1 else ["epsilon"], runs.values())),
         }  # fmt: skip
         return {
             "epsilon": f"{epsilon:.3f}",
