@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.alpaca_eval import ANSWER_FORMATS, Answers, read_answers
-from evaluation.measures.intervals import BOOTSTRAP, bootstrap
+from evaluation.measures.intervals import BOOTSTRAP, EXACT, bootstrap, share_interval
 from evaluation.measures.win_rate import (
     contradictions,
     length_controlled,
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         tool=TOOL,
         title="Win rate of answers, by a judge",
         private=not settings.public,
-        interval=BOOTSTRAP,
+        interval=f"{BOOTSTRAP}; {EXACT}",
         scores=scores_of(verdicts[judged], np.array(lengths, dtype=float)[judged], *subjects),
         control="equally good answers, and a judge that prefers no position",
         notes=[*notes_on_verdicts(verdicts, judgements), *notes_on_sets(ours, theirs)],
@@ -238,29 +238,37 @@ def scores_of(
         ours, theirs, judge: the scores' subjects.
     """
 
-    def mean(name: str, subject: str, values: np.ndarray, **rest) -> Score:
-        interval = bootstrap(values, statistic=np.mean)
-        return Score(name, subject, float(values.mean()), *interval, **rest)
+    count = len(verdicts)
+
+    def share(name: str, subject: str, values: np.ndarray, **rest) -> Score:
+        interval = share_interval(values.astype(float))
+        return Score(name, subject, float(values.mean()), *interval, **rest, n=count)
 
     preference, contrary = preferences(*verdicts.T), contradictions(*verdicts.T)
-    scores = [mean("win rate", ours, preference, control=0.5, better="higher")]
+    scores = [share("win rate", ours, preference, control=0.5, better="higher")]
     feature = length_feature(*lengths.T)
     if feature is not None:
         value = length_controlled(feature, preference)
         interval = bootstrap(feature, preference, statistic=length_controlled)
         scores.append(
-            Score("length-controlled win rate", ours, value, *interval, 0.5, better="higher")
+            Score("length-controlled win rate", ours, value, *interval, 0.5, "higher", count)
         )
     first = verdicts.mean(axis=1)
     longer = (lengths[:, 0] > lengths[:, 1]).astype(float)
     return [
         *scores,
-        mean("pairs with a tie", judge, (preference == 0.5) - contrary),
-        mean("pairs with contrary verdicts", judge, contrary),
-        mean("first position preferred, ties as half", judge, first, control=0.5),
-        mean("pairs with the longer answer", ours, longer),
+        share("pairs with a tie", judge, (preference == 0.5) - contrary),
+        share("pairs with contrary verdicts", judge, contrary),
+        share("first position preferred, ties as half", judge, first, control=0.5),
+        share("pairs with the longer answer", ours, longer),
         *(
-            mean("characters an answer", subject, values)
+            Score(
+                "characters an answer",
+                subject,
+                float(values.mean()),
+                *bootstrap(values, statistic=np.mean),
+                n=count,
+            )
             for subject, values in zip((ours, theirs), lengths.T)
         ),
     ]

@@ -103,7 +103,7 @@ def evaluate() -> None:
     ), settings)  # fmt: skip
     wins = [
         Score("win rate", "base", 0.5, 0.5, 0.5, None, "higher"),
-        Score("win rate", "answers", 0.58, 0.49, 0.66, 0.5, "higher"),
+        Score("win rate", "answers", 0.58, 0.49, 0.66, 0.5, "higher", 1234),
         Score("win rate", "synthetic answers", 0.63, 0.56, 0.7, 0.5, "higher"),
     ]
     write_result(Path("results"), Result(

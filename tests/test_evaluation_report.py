@@ -171,6 +171,30 @@ def test_more_than_a_run_was_planned_for_is_said_first_and_exits_1(folders, caps
         assert ("add --allow_above_target" in err) == bool(code)
 
 
+def test_n_stands_next_to_every_figure(folders):
+    _, text = page_of(folders, "--internal")
+    tables = [line for line in text.splitlines() if line.startswith("| measure | of |")]
+    assert len(tables) == 4
+    assert all(line.startswith("| measure | of | n | value |") for line in tables)
+    assert "| win rate | answers | 1,234 | 0.58 | 0.49 to 0.66 |" in text
+    # A result of an earlier version.
+    assert "| win rate | base | not on record | 0.5 |" in text
+
+
+def test_the_two_bounds_on_the_page_are_reconciled(folders):
+    """How often a guess is right, and how sure the rarest outcome makes, look like a conflict."""
+    for content in page_of(folders):
+        (guess,) = set(re.findall(r"is right at most ([\d.]+%) of the time", content))
+        found = re.search(
+            r"Both hold: ([\d.]+%) is how often the best guess is right over all .*; ([\d.]+%) is "
+            r"how sure somebody who believed 50% before can become .* outcomes are rare",
+            content,
+        )
+        assert found[1] == guess
+        assert float(found[2][:-1]) > float(guess[:-1])
+        assert content.count(found[2]) > 1  # in the table of the odds, too
+
+
 def test_the_curve_of_epsilon_names_each_run(folders):
     page, text = page_of(folders)
     (chart,) = [svg for svg in page.split("<svg ") if "epsilon at delta" in svg]
@@ -202,7 +226,8 @@ def test_every_stage_is_there_with_its_numbers(folders):
         f"of {selection['selection']['pool']} over 4 bins",
         "asked 8 instructions: 8 ok; 80 prompt and 160 answer tokens; $0.0003",
         f"to {selection['total_variation_to_private']['selected']:.3f} (0: equal",
-        "win rate, answers: 0.58 (0.49 to 0.66) with 0.5 for the control",
+        "win rate, answers: 0.58 (0.49 to 0.66) with 0.5 for the control, n 1,234",
+        f"n {selection['selection']['pool']} and 8)",
         "not told apart from the control",
         "better than the control",
         "python -m privacy_checks.report outputs/instructions outputs/answers --histogram",

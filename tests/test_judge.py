@@ -87,6 +87,9 @@ def test_a_fair_judge_gives_wins_losses_and_ties(tmp_path, capsys):
     assert (scores["win rate"]["low"], scores["win rate"]["high"]) == pytest.approx(
         (0.7 - 1.96 * 0.127, 0.7 + 1.96 * 0.127), abs=0.05
     )
+    assert {score["n"] for score in found["scores"]} == {10}
+    none = scores["pairs with contrary verdicts"]
+    assert (none["low"], none["high"]) == (0, pytest.approx(1 - 0.025 ** (1 / 10)))
     assert scores["win rate"]["subject"] == "ours: model_ours"
     assert (found["tool"], found["private"], found["settings"]["model"]) == (
         "judge", False, "gpt-4o-mini",

@@ -53,6 +53,14 @@ def test_a_score_is_read_by_its_interval(value, better, reading):
         assert sections.reading(score | {"better": better, missing: None}) == ""
 
 
+def test_a_single_example_has_no_interval():
+    """Every draw of one example is that example; an exact interval of it has a width."""
+    score = {"low": 5.0, "high": 5.0, "n": 1}
+    assert sections.spread(score) == ""
+    assert sections.spread(score | {"n": 2}) == "5 to 5"
+    assert sections.spread(score | {"low": 0.0, "high": 0.975}) == "0 to 0.975"
+
+
 def test_the_time_of_answers_to_hidden_prompts_is_hidden():
     manifest = {"num_samples": 5, "model_name": "m", "adapter_path": "a", "seconds": 61.4}
     drawn = [{"finish_reason": "stop", "num_tokens": 3}]

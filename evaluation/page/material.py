@@ -479,6 +479,7 @@ def read_folder(folder: Path, internal: bool) -> list[dict]:
                 score["value"] = float(score["value"])
                 for name in ("low", "high", "control"):
                     score[name] = None if score[name] is None else float(score[name])
+                score["n"] = None if score["n"] is None else int(score["n"])
             result["charts"] = [vars(Chart(**chart)) for chart in result["charts"]]
             for chart in result["charts"]:
                 chart["lines"] = {

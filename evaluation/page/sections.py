@@ -143,7 +143,8 @@ class Page:
         for number, result in enumerate(self.material.results):
             scores = [
                 score
-                | {"interval": interval(score["low"], score["high"]), "reading": reading(score)}
+                | {"interval": spread(score), "reading": reading(score)}
+                | {"n_in_words": "not on record" if score["n"] is None else f"{score['n']:,}"}
                 for score in result["scores"]
             ]
             compared = [score for score in scores if score["control"] is not None]
@@ -302,6 +303,12 @@ def odds(epsilon: float) -> list[tuple[str, str]]:
         after = prior / (prior + (1 - prior) * math.exp(-epsilon))
         rows.append((f"{prior:.0%}", f"{math.ceil(after * 1e4) / 100:g}%"))
     return rows
+
+
+def spread(score: dict) -> str:
+    """A score's interval; none of a single example, which is in every draw."""
+    alone = score["n"] == 1 and score["low"] == score["high"]
+    return "" if alone else interval(score["low"], score["high"])
 
 
 def reading(score: dict) -> str:
