@@ -59,6 +59,7 @@ from utils.sampling.shards import (
     check_manifest,
     finish_reasons,
     rank_locked,
+    shards_of,
     wait_for_other_ranks,
 )
 from utils.sampling.vllm_engine import MAX_SEQUENCES_ON_GPU, ModelFolder, check_vllm
@@ -133,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
         on_main_process(claim)
         done = finish_reasons(folder)
         if all(sample_id in done for sample_id in range(wanted.num_samples)):
+            if is_main:
+                complete_manifest(folder, 0.0)
             return say_end(folder, done, wanted.num_samples)
         missing = [each for each in range(rank, wanted.num_samples, num_ranks) if each not in done]
 
@@ -162,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{drawn.num_tokens / drawn.seconds:.0f} tokens/s"
             )
             wait_for_other_ranks(folder, num_ranks)
-            add_seconds(folder, drawn.seconds)
+            complete_manifest(folder, drawn.seconds)
             shutil.rmtree(folder / MERGED_MODEL, ignore_errors=True)
         if stop.requested:
             if is_main:
@@ -309,11 +312,13 @@ def write_manifest(
     write_json(path, manifest | {"seconds": seconds})
 
 
-def add_seconds(folder: Path, seconds: float) -> None:
-    """Count the time of a run that has ended to the manifest's, for reports."""
+def complete_manifest(folder: Path, seconds: float) -> None:
+    """Add what reports need of a run that has ended: its time, and the hashes of all shards."""
     path = folder / MANIFEST_FILE
     manifest = json.loads(path.read_text())
-    write_json(path, manifest | {"seconds": round(manifest["seconds"] + seconds, 3)})
+    manifest["seconds"] = round(manifest.get("seconds", 0.0) + seconds, 3)
+    hashes = {shard.name: sha256_of(shard) for shard in shards_of(folder)}
+    write_json(path, manifest | {"outputs_sha256": hashes})
 
 
 def model_folder(

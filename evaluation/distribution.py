@@ -45,8 +45,9 @@ NEIGHBOURS = 5
 LEAST_ROWS = 2 * NEIGHBOURS
 MAUVE, SHARED = "MAUVE", "words that the real texts have, share"
 DIVERGENCE = "distance of word frequencies (Jensen-Shannon)"
-BETTER = {
-    MAUVE: "higher", "precision": "higher", "recall": "higher", "coverage": "higher",
+# With other texts, and which way is better.
+COMPARISONS = {
+    MAUVE: "higher", "density": "", "precision": "higher", "recall": "higher", "coverage": "higher",
     SHARED: "higher", DIVERGENCE: "lower",
 }  # fmt: skip
 
@@ -195,15 +196,22 @@ def evaluate(sets: dict[str, TextSet], size: int, num_seeds: int, private: bool)
         figures_of(samples(sets, size, seed), seed)
         for seed in tqdm(range(num_seeds), desc="compare", unit="seed")
     ]
+    # Each seed draws all of such a set: there is no spread over draws.
+    whole = {name for name, found in sets.items() if len(found.words) == size}
     scores = []
     for name, subjects in per_seed[0].items():
         # Texts may be so short that a seed finds no n-gram in common numbers.
         if all(name in found for found in per_seed):
-            scores += scores_of(name, {s: [found[name][s] for found in per_seed] for s in subjects})
+            values = {s: [found[name][s] for found in per_seed] for s in subjects}
+            # What a set is compared with is drawn anew in any case.
+            fixed = set() if name in COMPARISONS else whole
+            scores += scores_of(name, values, dict.fromkeys(sets, size), fixed)
     for name in sets[SYNTHETIC].figures:
-        scores += scores_of(name, {s: [found.figures[name]] for s, found in sets.items()})
+        values = {s: [found.figures[name]] for s, found in sets.items()}
+        counts = {s: len(found.lengths) for s, found in sets.items()}
+        scores += scores_of(name, values, counts, set(sets))
     compared = REAL in sets
-    counts = ", ".join(f"{name} {len(found.lengths):,}" for name, found in sets.items())
+    texts = ", ".join(f"{name} {len(found.lengths):,}" for name, found in sets.items())
     return Result(
         tool=TOOL,
         title="How close the synthetic texts are to the real ones"
@@ -224,25 +232,29 @@ def evaluate(sets: dict[str, TextSet], size: int, num_seeds: int, private: bool)
             "n-grams of them: these figures depend on the number, so compare them at equal ones. "
             "Draws of a set overlap, so the spread is of this measurement, not of new texts.",
             "Figures without an interval, and the chart, are of all texts with a word: "
-            f"{counts}.",
+            f"{texts}.",
         ] + COMPARISON_NOTES * compared,
     )  # fmt: skip
 
 
-def scores_of(name: str, values: dict[str, list[float]]) -> list[Score]:
-    """A figure of every set, with its mean and spread where it has several values.
+def scores_of(
+    name: str, values: dict[str, list[float]], counts: dict[str, int], fixed: set[str]
+) -> list[Score]:
+    """A figure of every set, with its mean, and its spread over draws.
 
     Args:
         values: by set; the real one's are the control of the others.
+        counts: texts that it is of, by set.
+        fixed: sets whose draws are one and the same, so that they have no spread.
     """
     control = float(np.mean(values[REAL])) if REAL in values else None
     scores = []
     for subject, found in values.items():
         if subject != REAL:
-            mean, low, high = mean_and_spread(found)
-            ends = {"low": low, "high": high} if len(found) > 1 else {}
-            better = BETTER.get(name, "")
-            scores.append(Score(name, subject, mean, control=control, better=better, **ends))
+            mean, *ends = mean_and_spread(found)
+            low, high = (None, None) if subject in fixed else ends
+            better = COMPARISONS.get(name, "")
+            scores.append(Score(name, subject, mean, low, high, control, better, counts[subject]))
     return scores
 
 

@@ -11,9 +11,10 @@ in both orders (Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Cha
 counts where both agree, and half where they do not or say that it is a tie. A reply that is no
 verdict is counted, and its pair left out. The length-controlled rate follows Dubois et al. 2024.
 
-Judgements are kept in DIR/judgements as annotate keeps answers: after Ctrl-C, a crash or a stop at
---max_cost, the same command goes on where it stopped and pays for nothing twice. The result,
-DIR/judge.json, is written once all are there. With --private both are under DIR/private.
+Judgements are kept in DIR/private/judgements as annotate keeps answers: after Ctrl-C, a crash or a
+stop at --max_cost, the same command goes on where it stopped and pays for nothing twice. The
+result, DIR/private/judge.json, is written once all are there. With --public, where instructions and
+answers are public or covered by a guarantee, both are in DIR itself and may be released.
 A local judge needs no key: add --base_url http://localhost:8000/v1
 """
 
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.alpaca_eval import ANSWER_FORMATS, Answers, read_answers
-from evaluation.measures.intervals import BOOTSTRAP, bootstrap
+from evaluation.measures.intervals import BOOTSTRAP, EXACT, bootstrap, share_interval
 from evaluation.measures.win_rate import (
     contradictions,
     length_controlled,
@@ -98,9 +99,9 @@ class Contest:
         required=True,
         metavar="DIR",
     )
-    private: bool = flag(
-        "instructions or answers are private: everything goes to DIR/private. They are sent to "
-        "the server at --base_url all the same",
+    public: bool = flag(
+        "instructions and answers may be shown to anyone, so the figures may too. Whatever they "
+        "are, they are sent to the server at --base_url",
         False,
     )
 
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         Settings, __doc__, argv, model="gpt-4o-mini", temperature=0.0, top_p=1.0, max_tokens=16
     )
     require_new_result(settings.output, TOOL)
-    folder = judgements_folder(settings.output, settings.private)
+    folder = judgements_folder(settings.output, settings.public)
     ours, theirs = read_answers(settings.ours), read_answers(settings.theirs)
     shared = [instruction for instruction in ours.texts if instruction in theirs.texts]
     if not shared:
@@ -130,11 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(shared):,} instructions with answers of {ours.name} and of {theirs.name}, each "
         "judged in both orders"
     )
-    job = job_for(distinct, folder, settings)
+    job = job_for(distinct, folder, settings, {})
     require_same_judgements(job)
 
     # ------------------------------------------------------------------ judge
-    if settings.private and not settings.dry_run:
+    if not (settings.public or settings.dry_run):
         private_folder(settings.output / PRIVATE_FOLDER)
         say(f"warning: private instructions or answers are sent to {job.base_url}")
     code = finish_job(job, settings)
@@ -162,8 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     result = Result(
         tool=TOOL,
         title="Win rate of answers, by a judge",
-        private=settings.private,
-        interval=BOOTSTRAP,
+        private=not settings.public,
+        interval=f"{BOOTSTRAP}; {EXACT}",
         scores=scores_of(verdicts[judged], np.array(lengths, dtype=float)[judged], *subjects),
         control="equally good answers, and a judge that prefers no position",
         notes=[*notes_on_verdicts(verdicts, judgements), *notes_on_sets(ours, theirs)],
@@ -173,18 +174,18 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_OK
 
 
-def judgements_folder(output: Path, private: bool) -> Path:
+def judgements_folder(output: Path, public: bool) -> Path:
     """Where judgements are kept.
 
     Raises:
         UsageError: there are some in the other place, public or private.
     """
-    folder, other = output / PRIVATE_FOLDER / JUDGEMENTS_FOLDER, output / JUDGEMENTS_FOLDER
-    if not private:
+    folder, other = output / JUDGEMENTS_FOLDER, output / PRIVATE_FOLDER / JUDGEMENTS_FOLDER
+    if not public:
         folder, other = other, folder
     if other.exists():
-        was = "without" if private else "with"
-        raise UsageError(f"{other} was begun {was} --private; move it to {folder}, or remove it")
+        were, remedy = ("private", "leave --public out") if public else ("public", "add --public")
+        raise UsageError(f"{other} was begun with {were} texts; {remedy}, or move it to {folder}")
     return folder
 
 
@@ -237,29 +238,37 @@ def scores_of(
         ours, theirs, judge: the scores' subjects.
     """
 
-    def mean(name: str, subject: str, values: np.ndarray, **rest) -> Score:
-        interval = bootstrap(values, statistic=np.mean)
-        return Score(name, subject, float(values.mean()), *interval, **rest)
+    count = len(verdicts)
+
+    def share(name: str, subject: str, values: np.ndarray, **rest) -> Score:
+        interval = share_interval(values.astype(float))
+        return Score(name, subject, float(values.mean()), *interval, **rest, n=count)
 
     preference, contrary = preferences(*verdicts.T), contradictions(*verdicts.T)
-    scores = [mean("win rate", ours, preference, control=0.5, better="higher")]
+    scores = [share("win rate", ours, preference, control=0.5, better="higher")]
     feature = length_feature(*lengths.T)
     if feature is not None:
         value = length_controlled(feature, preference)
         interval = bootstrap(feature, preference, statistic=length_controlled)
         scores.append(
-            Score("length-controlled win rate", ours, value, *interval, 0.5, better="higher")
+            Score("length-controlled win rate", ours, value, *interval, 0.5, "higher", count)
         )
     first = verdicts.mean(axis=1)
     longer = (lengths[:, 0] > lengths[:, 1]).astype(float)
     return [
         *scores,
-        mean("pairs with a tie", judge, (preference == 0.5) - contrary),
-        mean("pairs with contrary verdicts", judge, contrary),
-        mean("first position preferred, ties as half", judge, first, control=0.5),
-        mean("pairs with the longer answer", ours, longer),
+        share("pairs with a tie", judge, (preference == 0.5) - contrary),
+        share("pairs with contrary verdicts", judge, contrary),
+        share("first position preferred, ties as half", judge, first, control=0.5),
+        share("pairs with the longer answer", ours, longer),
         *(
-            mean("characters an answer", subject, values)
+            Score(
+                "characters an answer",
+                subject,
+                float(values.mean()),
+                *bootstrap(values, statistic=np.mean),
+                n=count,
+            )
             for subject, values in zip((ours, theirs), lengths.T)
         ),
     ]

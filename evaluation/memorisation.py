@@ -25,7 +25,14 @@ import numpy as np
 import torch
 
 from evaluation.measures.exposure import exposure_by_chance, exposures, secrets_found
-from evaluation.measures.intervals import BOOTSTRAP, CONFIDENCE, RESAMPLES, bootstrap
+from evaluation.measures.intervals import (
+    BOOTSTRAP,
+    CONFIDENCE,
+    EXACT,
+    RESAMPLES,
+    bootstrap,
+    share_interval,
+)
 from evaluation.measures.overlap import (
     Reference,
     exact_matches,
@@ -62,9 +69,10 @@ PER_TEXTS, MORE = " per 1,000 texts", ": more than by chance"
 NEIGHBOURS = 16
 # Padded tokens of canaries on the device at once.
 TOKENS_AT_ONCE = 8192
+RELEASED_INTERVAL = f"{BOOTSTRAP}; {EXACT}"
 INTERVAL = (
-    f"{BOOTSTRAP}; of shared rows, the figure less what it is where {RESAMPLES:,} times rows drawn "
-    f"from both sets pass for the training rows, at {CONFIDENCE:.0%}"
+    f"{RELEASED_INTERVAL}; of shared rows, the figure less what it is where {RESAMPLES:,} times "
+    f"rows drawn from both sets pass for the training rows, at {CONFIDENCE:.0%}"
 )
 CONTROL = "the same of as many held-out rows"
 CANARY_CONTROL = "for canaries: as many others that were not inserted"
@@ -155,7 +163,15 @@ def main(argv: list[str] | None = None) -> None:
     shared = "What is shared with the training set"
     for result in (
         Result(TOOL, shared, True, INTERVAL, scores, control, [chart], notes),
-        Result(TOOL, title, False, BOOTSTRAP, released, released_control, notes=released_notes),
+        Result(
+            TOOL,
+            title,
+            False,
+            f"{BOOTSTRAP}; {EXACT}",
+            released,
+            released_control,
+            notes=released_notes,
+        ),
     ):
         write_result(settings.output, result, vars(settings))
         print(table(result) + "\n")
@@ -204,11 +220,14 @@ def more_than_by_chance(
     return value, float(low), float(high)
 
 
-def compared(name: str, subject: str, parts: np.ndarray, reference: Reference) -> list[Score]:
+def compared(
+    name: str, subject: str, parts: np.ndarray, reference: Reference, n: int
+) -> list[Score]:
     """A figure with its control, and by how much it is above: the leak, if any.
 
     Args:
         parts: the figure of each part, float64 [parts].
+        n: texts or strings that it is of.
     """
 
     def difference(is_training: np.ndarray) -> float:
@@ -219,8 +238,8 @@ def compared(name: str, subject: str, parts: np.ndarray, reference: Reference) -
     )
     more = more_than_by_chance(difference, reference.is_training)
     return [
-        Score(name, subject, value, control=control, better="lower"),
-        Score(name + MORE, subject, *more, 0.0, "lower"),
+        Score(name, subject, value, control=control, better="lower", n=n),
+        Score(name + MORE, subject, *more, 0.0, "lower", n),
     ]
 
 
@@ -239,26 +258,26 @@ def overlap_scores(
         ("copies of a row but for case and punctuation, share", forms, row_forms),
     ):
         found_in = exact_matches(keys(ours), keys(rows), reference.parts)
-        scores += compared(name, subject, reference.shares(found_in), reference)
+        scores += compared(name, subject, reference.shares(found_in), reference, len(texts))
 
     # By length, the share of texts that have a run of it in common with each part: all at 0 words.
     runs = shared_runs(forms, row_forms, reference.parts)
     curve = np.array([np.ones(len(reference.bits)), *map(reference.shares, runs)])
     lengths = np.array([form.count(" ") + 1 for form in forms])
     for length in NGRAMS:
-        as_long = (lengths >= length).mean()
+        as_long = int((lengths >= length).sum())
         if as_long == 0:
             notes.append(f"no synthetic text has {length} words")
             continue
         name = f"texts that share {length} words in a row, of those as long, share"
-        parts = curve[length : length + 1].sum(axis=0) / as_long
-        scores += compared(name, subject, parts, reference)
+        parts = curve[length : length + 1].sum(axis=0) * len(texts) / as_long
+        scores += compared(name, subject, parts, reference, as_long)
     name = "longest run of words shared with a row"
     for of_texts, parts in (
         ("mean over texts (words)", curve[1:].sum(axis=0)),
         ("longest of all (words)", (curve[1:] > 0).sum(axis=0)),
     ):
-        scores += compared(f"{name}, {of_texts}", subject, parts, reference)
+        scores += compared(f"{name}, {of_texts}", subject, parts, reference, len(texts))
     lines = {
         name: [[length, share] for length, share in enumerate(curve[:, side].mean(axis=1).tolist())]
         for name, side in (
@@ -318,9 +337,9 @@ def neighbour_scores(
     share, low, high = more_than_by_chance(share_above_half, is_training)
     nearer = "nearer to a training row than to any held-out row, share"
     return [
-        Score(name, subject, value, control=control, better="lower"),
-        Score(name + MORE, subject, *gained, 0.0, "lower"),
-        Score(nearer, subject, 0.5 + share, 0.5 + low, 0.5 + high, 0.5, "lower"),
+        Score(name, subject, value, control=control, better="lower", n=len(vectors)),
+        Score(name + MORE, subject, *gained, 0.0, "lower", len(vectors)),
+        Score(nearer, subject, 0.5 + share, 0.5 + low, 0.5 + high, 0.5, "lower", len(vectors)),
     ]
 
 
@@ -362,10 +381,12 @@ def personal_data_counts(found: list[Found]) -> np.ndarray:
 def personal_data_scores(subject: str, found: list[Found]) -> list[Score]:
     """Strings of each kind per 1,000 texts."""
     scores = []
-    for kind, column in zip(KINDS, personal_data_counts(found).T * 1000):
-        interval = bootstrap(column, statistic=np.mean)
-        value = float(column.mean())
-        scores.append(Score(kind + PER_TEXTS, subject, value, *interval, better="lower"))
+    for kind, column in zip(KINDS, personal_data_counts(found).T):
+        value, n = float((column * 1000).mean()), len(column)
+        low, high = bootstrap(column * 1000, statistic=np.mean)
+        if not column.any():  # then of how many texts one may be expected at most
+            low, high = (1000 * end for end in share_interval(column))
+        scores.append(Score(kind + PER_TEXTS, subject, value, low, high, None, "lower", n))
     return scores
 
 
@@ -381,7 +402,7 @@ def verbatim_scores(synthetic: list[Found], reference: Reference) -> list[Score]
     parts = reference.shares(np.array(list(found_in.values()), dtype=np.uint64))
     subject = f"{len(found_in):,} strings of synthetic texts"
     name = "personal data that stands in a row verbatim, share"
-    return compared(name, subject, parts, reference)
+    return compared(name, subject, parts, reference, len(found_in))
 
 
 # ------------------------------------------------------------------------ canaries
@@ -441,13 +462,13 @@ def canary_scores(
     exposed, by_chance = (exposures(each, candidates) for each in (inserted, others))
     share = "canaries whose secret stands in a synthetic text, share"
     scores = []
-    for name, values, controls in (
-        ("exposure of a canary, mean (bits)", exposed, by_chance),
-        (share, found[:count], found[count:]),
-    ):
-        ends = bootstrap(values, statistic=np.mean)
-        control = float(controls.mean())
-        scores.append(Score(name, subject, float(values.mean()), *ends, control, "lower"))
+    for name, values, controls, ends in (
+        ("exposure of a canary, mean (bits)", exposed, by_chance,
+         bootstrap(exposed, statistic=np.mean)),
+        (share, found[:count], found[count:], share_interval(found[:count])),
+    ):  # fmt: skip
+        control, value = float(controls.mean()), float(values.mean())
+        scores.append(Score(name, subject, value, *ends, control, "lower", count))
     note = (
         f"canaries are ranked among {num_candidates:,} other secrets, so exposure is at most "
         f"{np.log2(num_candidates + 1):.2f} bits; {exposure_by_chance(num_candidates):.2f} is the "

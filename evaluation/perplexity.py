@@ -130,17 +130,19 @@ def compare(losses: dict[str, tuple[np.ndarray, np.ndarray]], base: str, public:
         scores.append(Score(
             "loss per token (nats)", name, sums.sum() / counts.sum(),
             *bootstrap(sums, counts, statistic=ratio_of_sums), control.get("per_token"), "lower",
+            len(counts),
         ))  # fmt: skip
         scores.append(Score(
             "loss per token, mean over examples (nats)", name, (sums / counts).mean(),
             *bootstrap(sums / counts, statistic=np.mean), control.get("per_example"),
-            "lower",
+            "lower", len(counts),
         ))  # fmt: skip
         if name != base:
             gains = base_sums - sums
             scores.append(Score(
                 "gain on the base model per token (nats)", name, gains.sum() / counts.sum(),
                 *bootstrap(gains, counts, statistic=ratio_of_sums), 0.0, "higher",
+                len(counts),
             ))  # fmt: skip
     return Result(
         tool=TOOL,

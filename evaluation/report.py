@@ -8,7 +8,7 @@ Writes OUTPUT/report.html, which needs no network and no script, and OUTPUT/repo
 facts. Both may be released: nothing in them was computed from private data but what the composed
 guarantee covers, and nothing under a private/ folder is read. With --internal the page has
 everything else too, and is OUTPUT/private/report-internal.html and .md. Exit code 1 if there is no
-guarantee; the page says so.
+guarantee, or if more was spent than a run was planned for; the page says so.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from evaluation.page.material import Sources, collect
 from evaluation.page.printing import counted, markdown, one_line, plain, portable_word
 from evaluation.page.sections import Page
 from evaluation.results import PRIVATE_FOLDER, shown
-from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
+from privacy_checks.composition import ALLOW_ABOVE_TARGET, exit_code
+from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import write_atomic
 from utils.folders import private_folder
@@ -39,6 +40,7 @@ class Settings(Sources):
 
     output: Path = flag("folder for the page", type=Path, required=True, metavar="DIR")
     overwrite: bool = flag("replace a page that this tool wrote there", False)
+    allow_above_target: bool = flag(ALLOW_ABOVE_TARGET, False)
     num_shown: int = flag("texts of each kind to show", 6, type=natural_int)
 
 
@@ -64,11 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     for suffix, path in paths.items():
         write_atomic(path, render(page, suffix))
         say(f"written to {path}" + (" (private: do not share)" if internal else ""))
-    if not page.guarantee:
+    for line in page.above_target:
+        say(line)
+    if page.guarantee:
+        print(promise(page))
+    else:
         say(f"THERE IS NO PRIVACY GUARANTEE: {promise(page)}")
-        return EXIT_FAILED
-    print(promise(page))
-    return EXIT_OK
+    return exit_code(page.composed, settings.allow_above_target)
 
 
 def require_replaceable(path: Path, overwrite: bool) -> None:

@@ -30,6 +30,7 @@ class Score:
         value, low, high: the figure and its interval; low and high are None where it has none.
         control: the same figure where nothing can have leaked or been learnt, if there is one.
         better: "higher", "lower" or "" where neither is.
+        n: examples that the figure is of; None in results of earlier versions.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Score:
     high: float | None = None
     control: float | None = None
     better: str = ""
+    n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,7 @@ def write_result(folder: Path, result: Result, settings: dict) -> Path:
     Args:
         settings: flags and their values, none of them a secret.
     """
-    place = folder / PRIVATE_FOLDER if result.private else folder
-    if result.private:
-        private_folder(place)
+    place = private_folder(folder / PRIVATE_FOLDER) if result.private else folder
     origin = {"settings": settings, "argv": sys.argv, "versions": versions_of(VERSIONED)}
     path = place / f"{result.tool}.json"
     # Paths among the settings become text.

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
-from utils.cli import UsageError
+from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, say
 from utils.privacy.accounting import (
     ADD_REMOVE,
     MAX_DELTA,
@@ -29,6 +30,7 @@ from utils.privacy.plan import PrivacyPlan
 from utils.runs.run_folder import CONFIG_FILE, REPORT_FILE, holds_run, require_own_adapter
 
 HISTOGRAM_MECHANISM = "Gaussian histogram"
+ALLOW_ABOVE_TARGET = "exit with 0 though all together spent more than a run's target epsilon"
 STEPS = ("steps_planned", "steps_taken", "steps_lost")
 # Factors between delta and the other deltas of the table.
 OTHER_DELTAS = (10, 0.1, 0.01)
@@ -95,6 +97,7 @@ def composed_report(
         ]
     return {
         "guarantee": True,
+        "above_target": _above_target(read, [*training, *events]),
         "run": _names(folders),
         "unit": UNIT,
         "neighbouring_relations": list(relations),
@@ -202,6 +205,34 @@ def _common_delta(runs: Sequence[_Run]) -> float:
             "one; give --delta"
         )
     return deltas.pop()
+
+
+def _above_target(runs: Sequence[_Run], mechanisms: list[dict]) -> list[str]:
+    """A sentence for each run whose target is less than what all mechanisms spend together."""
+    events, found = events_of(mechanisms), []
+    for run in runs:
+        delta, target = run.plan.delta, run.plan.target_epsilon
+        spent = compute_epsilon(events, delta).upper
+        if spent > target:
+            found.append(
+                f"ABOVE TARGET: together they spend epsilon {spent:.3f} at delta {delta:g}, and "
+                f"{run.folder} was planned for {target:g}. Only the epsilon of all that read the "
+                "private rows may be promised to anybody."
+            )
+    return found
+
+
+def exit_code(report: dict, allow_above_target: bool) -> int:
+    """The exit code of a command that shows a composed report; says why it is not 0."""
+    if not report["guarantee"]:
+        return EXIT_FAILED
+    if report["above_target"] and not allow_above_target:
+        say(
+            "more was spent than a run was planned for, so the exit code is 1; if that is meant, "
+            "add --allow_above_target"
+        )
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def _read_json(path: Path, *needed: str) -> dict:
@@ -376,7 +407,7 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
 
     Args:
         report: of `composed_report`; its first relation and its delta are used.
-        points: at most this many, evenly spaced.
+        points: at most this many, evenly spaced, and the end of every run.
 
     Returns:
         One {"step", "epsilon"} a point; upper bounds.
@@ -386,11 +417,23 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
     taken = sum(entry["times"] for entry in training)
     count = min(points - 1, taken)
     curve = []
-    for step in sorted({round(taken * i / max(1, count)) for i in range(count + 1)}):
+    evenly = {round(taken * i / max(1, count)) for i in range(count + 1)}
+    for step in sorted(evenly | set(accumulate(entry["times"] for entry in training))):
         events = events_of([*_first_steps(training, step), *histograms])
         epsilon = compute_epsilon(events, report["delta"], relation).upper
         curve.append({"step": step, "epsilon": epsilon})
     return curve
+
+
+def curve_by_run(report: dict, curve: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """`epsilon_over_steps` as (step, epsilon) of each run, from where the one before ended."""
+    training, start, found = by_kind(report["mechanisms"])[0], 0, {}
+    for run, entry in zip(report.get("runs", [report]), training):
+        end = start + entry["times"]
+        points = [(each["step"], each["epsilon"]) for each in curve]
+        found[run["run"]] = [point for point in points if start <= point[0] <= end]
+        start = end
+    return found
 
 
 def by_kind(mechanisms: list[dict]) -> tuple[list[dict], list[dict]]:

@@ -8,15 +8,42 @@ is composed in one accountant, several runs as if each read the same rows, which
 where they did not. What else read the same data and is not named, next to these runs or below
 outputs/, resampling/ and embeddings/, is told of with what all spent together. Prints the report;
 --output also writes it as composed_report.json and .md, with a plot of epsilon over steps. Exit
-code 1 if there is no guarantee, so that a script which publishes on success publishes nothing.
+code 1 if there is no guarantee, or if all together spent more than a run was planned for: a script
+which publishes on success publishes nothing then.
+
+The ledgers' hash chains have no key: they show accidents, not a dishonest curator. --sign signs the
+written report with the ledgers' heads and the adapters' hashes; --verify_key looks whether all of
+that is what was signed, and exits with 1 if anything is not. Keys are Ed25519, PEM or OpenSSH's:
+
+    openssl genpkey -algorithm ed25519 -out KEYFILE && chmod 600 KEYFILE
+    openssl pkey -in KEYFILE -pubout -out PUBLIC_KEY
+    python -m privacy_checks.report outputs/mine --output composed --sign KEYFILE
+    python -m privacy_checks.report outputs/mine --output composed --verify_key PUBLIC_KEY
+
+or `ssh-keygen -t ed25519 -N "" -f KEYFILE`, which writes KEYFILE.pub too.
 """
 
 import io
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
-from privacy_checks.composition import by_kind, composed_report, epsilon_over_steps
+from privacy_checks.composition import (
+    ALLOW_ABOVE_TARGET,
+    by_kind,
+    composed_report,
+    curve_by_run,
+    epsilon_over_steps,
+    exit_code,
+)
 from privacy_checks.registry import with_left_out
+from privacy_checks.signature import (
+    SIGNATURE_FILE,
+    differences,
+    read_private_key,
+    read_public_key,
+    sign,
+)
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import write_atomic, write_json
@@ -24,6 +51,8 @@ from utils.privacy.accounting import ADD_REMOVE, REPLACE
 from utils.privacy.guarantee import NEIGHBOURS, as_markdown, as_text, render
 
 PLOT_FILE = "epsilon_over_steps.png"
+# matplotlib's, one a run.
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
 OUTPUT_FILES = ("composed_report.json", "composed_report.md", PLOT_FILE)
 
 
@@ -55,14 +84,30 @@ class Settings:
     relation: list[str] = flag(
         "which datasets are neighbours", [ADD_REMOVE], nargs="+", choices=(ADD_REMOVE, REPLACE)
     )
+    allow_above_target: bool = flag(ALLOW_ABOVE_TARGET, False)
     output: Path | None = flag("folder for the files", type=Path)
+    sign: Path | None = flag(
+        "sign what is written to --output with this private key", type=Path, metavar="KEYFILE"
+    )
+    verify_key: Path | None = flag(
+        "write nothing; verify the report in --output and the state of the runs against the "
+        "signature there, with this public key",
+        type=Path,
+        metavar="PUBLIC_KEY",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
     output = settings.output
+    if (settings.sign or settings.verify_key) and not output:
+        raise UsageError("--sign and --verify_key need --output, the folder of the report")
+    if output and settings.verify_key:
+        public = read_public_key(settings.verify_key)
+        return verify(differences(output, OUTPUT_FILES, settings.run, settings.histogram, public))
+    key = read_private_key(settings.sign) if settings.sign else None
     if output:
-        for path in (output / name for name in OUTPUT_FILES):
+        for path in (output / name for name in (*OUTPUT_FILES, SIGNATURE_FILE)):
             if path.exists():
                 raise UsageError(f"{path} exists; use another --output")
     relations = list(dict.fromkeys(settings.relation))
@@ -83,7 +128,17 @@ def main(argv: list[str] | None = None) -> int:
         write_json(output / OUTPUT_FILES[0], report)
         write_atomic(output / OUTPUT_FILES[1], render(report, as_markdown))
         say(f"written to {output}")
-    return EXIT_OK if report["guarantee"] else EXIT_FAILED
+        if key:
+            say(f"signed: {sign(output, OUTPUT_FILES, settings.run, settings.histogram, key)}")
+    return exit_code(report, settings.allow_above_target)
+
+
+def verify(found: list[str]) -> int:
+    """Say whether all is as it was signed; returns the exit code."""
+    for line in found:
+        say(line)
+    print("NOT VERIFIED: do not rely on this report" if found else "verified: all is as signed")
+    return EXIT_FAILED if found else EXIT_OK
 
 
 def plot(report: dict) -> bytes:
@@ -91,12 +146,13 @@ def plot(report: dict) -> bytes:
     from matplotlib.figure import Figure
 
     relation = report["neighbouring_relations"][0]
-    steps = [point["step"] for point in report["epsilon_over_steps"]]
-    epsilons = [point["epsilon"] for point in report["epsilon_over_steps"]]
+    curves = curve_by_run(report, report["epsilon_over_steps"])
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    label = "training" + (" and histograms" if by_kind(report["mechanisms"])[1] else "")
-    axes.plot(steps, epsilons, marker=".", label=label)
+    rest = " and histograms" if by_kind(report["mechanisms"])[1] else ""
+    for (run, points), mark in zip(curves.items(), cycle(MARKS)):
+        label = run if len(curves) > 1 else "training"
+        axes.plot(*zip(*points), marker=mark, markersize=4, label=label + rest)
     if report["delta"] == report.get("target_delta"):
         axes.axhline(report["target_epsilon"], linestyle="--", color="grey", label="target")
     if report["steps_lost"]:

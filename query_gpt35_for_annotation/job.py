@@ -1,6 +1,7 @@
 """One annotation job: what is asked of which model, and the folder that keeps every paid answer.
 
-A folder holds `manifest.json` (model, decoding, server), `answers.jsonl` (see
+A folder holds `manifest.json` (model, decoding, server, and the SHA-256 of the files that the
+instructions came from), `answers.jsonl` (see
 `client.answer_record`; the last record of an instruction counts) and, for the vendor's batch mode,
 `batch/`.
 """
@@ -9,15 +10,15 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from utils.cli import UsageError, say
 from utils.command_line.parser import flag, positive_int
-from utils.files import read_jsonl, write_json
+from utils.files import hashes_of, read_jsonl, write_json
 from utils.folders import require_same_settings
-from utils.texts.text_inputs import FORMATS, read_instructions
+from utils.texts.text_inputs import FORMATS, files_of, read_instructions
 
 VENDOR_URL = "https://api.openai.com/v1"
 MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens")
@@ -104,6 +105,7 @@ class Job:
     Attributes:
         decoding: the request's parameters other than model and messages.
         instructions: distinct and not blank, in the order of the file.
+        inputs_sha256: of the files that hold them, by path.
     """
 
     folder: Path
@@ -111,6 +113,7 @@ class Job:
     base_url: str
     decoding: dict
     instructions: list[str]
+    inputs_sha256: dict[str, str] = field(default_factory=dict)
 
     def body(self, instruction: str) -> dict:
         """The JSON body of the chat request for `instruction`."""
@@ -125,8 +128,13 @@ class Job:
         )
 
     def manifest(self) -> dict:
-        """Who is asked, and how: the folder's manifest.json."""
-        return {"model": self.model, "base_url": self.base_url, "decoding": self.decoding}
+        """Who is asked what, and how: the folder's manifest.json."""
+        return {
+            "model": self.model,
+            "base_url": self.base_url,
+            "decoding": self.decoding,
+            "inputs_sha256": self.inputs_sha256,
+        }
 
 
 def read_job(settings: JobSettings) -> Job:
@@ -144,11 +152,17 @@ def read_job(settings: JobSettings) -> Job:
     )
     if not distinct:
         raise UsageError(f"--instructions {settings.instructions!r} holds blank instructions only")
-    return job_for(distinct, Path(settings.output), settings)
+    hashes = hashes_of(files_of(settings.instructions, settings.split))
+    return job_for(distinct, Path(settings.output), settings, hashes)
 
 
-def job_for(instructions: list[str], folder: Path, settings: RequestSettings) -> Job:
+def job_for(
+    instructions: list[str], folder: Path, settings: RequestSettings, hashes: dict[str, str]
+) -> Job:
     """The job of asking `instructions`, distinct and not blank, as the flags say.
+
+    Args:
+        hashes: of the files that hold them, by path.
 
     Raises:
         UsageError: a secret in `--base_url`, or no address there.
@@ -170,7 +184,9 @@ def job_for(instructions: list[str], folder: Path, settings: RequestSettings) ->
     }
     for name in settings.drop_parameters:
         del decoding[settings.max_tokens_parameter if name == "max_tokens" else name]
-    return Job(folder, settings.model, settings.base_url.rstrip("/"), decoding, instructions)
+    return Job(
+        folder, settings.model, settings.base_url.rstrip("/"), decoding, instructions, hashes
+    )
 
 
 def check_folder(job: Job, records: dict[str, dict]) -> None:

@@ -5,9 +5,9 @@
 
 Writes OUTPUT/instructions.jsonl, one object a line in the order of the input: row (its number from
 0), sample_id and shard (the sample that it was and the file that holds that sample; null where the
-input does not say) and instruction. preparation.json has the counts. Dropped are texts without a
-word (empty), sampled texts that were cut before their end (truncated), and texts whose words came
-before in the same order (duplicate).
+input does not say) and instruction. preparation.json has the counts, and the SHA-256 of what was
+read and written. Dropped are texts without a word (empty), sampled texts that were cut before their
+end (truncated), and texts whose words came before in the same order (duplicate).
 
 This is for synthetic texts, where nothing is spent. Private ones are embedded as they are: what
 deduplication does to one row depends on the others, which no guarantee for a row covers.
@@ -21,11 +21,11 @@ from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, read_flags
-from utils.files import write_json
+from utils.files import hashes_of, sha256_of, write_json
 from utils.folders import PREPARATION_FILE, whole_folder
 from utils.sampling.shards import Origin, origins
 from utils.texts.text_filters import comparison_form
-from utils.texts.text_inputs import FORMATS, read_entries
+from utils.texts.text_inputs import FORMATS, files_of, read_entries
 
 INSTRUCTIONS_FILE = "instructions.jsonl"
 EMPTY, TRUNCATED, DUPLICATE = "empty", "truncated", "duplicate"
@@ -49,10 +49,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
     entries: list[str | None] = []
     samples: list[Origin] = []
+    hashes: dict[str, str] = {}
     for path in settings.instructions:
         entries += read_entries(path, settings.split)
         samples += origins(Path(path), cut=True)
         samples += [Origin()] * (len(entries) - len(samples))
+        hashes |= hashes_of(files_of(path, settings.split))
     kept, dropped = distinct_instructions(entries)
     counts = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
     say(f"{len(entries):,} texts: {len(kept):,} kept; dropped: {counts}")
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
                 record = {"row": row, **samples[place]._asdict(), "instruction": text}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         preparation = {"sources": settings.instructions, "kept": len(kept), "dropped": dropped}
+        written = {INSTRUCTIONS_FILE: sha256_of(folder / INSTRUCTIONS_FILE)}
+        preparation |= {"inputs_sha256": hashes, "outputs_sha256": written}
         write_json(folder / PREPARATION_FILE, preparation)
     say(f"wrote {output / INSTRUCTIONS_FILE}")
 

@@ -43,7 +43,7 @@ from resample_with_dp_histogram.selection import (
 )
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, positive_int, read_flags
-from utils.files import write_json
+from utils.files import hashes_of, sha256_of, write_json
 from utils.folders import locked, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
 from utils.privacy.guarantee import UNIT
@@ -52,8 +52,9 @@ from utils.privacy.ledger import read_histograms, read_ledger, record_histogram
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
 from utils.texts.data_sets import rows_fingerprint
-from utils.texts.text_inputs import FORMATS, read_instructions
+from utils.texts.text_inputs import FORMATS, files_of, read_instructions
 
+SELECTED_FILE = "selected.jsonl"
 HISTOGRAM, CONDITIONAL = "histogram", "histogram_conditional"
 COVERED = [
     "the noisy histogram, and whatever is computed from it and from synthetic texts alone: the "
@@ -204,7 +205,7 @@ def select(settings: Settings) -> None:
     }
     report = build_report(settings, num_examples, clusters, ledger, histograms, allocation, rows)
     with whole_folder(output) as folder:
-        write_selection(folder / "selected.jsonl", texts, samples, synthetic_bins, rows)
+        write_selection(folder / SELECTED_FILE, texts, samples, synthetic_bins, rows)
         lists = {name: values.tolist() for name, values in histograms.items()}
         write_json(folder / "histograms.json", lists)
         (folder / "histograms.png").write_bytes(plot(histograms, sigma))
@@ -214,6 +215,10 @@ def select(settings: Settings) -> None:
             offsets=clusters.offsets,
             synthetic_bins=synthetic_bins,
         )
+        report |= {
+            "inputs_sha256": hashes_of(files_of(settings.synthetic_instructions, settings.split)),
+            "outputs_sha256": {SELECTED_FILE: sha256_of(folder / SELECTED_FILE)},
+        }
         write_json(folder / "resampling_report.json", report)
     say_end(output, ledger, report)
 
@@ -358,7 +363,7 @@ def say_end(output: Path, ledger: Path, report: dict) -> None:
     selection, distance = report["selection"], report["total_variation_to_private"]
     say(
         f"{selection['num_samples']:,} rows ({selection['distinct_rows']:,} distinct) of "
-        f"{selection['pool']:,} are in {output / 'selected.jsonl'}"
+        f"{selection['pool']:,} are in {output / SELECTED_FILE}"
     )
     if selection["overflow"]:
         say(

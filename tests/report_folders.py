@@ -1,6 +1,7 @@
 """What a whole pipeline leaves, made by its own tools on a tiny model, for tests of its report."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from resample_with_dp_histogram import extract, resample
 from tests import training
 from tests.paths import ROOT
 from tests.resampling import save_embeddings, unit_vectors
-from utils.files import JsonlAppender, read_jsonl, write_json
+from utils.files import JsonlAppender, hashes_of, read_jsonl, sha256_of, write_json
 from utils.texts.prompts import write_instruction_file
 
 LEDGER = "private_data/histogram_ledger.jsonl"
@@ -28,12 +29,12 @@ def make_folders(model: str) -> list[str]:
     private_question = "what did patient zero say"
     write_instruction_file("questions.txt", [private_question, "say hello"])
 
-    instructions = ["--job_sess=instructions", "--eps=3", "--num_epochs=0.5"]
-    answers = [
-        "--job_sess=answers", "--eps=3", "--num_epochs=0.5", "--prompt_style=vicuna",
-        "--max_seq_len=200",
-    ]  # fmt: skip
-    public = [*answers, "--job_sess=synthetic_answers", "--num_epochs=0.2", "--eps=-1"]
+    # Both runs and the histogram together stay below epsilon 3.
+    budget = ["--eps=3", "--num_epochs=0.5"]
+    instructions = [*budget, "--job_sess=instructions", "--noise_multiplier=0.8"]
+    pairs_form = ["--prompt_style=vicuna", "--max_seq_len=200"]
+    answers = [*budget, *pairs_form, "--job_sess=answers", "--noise_multiplier=0.8"]
+    public = [*pairs_form, "--job_sess=synthetic_answers", "--num_epochs=0.2", "--eps=-1"]
     for data, more, dp in (
         (real, instructions, True), (pairs, answers, True), (pairs, public, False),
     ):  # fmt: skip
@@ -75,7 +76,10 @@ def make_folders(model: str) -> list[str]:
 def annotate(instructions: list[str]) -> None:
     """Answers as `annotate` records them."""
     decoding = {"temperature": 0.7, "max_tokens": 64}
-    job = Job(Path("annotations"), "gpt-3.5-turbo", "https://api.openai.com/v1", decoding, [])
+    hashes = hashes_of([Path("selected/selected.jsonl")])
+    job = Job(
+        Path("annotations"), "gpt-3.5-turbo", "https://api.openai.com/v1", decoding, [], hashes
+    )
     write_json("annotations/manifest.json", job.manifest())
     usage = {"prompt_tokens": 10, "completion_tokens": 20}
     with JsonlAppender("annotations/answers.jsonl") as file:
@@ -99,7 +103,7 @@ def evaluate() -> None:
     ), settings)  # fmt: skip
     wins = [
         Score("win rate", "base", 0.5, 0.5, 0.5, None, "higher"),
-        Score("win rate", "answers", 0.58, 0.49, 0.66, 0.5, "higher"),
+        Score("win rate", "answers", 0.58, 0.49, 0.66, 0.5, "higher", 1234),
         Score("win rate", "synthetic answers", 0.63, 0.56, 0.7, 0.5, "higher"),
     ]
     write_result(Path("results"), Result(
@@ -110,6 +114,20 @@ def evaluate() -> None:
     write_result(Path("results"), Result(
         "memorisation", "What was memorised", True, "95% bootstrap", [leak], "unseen canaries",
     ), settings)  # fmt: skip
+
+
+def rehash() -> None:
+    """Bring the hashes on record up to date, after a test has changed texts of the pipeline."""
+    for record in ("inference_outputs/instructions/manifest.json",
+                   "inference_outputs/answers/manifest.json", "synthetic/preparation.json",
+                   "selected/resampling_report.json", "annotations/manifest.json"):  # fmt: skip
+        path = Path(record)
+        content = json.loads(path.read_text())
+        for name in content.get("outputs_sha256", {}):
+            content["outputs_sha256"][name] = sha256_of(path.parent / name)
+        if "inputs_sha256" in content:
+            content["inputs_sha256"] = hashes_of(map(Path, content["inputs_sha256"]))
+        write_json(path, content)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from tests.json_lines import jsonl
 from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
-from utils.files import JsonlAppender, read_jsonl
+from utils.files import JsonlAppender, hashes_of, read_jsonl
 from utils.folders import locked
 
 pytestmark = pytest.mark.usefixtures("key")
@@ -453,7 +453,10 @@ def test_the_manifest_says_who_was_asked_and_how(tmp_path):
         _, records = run(tmp_path, server, 1, **flags)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     decoding = {"temperature": 0.7, "max_completion_tokens": 50}
-    assert manifest == {"model": "gpt-3.5-turbo", "base_url": server.url, "decoding": decoding}
+    assert manifest == {
+        "model": "gpt-3.5-turbo", "base_url": server.url, "decoding": decoding,
+        "inputs_sha256": hashes_of([tmp_path / "instructions.json"]),
+    }  # fmt: skip
     message = [{"role": "user", "content": "q0"}]
     assert server.requests[0].body == {"model": "gpt-3.5-turbo", "messages": message} | decoding
     (record,) = records.values()

@@ -206,6 +206,24 @@ def test_a_figure_that_a_seed_lacks_is_left_out():
     assert "distinct-3" not in names
 
 
+def test_draws_that_are_all_one_set_have_no_interval():
+    """Forty texts of forty are the same ones for every seed; what they are compared with is not."""
+    words = [[f"w{row}", f"v{row}"] for row in range(80)]
+    sets = {
+        name: spread_of(unit_vectors(rows, seed), words[:rows])
+        for name, rows, seed in (("real", 80, 1), ("synthetic", 40, 2), ("selected", 60, 3))
+    }
+    result = evaluate(sets, 40, num_seeds=3, private=True)
+    found = {(score.name, score.subject): score for score in result.scores}
+    own, compared = "similarity of two texts", "coverage"
+    assert found[own, "synthetic"].low is None
+    assert found[own, "synthetic"].high is None
+    for key in ((own, "selected"), (compared, "synthetic"), (compared, "selected")):
+        assert found[key].low is not None, key
+    assert found[own, "synthetic"].n == 40
+    assert found["words of a text, mean", "selected"].n == 60
+
+
 def test_scores_are_means_over_seeds_with_their_deviation():
     sets = {
         name: spread_of(unit_vectors(rows, seed))

@@ -13,13 +13,25 @@ from unittest import mock
 
 import pytest
 
+import inference
 from evaluation import report
 from evaluation.page import material
 from evaluation.page.printing import markdown
 from evaluation.results import Result, Score, write_result
 from privacy_checks import composition
+from query_gpt35_for_annotation import annotate
+from resample_with_dp_histogram import extract
+from tests import training
 from tests.json_lines import jsonl
-from tests.report_folders import ANSWER, LEDGER, file_hashes, make_folders, read_real_rows
+from tests.paths import ROOT
+from tests.report_folders import (
+    ANSWER,
+    LEDGER,
+    file_hashes,
+    make_folders,
+    read_real_rows,
+    rehash,
+)
 from utils.cli import run_cli
 from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.privacy import guarantee
@@ -139,8 +151,58 @@ def test_the_guarantee_is_of_all_runs_and_histograms_together(folders):
     best = (1 + compute_delta(events, 0.0)) / 2
     for content in (page, text):
         assert f"({epsilon:.3f}, 0.001)-differentially private" in content
+        assert "The chain has no key: it shows accidents, not a dishonest curator" in content
         found = re.search(r"is right at most ([\d.]+)%", content)
         assert best <= float(found[1]) / 100 <= best + 1.01e-4
+
+
+def test_more_than_a_run_was_planned_for_is_said_first_and_exits_1(folders, capsys):
+    assert "ABOVE TARGET" not in "".join(page_of(folders))
+    record_histogram("more.jsonl", num_examples=64, noise_multiplier=1.0, num_bins=4)
+    folders.insert(folders.index(LEDGER), "more.jsonl")
+    said = "outputs/answers was planned for 3."
+    for more, code in (([], 1), (["--allow_above_target"], 0)):
+        capsys.readouterr()
+        for content in page_of(folders, *more, code=code):
+            assert content.index("ABOVE TARGET") < content.index("-differentially private")
+            assert said in content
+        err = capsys.readouterr().err
+        assert said in err
+        assert ("add --allow_above_target" in err) == bool(code)
+
+
+def test_n_stands_next_to_every_figure(folders):
+    _, text = page_of(folders, "--internal")
+    tables = [line for line in text.splitlines() if line.startswith("| measure | of |")]
+    assert len(tables) == 4
+    assert all(line.startswith("| measure | of | n | value |") for line in tables)
+    assert "| win rate | answers | 1,234 | 0.58 | 0.49 to 0.66 |" in text
+    # A result of an earlier version.
+    assert "| win rate | base | not on record | 0.5 |" in text
+
+
+def test_the_two_bounds_on_the_page_are_reconciled(folders):
+    """How often a guess is right, and how sure the rarest outcome makes, look like a conflict."""
+    for content in page_of(folders):
+        (guess,) = set(re.findall(r"is right at most ([\d.]+%) of the time", content))
+        found = re.search(
+            r"Both hold: ([\d.]+%) is how often the best guess is right over all .*; ([\d.]+%) is "
+            r"how sure somebody who believed 50% before can become .* outcomes are rare",
+            content,
+        )
+        assert found[1] == guess
+        assert float(found[2][:-1]) > float(guess[:-1])
+        assert content.count(found[2]) > 1  # in the table of the odds, too
+
+
+def test_the_curve_of_epsilon_names_each_run(folders):
+    page, text = page_of(folders)
+    (chart,) = [svg for svg in page.split("<svg ") if "epsilon at delta" in svg]
+    (words,) = [line for line in text.splitlines() if line.startswith("*Privacy spent over")]
+    for name in ("1. outputs/instructions", "2. outputs/answers"):
+        assert f">{name}</text>" in chart  # in the legend
+        assert f"{name}: from" in words
+    assert len(set(re.findall(r'<use href="#(m\w+)"', chart))) > 2  # ticks, and a mark each run
 
 
 def test_html_and_markdown_hold_the_same_facts(folders):
@@ -164,7 +226,8 @@ def test_every_stage_is_there_with_its_numbers(folders):
         f"of {selection['selection']['pool']} over 4 bins",
         "asked 8 instructions: 8 ok; 80 prompt and 160 answer tokens; $0.0003",
         f"to {selection['total_variation_to_private']['selected']:.3f} (0: equal",
-        "win rate, answers: 0.58 (0.49 to 0.66) with 0.5 for the control",
+        "win rate, answers: 0.58 (0.49 to 0.66) with 0.5 for the control, n 1,234",
+        f"n {selection['selection']['pool']} and 8)",
         "not told apart from the control",
         "better than the control",
         "python -m privacy_checks.report outputs/instructions outputs/answers --histogram",
@@ -211,24 +274,158 @@ def test_nothing_from_a_private_file_is_on_the_page_for_release(folders):
     for content in page_of(folders):
         for text in hidden:
             assert text not in content
-        assert "2 answers in inference_outputs/answers are not shown" in content
+        assert "Nothing of inference_outputs/answers is shown" in content
 
 
 def test_prompts_that_are_public_are_shown_where_the_user_says_so(folders):
     page, _ = page_of(folders, "--public_prompts")
     assert PRIVATE_QUESTION in page
-    assert "are not shown" not in page
+    assert "inference_outputs/answers is shown" not in page
 
 
-def test_answers_to_synthetic_prompts_are_shown(folders):
-    selected = next(read_jsonl("selected/selected.jsonl"))["instruction"]
+def test_answers_are_shown_if_every_prompt_is_synthetic(folders):
+    selected = [row["instruction"] for row in read_jsonl("selected/selected.jsonl")]
     path = Path("inference_outputs/answers/shard-0.jsonl")
     samples = list(read_jsonl(path))
-    samples[0] |= {"prompt": selected, "text": "an answer to a synthetic prompt"}
+    for sample, prompt in zip(samples, selected):
+        sample |= {"prompt": prompt, "text": "an answer to a synthetic prompt"}
     path.write_text(jsonl(samples))
+    rehash()
     page, _ = page_of(folders)
-    assert "an answer to a synthetic prompt" in page
-    assert "1 answers in inference_outputs/answers are not shown" in page
+    assert page.count("an answer to a synthetic prompt") == len(samples)
+    assert "inference_outputs/answers is shown" not in page
+
+
+def test_texts_that_equal_private_prompts_are_neither_shown_nor_counted(folders):
+    """Which of twenty private prompts the pool holds, or how many, is a fact about them."""
+    equal = list(dict.fromkeys(row["instruction"] for row in read_jsonl("selected/selected.jsonl")))
+    prompts = [*equal[:3], *(f"{PRIVATE_QUESTION} {number}" for number in range(17))]
+    path = Path("inference_outputs/answers/shard-0.jsonl")
+    first = next(read_jsonl(path))
+    samples = [
+        first | {"id": number, "prompt": prompt, "text": f"private answer {number}"}
+        for number, prompt in enumerate(prompts)
+    ]
+    path.write_text(jsonl(samples))
+    manifest = Path("inference_outputs/answers/manifest.json")
+    write_json(manifest, json.loads(manifest.read_text()) | {"num_samples": 20})
+    rehash()
+    folders += ["--num_shown", "80"]
+    page_of(folders)
+    for file in sorted(path for path in Path("out").rglob("*") if path.is_file()):
+        content = file.read_text()
+        assert "private answer" not in content
+        assert PRIVATE_QUESTION not in content
+        assert "Nothing of inference_outputs/answers is shown" in content
+        (stage,) = re.findall(r"^.*inference_outputs/answers: from.*$", content, re.MULTILINE)
+        assert "not shown, since its prompts may be private" in stage
+        assert not re.search(r"\b(3|17|20)\b", stage)
+
+
+# ------------------------------------------------------------------ the chain of hashes
+
+
+def test_private_rows_in_the_form_of_samples_do_not_reach_the_page(folders, capsys):
+    rows = [
+        {"id": number, "prompt": "", "text": text, "finish_reason": "stop", "num_tokens": 9}
+        for number, text in enumerate(read_real_rows())
+    ]
+    Path("fake").mkdir()
+    Path("fake/shard-0.jsonl").write_text(jsonl(rows))
+    extract.main(["--instructions", "fake", "--output", "extracted"])
+    folders[folders.index("synthetic")] = "extracted"
+    line = refused([*folders, "--output", "out"], capsys)
+    assert "--extraction extracted: made of fake/shard-0.jsonl, which leads back to no run" in line
+    assert "name the --samples that wrote it, or leave --extraction out" in line
+    # Nor as a further shard of a folder that was sampled.
+    folders[folders.index("extracted")] = "synthetic"
+    shutil.copy("fake/shard-0.jsonl", "inference_outputs/instructions/shard-1.jsonl")
+    line = refused([*folders, "--output", "out"], capsys)
+    assert "inference_outputs/instructions: shard-1.jsonl is not what manifest.json says" in line
+    assert not Path("out").exists()
+
+
+def test_private_rows_of_a_text_file_do_not_reach_the_page(folders, capsys):
+    Path("rows.txt").write_text("\n".join(row.strip() for row in read_real_rows()))
+    extract.main(["--instructions", "rows.txt", "--output", "extracted"])
+    folders[folders.index("synthetic")] = "extracted"
+    line = refused([*folders, "--output", "out"], capsys)
+    assert "made of rows.txt, which leads back to no run named here" in line
+
+
+def test_a_selection_from_another_runs_samples_is_refused(folders, capsys):
+    shutil.copytree("inference_outputs/instructions", "another_run")
+    shard = Path("another_run/shard-0.jsonl")
+    shard.write_text(shard.read_text().replace('"text": "', '"text": "x'))
+    extract.main(["--instructions", "another_run", "--output", "extracted"])
+    report_file = Path("selected/resampling_report.json")
+    content = json.loads(report_file.read_text())
+    hashes = json.loads(Path("extracted/preparation.json").read_text())["outputs_sha256"]
+    source = {"extracted/instructions.jsonl": hashes["instructions.jsonl"]}
+    write_json(report_file, content | {"inputs_sha256": source})
+    line = refused([*folders, "--output", "out"], capsys)
+    assert "--selection selected: made of extracted/instructions.jsonl, which leads back" in line
+    # The extraction that it was made of leads to samples that are not named.
+    folders[folders.index("synthetic")] = "extracted"
+    line = refused([*folders, "--output", "out"], capsys)
+    assert "--extraction extracted: made of another_run/shard-0.jsonl" in line
+
+
+def test_texts_that_were_changed_afterwards_are_refused(folders, capsys):
+    for file, flag in (("inference_outputs/instructions/shard-0.jsonl", "samples"),
+                       ("synthetic/instructions.jsonl", "extraction"),
+                       ("selected/selected.jsonl", "selection")):  # fmt: skip
+        path = Path(file)
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b'"', b' "', 1))
+        line = refused([*folders, "--output", "out"], capsys)
+        assert f"--{flag} {path.parent}: {path.name} is not what" in line
+        path.write_bytes(before)
+    page_of(folders)
+
+
+@pytest.mark.parametrize(
+    ("record", "remedy"),
+    [
+        ("inference_outputs/instructions/manifest.json", "give its inference command again"),
+        ("synthetic/preparation.json", "run extract again, with another --output"),
+        ("selected/resampling_report.json", "select again from what extract writes now"),
+        ("annotations/manifest.json", "give its annotate command again"),
+    ],
+)
+def test_what_an_earlier_version_wrote_is_refused_with_a_remedy(folders, capsys, record, remedy):
+    path = Path(record)
+    content = json.loads(path.read_text())
+    for name in ("inputs_sha256", "outputs_sha256"):
+        content.pop(name, None)
+    write_json(path, content)
+    line = refused([*folders, "--output", "out"], capsys)
+    assert f"{path.parent}: its {path.name} has no" in line
+    assert remedy in line
+    assert PRIVATE_QUESTION in page_of(folders, "--internal")[0]
+
+
+def test_the_remedies_of_sampling_and_annotating_work(folders, tiny_model_dir):
+    """The same command draws and asks nothing that is there, and adds the hashes."""
+    path = Path("inference_outputs/instructions/manifest.json")
+    whole = json.loads(path.read_text())
+    write_json(path, {name: whole[name] for name in whole if name != "outputs_sha256"})
+    assert training.in_process(inference.main, [
+        f"--model_name={tiny_model_dir}", "--max_seq_len=100", "--seed=3",
+        f"--instruction_file={ROOT / 'utils/syn_instruct.txt'}",
+        "--adapter_path=outputs/instructions/adapter", "--job_sess=instructions",
+        "--prompt_style=uncond_generation", "--num_samples=80",
+    ]) == 0  # fmt: skip
+    assert json.loads(path.read_text()) == whole
+    path = Path("annotations/manifest.json")
+    whole = json.loads(path.read_text())
+    write_json(path, {name: whole[name] for name in whole if name != "inputs_sha256"})
+    assert annotate.main([
+        "--instructions=selected/selected.jsonl", "--output=annotations", "--max_tokens=64",
+        "--drop_parameters=top_p",
+    ]) == 0  # fmt: skip
+    assert json.loads(path.read_text()) == whole
+    page_of(folders)
 
 
 def test_no_path_of_the_machine_and_no_secret_is_on_the_page(folders, made):
@@ -259,6 +456,7 @@ def test_hostile_texts_stay_texts(folders):
     samples = list(read_jsonl(path))
     samples[0] |= {"text": hostile, "id": 0}
     path.write_text(jsonl(samples))
+    rehash()
     write_result(Path("hostile"), Result(
         "other", "<b>title</b>", False, "x", [Score("</svg><script>", "<i>", 1.0, 0.5, 1.5, 0.2)],
         "<u>",

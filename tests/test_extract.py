@@ -8,7 +8,7 @@ from resample_with_dp_histogram import extract
 from tests.json_lines import jsonl
 from tests.training import run_process
 from utils.cli import UsageError
-from utils.files import read_jsonl
+from utils.files import hashes_of, read_jsonl, sha256_of
 
 
 def write_shard(path, *samples, torn=""):
@@ -44,6 +44,10 @@ def test_shards_become_distinct_instructions_and_every_drop_is_counted(tmp_path,
         "sources": sources,
         "kept": 3,
         "dropped": {"empty": 2, "truncated": 2, "duplicate": 2},
+        "inputs_sha256": hashes_of(
+            [*(tmp_path / f"shards/shard-{n}.jsonl" for n in range(3)), tmp_path / "more.txt"]
+        ),
+        "outputs_sha256": {"instructions.jsonl": sha256_of(tmp_path / "out/instructions.jsonl")},
     }
     assert "9 texts: 3 kept; dropped: 2 empty, 2 truncated, 2 duplicate" in capsys.readouterr().err
 

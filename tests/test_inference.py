@@ -23,7 +23,7 @@ from tests.paths import ROOT
 from tests.test_engines import constant_model
 from tests.training import in_process
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli
-from utils.files import read_jsonl
+from utils.files import read_jsonl, sha256_of
 from utils.models.adapter_info import write_adapter_info
 from utils.models.loading import load_base_model, model_fingerprint
 from utils.texts.prompts import write_instruction_file
@@ -102,6 +102,8 @@ def test_unconditional_samples(folder, tiny_model_dir, capsys):
     assert len({record["text"] for record in found.values()}) == 12
     manifest = json.loads(Path("inference_outputs/job/manifest.json").read_text())
     assert (manifest["top_p"], manifest["seed"], manifest["num_samples"]) == (1.0, 0, 12)
+    shard = "inference_outputs/job/shard-0.jsonl"
+    assert manifest["outputs_sha256"] == {"shard-0.jsonl": sha256_of(shard)}
     assert "all 12 samples are in inference_outputs/job" in capsys.readouterr().err
 
 

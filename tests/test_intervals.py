@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from evaluation.measures.intervals import bootstrap, mean_and_spread, ratio_of_sums
+from evaluation.measures.intervals import (
+    bootstrap,
+    mean_and_spread,
+    ratio_of_sums,
+    share_interval,
+)
 
 
 @pytest.mark.parametrize("count", [400, 20_000])
@@ -34,6 +39,20 @@ def test_examples_that_are_all_equal_have_an_interval_of_no_width(values):
     assert bootstrap(values, np.full(len(values), 2.0), statistic=ratio_of_sums) == (
         values[0] / 2, values[0] / 2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 20, 3000])
+def test_none_and_all_have_exact_intervals(count):
+    """Clopper and Pearson 1934: none of n is as likely as 2.5% at 1 - 0.025^(1/n)."""
+    most = 1 - 0.025 ** (1 / count)
+    assert share_interval(np.zeros(count)) == (0.0, pytest.approx(most))
+    assert share_interval(np.ones(count)) == (pytest.approx(1 - most), 1.0)
+
+
+def test_other_shares_are_resampled():
+    for values in ([0.0, 1.0, 1.0], [0.5, 0.5]):
+        values = np.array(values)
+        assert share_interval(values) == bootstrap(values, statistic=np.mean)
 
 
 def test_mean_and_spread():

@@ -43,7 +43,8 @@ def write_sets(folder, ours, theirs):
         (folder / f"{name}.json").write_text(json.dumps(rows))
 
 
-def arguments(folder, server, *words, **flags):
+def arguments(folder, server, *words, public=True, **flags):
+    words += ("--public",) if public else ()
     paths = {name: folder / f"{name}.json" for name in ("ours", "theirs")}
     flags = paths | {"output": folder / "out", "base_url": server.url, "concurrency": 8} | flags
     return [*(f"--{name}={value}" for name, value in flags.items()), *words]
@@ -86,6 +87,9 @@ def test_a_fair_judge_gives_wins_losses_and_ties(tmp_path, capsys):
     assert (scores["win rate"]["low"], scores["win rate"]["high"]) == pytest.approx(
         (0.7 - 1.96 * 0.127, 0.7 + 1.96 * 0.127), abs=0.05
     )
+    assert {score["n"] for score in found["scores"]} == {10}
+    none = scores["pairs with contrary verdicts"]
+    assert (none["low"], none["high"]) == (0, pytest.approx(1 - 0.025 ** (1 / 10)))
     assert scores["win rate"]["subject"] == "ours: model_ours"
     assert (found["tool"], found["private"], found["settings"]["model"]) == (
         "judge", False, "gpt-4o-mini",
@@ -346,9 +350,9 @@ def test_private_instructions_leave_traces_in_the_private_folder_only(
 ):
     write_sets(tmp_path, list("999"), list("111"))
     with Server(annotation_server.judge(better)) as server:
-        assert run(tmp_path, server, "--private", "--dry_run") == 0
+        assert run(tmp_path, server, "--dry_run", public=False) == 0
         assert "warning" not in capsys.readouterr().err
-        assert run(tmp_path, server, "--private") == 0
+        assert run(tmp_path, server, public=False) == 0
         assert f"warning: private instructions or answers are sent to {server.url}" in (
             capsys.readouterr().err
         )
@@ -362,12 +366,12 @@ def test_private_instructions_leave_traces_in_the_private_folder_only(
         assert len(read_records(out / "private" / "judgements")) == 6
 
 
-@pytest.mark.parametrize("first", [["--private"], []])
-def test_private_and_public_judgements_are_not_in_one_folder(tmp_path, first):
+@pytest.mark.parametrize(("public", "remedy"), [(True, "add"), (False, "leave")])
+def test_private_and_public_judgements_are_not_in_one_folder(tmp_path, public, remedy):
     write_sets(tmp_path, list("999"), list("111"))
-    second = [] if first else ["--private"]
+    kind = "public" if public else "private"
     with Server(annotation_server.judge(better)) as server:
-        run(tmp_path, server, *first, limit=2)
-        with pytest.raises(UsageError, match=f"begun {'with' if first else 'without'} --private"):
-            run(tmp_path, server, *second)
+        run(tmp_path, server, limit=2, public=public)
+        with pytest.raises(UsageError, match=f"begun with {kind} texts; {remedy} --public"):
+            run(tmp_path, server, public=not public)
         assert len(server.requests) == 2

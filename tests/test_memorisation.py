@@ -10,7 +10,16 @@ import train
 from evaluation import memorisation
 from evaluation.measures.exposure import exposure_by_chance
 from evaluation.measures.overlap import Reference, make_reference
-from evaluation.memorisation import MORE, canary_scores, compared, distinct, main, read_run
+from evaluation.memorisation import (
+    MORE,
+    canary_scores,
+    compared,
+    distinct,
+    main,
+    personal_data,
+    personal_data_scores,
+    read_run,
+)
 from privacy_checks.tiny_model import save_tiny_model
 from tests.resampling import save_tiny_encoder
 from tests.training import flags, in_process, save_dataset
@@ -146,7 +155,7 @@ def test_an_interval_holds_0_as_often_as_it_says_without_a_leak(seed):
     for _ in range(60):
         # Rare coincidences: most parts have none, and the smaller set often none at all.
         parts = random.poisson(0.1, size=64).astype(float)
-        more = compared("", "", parts, reference)[1]
+        more = compared("", "", parts, reference, 1)[1]
         outside += more.low > 0 or more.high < 0
     assert outside <= 9  # more by a chance of 1 in 1,000
 
@@ -155,7 +164,7 @@ def test_an_interval_is_no_wider_than_chance_asks():
     """Against the normal theory of two means, for parts that lie close to it."""
     reference = make_reference(["x"] * 48, ["x"] * 16, seed=0)
     parts = np.random.default_rng(0).normal(size=64)
-    more = compared("", "", parts, reference)[1]
+    more = compared("", "", parts, reference, 1)[1]
     deviation = parts.std() * np.sqrt(1 / 48 + 1 / 16)
     assert (more.high - more.low) == pytest.approx(2 * 1.96 * deviation, rel=0.1)
     assert more.low < more.value < more.high
@@ -275,7 +284,22 @@ def test_secrets_in_synthetic_texts_are_counted_beside_those_that_never_were_ins
     drawn = [secret for secret, _ in zip(secrets(0), range(8))]
     told = [f"the code is {drawn[0]}", f"{drawn[1]}{drawn[2]}", f"{drawn[5]}", "1234"]
     (_, found), _ = canary_scores(read_run(trained["fresh"], None), told, 10)
-    assert (found.value, found.control) == (0.75, 0.25)
+    assert (found.value, found.control, found.n) == (0.75, 0.25, 4)
+    (_, none), _ = canary_scores(read_run(trained["fresh"], None), ["1234"], 10)
+    assert (none.value, none.low, none.high) == (0, 0, pytest.approx(1 - 0.025 ** (1 / 4)))
+
+
+def test_personal_data_of_which_none_was_found_has_an_exact_interval():
+    found = personal_data(["nothing"] * 49 + ["mail a@example.org"])
+    scores = {score.name: score for score in personal_data_scores("texts", found)}
+    assert {score.n for score in scores.values()} == {50}
+    nothing = [score for score in scores.values() if score.value == 0]
+    assert len(nothing) == len(scores) - 1
+    for score in nothing:
+        assert (score.low, score.high) == (0, pytest.approx(1000 * (1 - 0.025 ** (1 / 50))))
+    (some,) = [score for score in scores.values() if score.value > 0]
+    assert some.value == pytest.approx(20)
+    assert some.low < 20 < some.high
 
 
 def test_canaries_are_released_with_a_guarantee_alone(trained, sets, tmp_path):

@@ -53,16 +53,24 @@ def test_a_score_is_read_by_its_interval(value, better, reading):
         assert sections.reading(score | {"better": better, missing: None}) == ""
 
 
+def test_a_single_example_has_no_interval():
+    """Every draw of one example is that example; an exact interval of it has a width."""
+    score = {"low": 5.0, "high": 5.0, "n": 1}
+    assert sections.spread(score) == ""
+    assert sections.spread(score | {"n": 2}) == "5 to 5"
+    assert sections.spread(score | {"low": 0.0, "high": 0.975}) == "0 to 0.975"
+
+
 def test_the_time_of_answers_to_hidden_prompts_is_hidden():
     manifest = {"num_samples": 5, "model_name": "m", "adapter_path": "a", "seconds": 61.4}
     drawn = [{"finish_reason": "stop", "num_tokens": 3}]
     page = sections.Page(Material(True, {"guarantee": False}, [], [], []), 0)
     templates = report.environment(page, ".md", Markup).get_template("sections.j2").module
-    for hidden, end in ((0, "in 61 s"), (4, "4 with prompts that may be private left out")):
+    for hidden, end in ((False, "in 61 s"), (True, "not shown, since its prompts may be private")):
         samples = Samples(Path("folder"), manifest, drawn, hidden)
         text = one_line(templates.sampled(samples))
         assert text.endswith(end)
-        assert ("61" in text) == (hidden == 0)
+        assert ("61" in text) == (not hidden)
 
 
 def test_long_texts_are_cut_and_empty_ones_are_named():

@@ -43,6 +43,9 @@ SMALLER = {
     "--total_bs 32 --num_epochs 3": "--total_bs 8 --num_epochs 0.2",
     # A third of the random model's texts end by themselves, and those alone are annotated.
     "uncond_generation --max_seq_len 128 --top_p": "uncond_generation --max_seq_len 100 --top_p",
+    # One step at the larger sampling rate costs more.
+    "--noise_multiplier 0.48": "--noise_multiplier 0.7",
+    "--noise_multiplier 0.41": "--noise_multiplier 0.7",
     "--num_samples 128": "--num_samples 80",
     "--max_seq_len 128": "--max_seq_len 500",
     "--max_seq_len 1024": "--max_seq_len 500",

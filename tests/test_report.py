@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from matplotlib.axes import Axes
 
 from privacy_checks import composition, report
 from utils.cli import UsageError, run_cli
@@ -230,6 +231,22 @@ def test_the_curve_takes_the_runs_one_after_the_other(run, pairs):
     first = report.epsilon_over_steps(report.composed_report(pairs), 2)[1]
     assert points[25] == pytest.approx(first["epsilon"], rel=1e-6)
     assert points[30] > points[25]
+
+
+def test_the_curve_shows_which_run_is_which(run, pairs):
+    composed = report.composed_report([pairs, run])
+    curves = composition.curve_by_run(composed, report.epsilon_over_steps(composed, 4))
+    assert list(curves) == [str(pairs), str(run)]
+    (first, second) = curves.values()
+    assert (first[0][0], first[-1][0]) == (0, 25)
+    # One run after the other: where the first ends the second begins.
+    assert (first[-1], second[-1][0]) == (second[0], 45)
+    composed |= {"epsilon_over_steps": report.epsilon_over_steps(composed)}
+    with mock.patch("matplotlib.axes.Axes.plot", autospec=True, side_effect=Axes.plot) as drawn:
+        report.plot(composed)
+    labels = {call.kwargs["label"]: call.kwargs["marker"] for call in drawn.mock_calls}
+    assert list(labels) == [str(pairs), str(run)]
+    assert len(set(labels.values())) == 2
 
 
 def test_lost_steps_of_every_run_are_composed_apart(run, tmp_path):
@@ -532,6 +549,34 @@ def test_the_command_prints_and_writes_three_files(run, histogram, tmp_path, cap
     assert curve[-1]["epsilon"] == pytest.approx(written["epsilon"][ADD_REMOVE]["upper"], abs=0.02)
     assert (out / "epsilon_over_steps.png").read_bytes().startswith(b"\x89PNG")
     assert "epsilon_over_steps.png" in page
+
+
+def test_more_than_a_target_is_said_first_and_exits_1(run, pairs, tmp_path, capsys):
+    """Two runs of one target each, or a histogram that was not reserved."""
+    costly = tmp_path / "costly.jsonl"
+    record_histogram(costly, num_examples=500, noise_multiplier=0.9, num_bins=10)
+    for runs in ([run, pairs], [run]):
+        words = [*map(str, runs), "--histogram", str(costly)]
+        for extra, code in (([], 1), (["--allow_above_target"], 0)):
+            out = tmp_path / f"out-{len(runs)}-{code}"
+            assert report.main([*words, *extra, "--output", str(out)]) == code
+            told = capsys.readouterr()
+            first = told.out.splitlines()[1]
+            assert first.startswith("ABOVE TARGET: together they spend epsilon ")
+            assert f"{run} was planned for 2." in first
+            assert ("add --allow_above_target" in told.err) == (code == 1)
+            written = json.loads((out / "composed_report.json").read_text())
+            assert len(written["above_target"]) == len(runs)
+            assert (out / "composed_report.md").read_text().splitlines()[2] == first
+    assert report.composed_report(run)["above_target"] == []
+    assert report.main([str(run)]) == 0
+
+
+def test_a_target_is_that_of_the_plans_own_delta(run):
+    """Another --delta moves the epsilon that is shown, and no target."""
+    spent = report.composed_report(run, delta=1e-9)
+    assert spent["epsilon"][ADD_REMOVE]["upper"] > PLAN.target_epsilon
+    assert spent["above_target"] == []
 
 
 def test_nothing_is_overwritten(run, tmp_path):

@@ -15,7 +15,7 @@ from tests.paths import ROOT
 from tests.resampling import save_embeddings, unit_vectors
 from tests.training import run_process
 from utils.cli import UsageError
-from utils.files import JsonlAppender, read_jsonl, write_json
+from utils.files import JsonlAppender, read_jsonl, sha256_of, write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
 from utils.privacy.ledger import LEDGER_FILE, Ledger, read_ledger, record_histogram
 from utils.privacy.plan import PrivacyPlan
@@ -82,7 +82,7 @@ def test_neighbouring_datasets_share_clusters_and_differ_by_one_in_one_bin(folde
         np.testing.assert_array_equal(whole["synthetic"], neighbour["synthetic"])
         # The total is N, which is public, and not the number of rows that were counted.
         assert neighbour["private"].sum() == pytest.approx(PRIVATE)
-        volatile = ("ledger", "selection", "total_variation_to_private")
+        volatile = ("ledger", "selection", "outputs_sha256", "total_variation_to_private")
         assert {k: v for k, v in report.items() if k not in volatile} == {
             k: v for k, v in other_report.items() if k not in volatile
         }
@@ -103,7 +103,9 @@ def test_all_that_is_released_follows_from_the_noisy_histogram_and_public_data(f
 
 
 def test_only_what_may_be_released_is_written(folders):
-    ran(folders)
+    _, report = ran(folders)
+    selected = {"selected.jsonl": sha256_of(folders / "out" / "selected.jsonl")}
+    assert report["outputs_sha256"] == selected
     assert {path.name for path in (folders / "out").iterdir()} == {
         "selected.jsonl", "histograms.json", "histograms.png", "clusters.npz",
         "resampling_report.json",

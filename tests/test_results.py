@@ -31,6 +31,8 @@ def test_a_result_lies_where_its_kind_belongs(tmp_path, private):
     path = write_result(tmp_path, result(private), settings)
     assert path == (tmp_path / "private" if private else tmp_path) / "tool.json"
     assert (tmp_path / "private" / "README.md").exists() == private
+    if private:
+        assert path.parent.stat().st_mode & 0o777 == 0o700
     assert read_results(tmp_path, not private) == []
     (read,) = read_results(tmp_path, private)
     assert read["scores"][0]["control"] == 2.0

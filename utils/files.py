@@ -51,6 +51,11 @@ def sha256_of(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hashes_of(paths: Iterable[Path]) -> dict[str, str]:
+    """The SHA-256 of each file, by its path as it was given."""
+    return {str(path): sha256_of(path) for path in paths}
+
+
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict]:
     """Yield the records of a JSON-lines file; a torn last line (no newline) is passed over.
 

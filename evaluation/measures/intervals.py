@@ -7,6 +7,7 @@ from scipy import stats
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
 BOOTSTRAP = f"{CONFIDENCE:.0%} bootstrap over examples ({RESAMPLES:,} resamples)"
+EXACT = "exact (Clopper and Pearson 1934) for a share of none or of all"
 SEEDS = "mean minus and plus one standard deviation over seeds"
 
 
@@ -40,6 +41,24 @@ def bootstrap(
     )
     low, high = found.confidence_interval
     return float(low), float(high)
+
+
+def share_interval(values: np.ndarray) -> tuple[float, float]:
+    """An interval of a mean of values from 0 to 1: `bootstrap`, or exact for none and all.
+
+    Resampling nothing but zeros gives zeros, as though no other example could be.
+
+    Args:
+        values: float64 [examples].
+
+    Returns:
+        The lower and upper end, at `CONFIDENCE`.
+    """
+    if values.min() == values.max() and values[0] in (0, 1):
+        test = stats.binomtest(int(values.sum()), len(values))
+        found = test.proportion_ci(CONFIDENCE, method="exact")
+        return float(found.low), float(found.high)
+    return bootstrap(values, statistic=np.mean)
 
 
 def ratio_of_sums(

@@ -21,6 +21,7 @@ INK, GRID = "#f0000a", "#f0000b"
 SERIES = ("#f00001", "#f00002", "#f00003", "#f00004", "#f00005", "#f00006")
 # In addition to colour, so that lines differ without it.
 STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)))
+MARKS = ("o", "s", "^", "D", "v", "P")
 WIDTH, LINES_HEIGHT = 5.2, 3.3  # inches of 72 units
 FONT_SIZE = 10.5
 SETTINGS = {
@@ -37,7 +38,8 @@ def line_chart(chart: dict, key: str) -> str:
     """Lines or steps over a common axis.
 
     Args:
-        chart: the fields of `evaluation.results.Chart`.
+        chart: the fields of `evaluation.results.Chart`; of the kind "marked", each line's points
+            have marks of their own.
         key: a name that no other chart of the page has.
 
     Returns:
@@ -51,7 +53,8 @@ def line_chart(chart: dict, key: str) -> str:
             axes.plot(
                 x, y, drawstyle="steps-mid" if chart["kind"] == "step" else "default",
                 color=SERIES[number % len(SERIES)], linestyle=STYLES[number % len(STYLES)],
-                marker="." if len(points) == 1 else None, label=_short(label),
+                marker=_mark(chart["kind"], number, len(points)), markersize=4.5,
+                label=_short(label),
             )  # fmt: skip
         axes.set_xlabel(_short(chart["x_label"]))
         axes.set_ylabel(_short(chart["y_label"], 36))
@@ -119,6 +122,13 @@ def describe_scores(name: str, scores: Sequence[dict], control: str) -> str:
         parts.append(words)
     meaning = f" The control is {control}." if control else ""
     return f"{name}. " + "; ".join(parts) + "." + meaning
+
+
+def _mark(kind: str, number: int, num_points: int) -> str | None:
+    """The mark of a line's points: one of its own where the kind says so, or for a lone point."""
+    if kind == "marked":
+        return MARKS[number % len(MARKS)]
+    return "." if num_points == 1 else None
 
 
 def _short(text: str, width: int = 44) -> str:

@@ -2,8 +2,10 @@
 
 A page for release is made of what the composed guarantee covers: ledgers, flags, texts of adapters
 that were trained here, the noisy histogram. Nothing under a private/ folder is opened for it, and
-no text is shown that may be a private row: prompts and annotated instructions have to be synthetic
-themselves. Wall times of training are left out too, since they follow from who was sampled.
+no text is shown that may be a private row: synthetic texts have to lead back to a run by the hashes
+of files, and prompts and annotated instructions have to be synthetic themselves. Of a folder with
+one prompt that is not, nothing is shown: which prompts are, or how many, would tell of the others.
+Wall times of training are left out too, since they follow from who was sampled.
 """
 
 import json
@@ -14,10 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from evaluation.page.chain import ANNOTATIONS, EXTRACTION, SAMPLES, SELECTION, Link, require_chain
 from evaluation.results import Chart, Score, read_results
 from privacy_checks.composition import composed_report, epsilon_over_steps, events_of
 from query_gpt35_for_annotation.job import Job, answers_file, read_records
 from query_gpt35_for_annotation.spending import Spending, price_of
+from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
+from resample_with_dp_histogram.resample import SELECTED_FILE
 from utils.cli import UsageError
 from utils.command_line.parser import flag, positive_float
 from utils.command_line.sampling_flags import ADAPTER_WEIGHTS
@@ -26,7 +31,7 @@ from utils.folders import PREPARATION_FILE
 from utils.privacy.accounting import ADD_REMOVE, compute_delta
 from utils.privacy.ledger import read_ledger
 from utils.runs.run_folder import CONFIG_FILE, holds_run
-from utils.sampling.shards import read_samples
+from utils.sampling.shards import read_samples, shards_of
 from utils.texts.prompts import UNCONDITIONAL
 from utils.texts.text_inputs import FORMATS, read_instructions
 
@@ -63,14 +68,14 @@ class Samples:
     """What was sampled into one folder.
 
     Attributes:
-        shown: those of its samples that the page may speak of.
-        hidden: how many it may not: their prompts are not known to be synthetic or public.
+        shown: its samples, or none if the page may not speak of them.
+        hidden: whether it may not: a prompt is not known to be synthetic or public.
     """
 
     folder: Path
     manifest: dict
     shown: list[dict]
-    hidden: int
+    hidden: bool = False
 
     @property
     def prompted(self) -> bool:
@@ -102,10 +107,14 @@ class Annotations:
     """What `query_gpt35_for_annotation` wrote; `usd` is None where the price is unknown."""
 
     folder: Path
-    model: str
+    manifest: dict
     records: list[dict]
     usd: float | None
     about_price: str
+
+    @property
+    def model(self) -> str:
+        return self.manifest["model"]
 
     @property
     def ends(self) -> dict[str, int]:
@@ -228,15 +237,51 @@ def collect(sources: Sources) -> Material:
     annotations = None
     if sources.annotations:
         annotations = read_annotations(sources.annotations, None if internal else synthetic)
+    extraction = read_extraction(sources.extraction) if sources.extraction else None
+    if not internal:
+        require_chain(links_of(sources, samples, extraction, selection, annotations))
     return replace(
         material,
         samples=samples,
-        extraction=read_extraction(sources.extraction) if sources.extraction else None,
+        extraction=extraction,
         selection=selection,
         annotations=annotations,
         results=[each for path in sources.evaluations for each in read_folder(path, internal)],
         real=read_instructions(str(sources.real), sources.split) if sources.real else [],
     )
+
+
+def links_of(
+    sources: Sources,
+    samples: list[Samples],
+    extraction: dict | None,
+    selection: Selection | None,
+    annotations: Annotations | None,
+) -> list[Link]:
+    """The folders whose texts have to lead back to a run, in order.
+
+    Answers may repeat their prompts, so they are a source of other texts only where those are
+    said to be public.
+    """
+    links = [
+        Link(
+            SAMPLES,
+            each.folder,
+            each.manifest,
+            shards_of(each.folder),
+            sources.public_prompts or not each.prompted,
+        )
+        for each in samples
+    ]
+    if sources.extraction and extraction is not None:
+        file = sources.extraction / INSTRUCTIONS_FILE
+        links.append(Link(EXTRACTION, sources.extraction, extraction, [file]))
+    if selection:
+        file = selection.folder / SELECTED_FILE
+        links.append(Link(SELECTION, selection.folder, selection.report, [file]))
+    if annotations:
+        links.append(Link(ANNOTATIONS, annotations.folder, annotations.manifest))
+    return links
 
 
 @contextmanager
@@ -333,15 +378,14 @@ def read_sampled(folder: Path, adapters: set[str] | None) -> Samples:
             if not all(isinstance(sample[key], str) for key in ("prompt", "text", "finish_reason")):
                 raise TypeError
             int(sample["num_tokens"])
-    return Samples(folder, manifest, samples, 0)
+    return Samples(folder, manifest, samples)
 
 
 def with_known_prompts(samples: Samples, synthetic: set[str]) -> Samples:
-    """Leave out what answers a prompt that is not among the synthetic texts."""
-    if not samples.prompted:
+    """Leave all samples out where a prompt is not among the synthetic texts."""
+    if not samples.prompted or {each["prompt"].strip() for each in samples.shown} <= synthetic:
         return samples
-    shown = [sample for sample in samples.shown if sample["prompt"].strip() in synthetic]
-    return Samples(samples.folder, samples.manifest, shown, len(samples.shown) - len(shown))
+    return replace(samples, shown=[], hidden=True)
 
 
 def read_extraction(folder: Path) -> dict:
@@ -376,7 +420,7 @@ def read_selection(folder: Path, ledgers: Sequence[Path]) -> Selection:
         histograms = {name: list(map(float, read[name])) for name in HISTOGRAMS}
         if not all(0 < len(each) == len(histograms["private"]) for each in histograms.values()):
             raise ValueError
-        texts = [str(row["instruction"]) for row in read_jsonl(folder / "selected.jsonl")]
+        texts = [str(row["instruction"]) for row in read_jsonl(folder / SELECTED_FILE)]
     return Selection(folder, report, histograms, texts)
 
 
@@ -397,7 +441,7 @@ def read_annotations(folder: Path, synthetic: set[str] | None) -> Annotations:
     with damage_named(folder, "annotate"):
         records = list(read_records(folder).values())
         price, about = price_of(manifest["model"])
-        job = Job(folder, **manifest, instructions=[])
+        job = Job(folder, manifest["model"], manifest["base_url"], manifest["decoding"], [])
         usd = Spending(job, price, None, records).spent if price else None
         statuses = [record["status"] for record in records]
         instructions = {record["instruction"].strip() for record in records}
@@ -409,7 +453,7 @@ def read_annotations(folder: Path, synthetic: set[str] | None) -> Annotations:
             "none of --samples and --selection, so they may be private rows; name the folders that "
             "they come from"
         )
-    return Annotations(folder, manifest["model"], records, usd, about)
+    return Annotations(folder, manifest, records, usd, about)
 
 
 def read_folder(folder: Path, internal: bool) -> list[dict]:
@@ -435,6 +479,7 @@ def read_folder(folder: Path, internal: bool) -> list[dict]:
                 score["value"] = float(score["value"])
                 for name in ("low", "high", "control"):
                     score[name] = None if score[name] is None else float(score[name])
+                score["n"] = None if score["n"] is None else int(score["n"])
             result["charts"] = [vars(Chart(**chart)) for chart in result["charts"]]
             for chart in result["charts"]:
                 chart["lines"] = {

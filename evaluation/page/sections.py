@@ -15,6 +15,7 @@ from evaluation.page import charts
 from evaluation.page.material import Material, Samples, Selection
 from evaluation.page.printing import Verbatim, portable, portable_word
 from evaluation.results import interval
+from privacy_checks.composition import curve_by_run
 from utils.command_line.parser import parser_of, to_argv
 from utils.command_line.sampling_flags import SamplingSettings
 from utils.privacy.guarantee import claim, conditions
@@ -87,6 +88,11 @@ class Page:
                 value = value.replace(str(path), portable_word(path))
         return value
 
+    @property
+    def above_target(self) -> list[str]:
+        """Which runs' targets are less than what was spent; none without a guarantee."""
+        return self.composed.get("above_target", [])
+
     @cached_property
     def guarantee(self) -> dict | None:
         """The figures of the guarantee; None without one."""
@@ -96,10 +102,13 @@ class Page:
         (bounds,) = composed["epsilon"].values()
         (other_deltas,) = composed["epsilon_at_other_deltas"].values()
         epsilon, delta = bounds["upper"], f"{composed['delta']:g}"
+        runs = curve_by_run(composed, self.material.curve)
+        # Numbered, since what is portable of two paths may be the same.
+        names = [f"{n}. {portable_word(Path(run))}" for n, run in enumerate(runs, start=1)]
         curve = {
-            "title": "Privacy spent over training", "x_label": "logical steps",
-            "y_label": f"epsilon at delta {delta}", "kind": "line",
-            "lines": {"epsilon": [(each["step"], each["epsilon"]) for each in self.material.curve]},
+            "title": "Privacy spent over training, run after run",
+            "x_label": "logical steps", "y_label": f"epsilon at delta {delta}", "kind": "marked",
+            "lines": dict(zip(names if len(runs) > 1 else ["epsilon"], runs.values())),
         }  # fmt: skip
         return {
             "epsilon": f"{epsilon:.3f}",
@@ -134,7 +143,8 @@ class Page:
         for number, result in enumerate(self.material.results):
             scores = [
                 score
-                | {"interval": interval(score["low"], score["high"]), "reading": reading(score)}
+                | {"interval": spread(score), "reading": reading(score)}
+                | {"n_in_words": "not on record" if score["n"] is None else f"{score['n']:,}"}
                 for score in result["scores"]
             ]
             compared = [score for score in scores if score["control"] is not None]
@@ -293,6 +303,12 @@ def odds(epsilon: float) -> list[tuple[str, str]]:
         after = prior / (prior + (1 - prior) * math.exp(-epsilon))
         rows.append((f"{prior:.0%}", f"{math.ceil(after * 1e4) / 100:g}%"))
     return rows
+
+
+def spread(score: dict) -> str:
+    """A score's interval; none of a single example, which is in every draw."""
+    alone = score["n"] == 1 and score["low"] == score["high"]
+    return "" if alone else interval(score["low"], score["high"])
 
 
 def reading(score: dict) -> str:

@@ -146,7 +146,8 @@ def sections(report: dict) -> list[Section]:
         verdict = f"There is NO PRIVACY GUARANTEE for {subject}: {report['why']}."
         return [Section("Privacy report", [verdict]), *lists]
     figures = _composed_figures(report) if "mechanisms" in report else _own_figures(report)
-    return [Section("Privacy report", promise(report)), *figures, *lists]
+    paragraphs = [*report.get("above_target", []), *promise(report)]
+    return [Section("Privacy report", paragraphs), *figures, *lists]
 
 
 def promise(report: dict) -> list[str]:

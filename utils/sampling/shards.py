@@ -25,6 +25,11 @@ class Origin(NamedTuple):
     shard: str | None = None
 
 
+def shards_of(folder: Path) -> list[Path]:
+    """The files of samples in `folder`, in order of their names."""
+    return sorted(folder.glob("shard-*.jsonl"))
+
+
 def _lock_of(folder: Path, rank: int) -> Path:
     return folder / (f"{LOCK_FILE}-{rank}" if rank else LOCK_FILE)
 
@@ -93,7 +98,7 @@ def finish_reasons(folder: Path) -> dict[int, str]:
         UsageError: a line is not a sample, or a sample comes twice.
     """
     reasons: dict[int, str] = {}
-    for shard in sorted(folder.glob("shard-*.jsonl")):
+    for shard in shards_of(folder):
         for number, record in enumerate(read_jsonl(shard), start=1):
             sample_id, reason = record.get("id"), record.get("finish_reason")
             if not (type(sample_id) is int and isinstance(reason, str)):
@@ -114,10 +119,8 @@ def origins(source: Path, *, cut: bool) -> list[Origin]:
             know their samples.
         cut: whether texts that were cut before their end have a place in the list.
     """
-    if source.is_dir():
-        files = sorted(source.glob("shard-*.jsonl"))
-    else:
-        files = [source] if source.suffix == ".jsonl" else []
+    single = [source] if source.suffix == ".jsonl" else []
+    files = shards_of(source) if source.is_dir() else single
     return [
         Origin(row.get("sample_id"), row.get("shard"))
         if "finish_reason" not in row
@@ -134,7 +137,7 @@ def read_samples(folder: Path) -> list[dict]:
     Raises:
         UsageError: the folder holds no shard.
     """
-    shards = sorted(folder.glob("shard-*.jsonl"))
+    shards = shards_of(folder)
     if not shards:
         raise UsageError(f"--samples {str(folder)!r}: no shard-*.jsonl there; inference.py writes")
     return sorted((sample for shard in shards for sample in read_jsonl(shard)), key=by_id)

@@ -50,14 +50,16 @@ def read_entries(path: str, split: str | None = None) -> list[str | None]:
     """
     names = [*COLUMNS["instruction"], "finish_reason"]
     entries: list[str | None] = []
-    for file in _files(Path(path), split):
+    for file in files_of(path, split):
         for number, row in enumerate(raw_rows(file, names), start=1):
             is_cut = isinstance(row, dict) and row.get("finish_reason", _FINISHED) != _FINISHED
             entries.append(None if is_cut else pick(file, number, row, COLUMNS)["instruction"])
     return entries
 
 
-def _files(source: Path, split: str | None) -> list[Path]:
+def files_of(path: str, split: str | None = None) -> list[Path]:
+    """The files that `read_entries` reads, in its order; see there."""
+    source = Path(path)
     if not source.exists():
         raise UsageError(f"{str(source)!r} does not exist")
     if not source.is_dir():
