@@ -16,7 +16,13 @@ from utils.privacy.accounting import (
     epsilon_bounds,
 )
 from utils.privacy.guarantee import COVERED, NOT_COVERED, NOTHING_COVERED, UNIT, listed
-from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, read_ledger, read_plan, require_head
+from utils.privacy.ledger import (
+    LEDGER_FILE,
+    read_histograms,
+    read_ledger,
+    read_plan,
+    require_head,
+)
 from utils.privacy.plan import PrivacyPlan
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 
@@ -291,8 +297,8 @@ def _histograms(paths: Sequence[Path], sizes: Sequence[int]) -> list[dict]:
     """The mechanisms in ledgers of histograms of what the runs read: `sizes` examples each."""
     events: dict[str, dict] = {}
     for path in paths:
-        records = read_ledger(path) if path.is_file() else []
-        if not records or records[0]["kind"] != HISTOGRAM:
+        records = read_histograms(path)
+        if not records:
             raise UsageError(f"no ledger of histograms at {path}")
         for record in records:
             if record["num_examples"] not in sizes:

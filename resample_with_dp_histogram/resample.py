@@ -48,7 +48,7 @@ from utils.files import write_json
 from utils.folders import locked, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
 from utils.privacy.guarantee import UNIT
-from utils.privacy.ledger import read_histograms, read_ledger, record_histogram
+from utils.privacy.ledger import read_histograms, record_histogram
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
 from utils.texts.text_inputs import FORMATS, read_instructions
@@ -174,7 +174,7 @@ def select(settings: Settings) -> None:
     steps.close()
 
     # ------------------------------------------------------------------ the DP histogram
-    record_histogram(
+    head = record_histogram(
         ledger,
         num_examples=num_examples,
         noise_multiplier=sigma,
@@ -202,7 +202,8 @@ def select(settings: Settings) -> None:
         "synthetic": pool,
         "selected": allocation.counts,
     }
-    report = build_report(settings, num_examples, clusters, ledger, histograms, allocation, rows)
+    kept = {"path": str(ledger), **head}
+    report = build_report(settings, num_examples, clusters, kept, histograms, allocation, rows)
     with whole_folder(output) as folder:
         write_selection(folder / "selected.jsonl", texts, samples, synthetic_bins, rows)
         lists = {name: values.tolist() for name, values in histograms.items()}
@@ -262,7 +263,7 @@ def build_report(
     settings: Settings,
     num_examples: int,
     clusters: Clusters,
-    ledger: Path,
+    ledger: dict,
     histograms: dict[str, np.ndarray],
     allocation: Allocation,
     rows: np.ndarray,
@@ -287,7 +288,7 @@ def build_report(
             if insecure
             else "ChaCha20 keyed from the operating system's entropy at every process start"
         ),
-        "ledger": {"path": str(ledger), "chain": read_ledger(ledger)[-1]["chain"]},
+        "ledger": ledger,
         "clusters": {
             "fitted_on": "synthetic embeddings only",
             "pca_variance": PCA_VARIANCE,

