@@ -22,9 +22,10 @@ import numpy as np
 
 from benchmarks import figures
 from resample_with_dp_histogram.embed import begin
-from resample_with_dp_histogram.embeddings import VECTORS_FILE, location, texts_digest
+from resample_with_dp_histogram.embeddings import VECTORS_FILE, location
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
 from utils.command_line.parser import flag, read_flags
+from utils.texts.data_sets import rows_fingerprint
 from utils.versions import versions_of
 
 MAX_SECONDS, MAX_BYTES = 30 * 60, 6 << 30
@@ -132,7 +133,7 @@ def write_embeddings(
     """
     place = location(folder, private)
     manifest = {
-        "texts_sha256": texts_digest(texts),
+        "texts_sha256": rows_fingerprint(texts),
         "model_fingerprint": "random",
         "model": "random vectors",
         "num_texts": shape[0],

@@ -25,7 +25,7 @@ from evaluation.results import PRIVATE_FOLDER, shown
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import write_atomic
-from utils.runs.run_folder import PRIVATE_README
+from utils.folders import private_folder
 
 TEMPLATES = Path(__file__).parent / "page" / "templates"
 ESCAPED: dict[str, Callable[[str], str]] = {".html": escape, ".md": markdown}
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         require_replaceable(path, settings.overwrite)
     page = Page(collect(settings), settings.num_shown)
     if internal:
-        write_atomic(folder / "README.md", PRIVATE_README)
+        private_folder(folder)
     for suffix, path in paths.items():
         write_atomic(path, render(page, suffix))
         say(f"written to {path}" + (" (private: do not share)" if internal else ""))

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from utils.cli import UsageError, say
-from utils.files import write_atomic, write_json
-from utils.runs.run_folder import PRIVATE_README
+from utils.files import write_json
+from utils.folders import private_folder
 from utils.versions import versions_of
 
 PRIVATE_FOLDER = "private"
@@ -99,7 +99,7 @@ def write_result(folder: Path, result: Result, settings: dict) -> Path:
     """
     place = folder / PRIVATE_FOLDER if result.private else folder
     if result.private:
-        write_atomic(place / "README.md", PRIVATE_README)
+        private_folder(place)
     origin = {"settings": settings, "argv": sys.argv, "versions": versions_of(VERSIONED)}
     path = place / f"{result.tool}.json"
     # Paths among the settings become text.

@@ -27,14 +27,20 @@ from resample_with_dp_histogram.embeddings import (
     open_vectors,
     read_manifest,
     require_unit,
-    texts_digest,
+    write_identity,
 )
 from utils.cli import UsageError, in_one_line, run_cli, say
 from utils.command_line.parser import flag, parser_of
-from utils.files import fsync_folder, write_atomic, write_json
-from utils.folders import locked, names_in, require_same_settings, sibling_lock
+from utils.files import fsync_folder, write_json
+from utils.folders import (
+    locked,
+    names_in,
+    private_folder,
+    require_same_settings,
+    sibling_lock,
+)
 from utils.models.loading import model_fingerprint
-from utils.runs.run_folder import PRIVATE_README
+from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 if TYPE_CHECKING:
@@ -97,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"{folder} holds something else than embeddings; use another --output")
         model = load_model(settings.model)
         facts = {
-            "texts_sha256": texts_digest(texts),
+            "texts_sha256": rows_fingerprint(texts),
             "model_fingerprint": model_fingerprint(model),
         }
         if begun is not None:
@@ -116,8 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             "dimensions": model.get_embedding_dimension(),
             "num_embedded": 0,
         }
-        if begun is None:
-            begin(folder, settings.private, manifest)
+        begin(folder, settings.private, manifest)
         devices = settings.devices or default_devices()
         embed(texts, model, folder, manifest, settings.batch_size, devices)
     say(f"{len(texts):,} embeddings of {manifest['dimensions']} dimensions are in {folder}")
@@ -145,9 +150,10 @@ def load_model(name: str) -> "SentenceTransformer":
 
 def begin(folder: Path, private: bool, manifest: dict) -> None:
     """Make the folder and the manifest that says whose it is."""
-    folder.mkdir(parents=True, exist_ok=True)
     if private:
-        write_atomic(folder / "README.md", PRIVATE_README)
+        private_folder(folder)
+        write_identity(folder, manifest["texts_sha256"])
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MANIFEST_FILE, manifest)
 
 

@@ -3,10 +3,10 @@
 embeddings.npy   float16 [texts, dimensions], unit vectors in the order of the texts, memory-mapped
 manifest.json    the model, the texts (number and hash), and how many are embedded
 
-Those of private texts lie in the folder's private/, which must stay where it is.
+Those of private texts lie in the folder's private/, which must stay where it is, with
+identity.json, the fingerprint of the rows that runs and histograms of one data set share.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import UsageError
+from utils.files import write_json
 from utils.folders import require_same_settings
 
 VECTORS_FILE, MANIFEST_FILE = "embeddings.npy", "manifest.json"
-PRIVATE_FOLDER = "private"
+PRIVATE_FOLDER, IDENTITY_FILE = "private", "identity.json"
 # Rounding to float16 moves the length of a unit vector by less than 2^-11.
 UNIT_TOLERANCE = 2.0**-10
 BLOCK_ROWS = 8192
@@ -43,13 +44,13 @@ def location(folder: Path, private: bool) -> Path:
     return folder / PRIVATE_FOLDER if private else folder
 
 
-def texts_digest(texts: list[str]) -> str:
-    """A hash of texts and their order. Of private texts: for `private/` alone."""
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
+def write_identity(folder: Path, rows_fingerprint: str) -> None:
+    """Note in a private folder whose rows its histogram or its embeddings were computed from.
+
+    Args:
+        rows_fingerprint: see `utils.texts.data_sets.rows_fingerprint`.
+    """
+    write_json(folder / IDENTITY_FILE, {"rows_fingerprint": rows_fingerprint})
 
 
 def read_manifest(folder: Path, private: bool) -> dict | None:

@@ -14,9 +14,10 @@ noise is drawn, and composes with training:
     python -m privacy_checks.report outputs/mine --histogram LEDGER
 
 The number N of private rows is a public constant, as it is in training, and the default size of
-the selection. Writes to OUTPUT, all of which may be released if its report says so:
+the selection. Writes to OUTPUT, all of which but private/ may be released if its report says so:
 selected.jsonl (row is a text's number in the pool from 0; sample_id and shard are the sample that
-it was, if the pool says), histograms.json and .png, clusters.npz, resampling_report.json.
+it was, if the pool says), histograms.json and .png, clusters.npz, resampling_report.json. In
+private/ is the fingerprint of the private rows.
 """
 
 import io
@@ -29,10 +30,11 @@ from tqdm import tqdm
 
 from resample_with_dp_histogram.clusters import PCA_VARIANCE, Clusters, fit_clusters
 from resample_with_dp_histogram.embeddings import (
+    PRIVATE_FOLDER,
     Embeddings,
     open_embeddings,
     require_same_model,
-    texts_digest,
+    write_identity,
 )
 from resample_with_dp_histogram.histogram import SENSITIVITY, noisy_histogram, project_to_simplex
 from resample_with_dp_histogram.selection import (
@@ -45,12 +47,13 @@ from resample_with_dp_histogram.selection import (
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, positive_int, read_flags
 from utils.files import write_json
-from utils.folders import locked, whole_folder
+from utils.folders import locked, private_folder, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
 from utils.privacy.guarantee import UNIT
 from utils.privacy.ledger import read_histograms, record_histogram
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
+from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 LEDGER_FILE = "histogram_ledger.jsonl"
@@ -216,6 +219,8 @@ def select(settings: Settings) -> None:
             synthetic_bins=synthetic_bins,
         )
         write_json(folder / "resampling_report.json", report)
+        own = private_folder(folder / PRIVATE_FOLDER)
+        write_identity(own, private.manifest["texts_sha256"])
     say_end(output, ledger, report)
 
 
@@ -242,7 +247,7 @@ def check_texts(path: str, texts: list[str], synthetic: Embeddings) -> None:
             f"{path} holds {len(texts):,} instructions and {synthetic.folder} "
             f"{len(synthetic.vectors):,} embeddings; name the file that was embedded"
         )
-    if texts_digest(texts) != synthetic.manifest["texts_sha256"]:
+    if rows_fingerprint(texts) != synthetic.manifest["texts_sha256"]:
         raise UsageError(
             f"{synthetic.folder} holds embeddings of other texts than {path}; name the file that "
             "was embedded, or embed this one"

@@ -1,5 +1,6 @@
 """Finding, counting and loading data sets."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,12 @@ import pytest
 
 from tests.json_lines import jsonl
 from utils.cli import UsageError
-from utils.texts.data_sets import count_train_examples, find_dataset, load_splits
+from utils.texts.data_sets import (
+    count_train_examples,
+    find_dataset,
+    load_splits,
+    rows_fingerprint,
+)
 
 ROWS = [{"instruction": f"say {n}", "answer": str(n)} for n in range(7)]
 
@@ -88,3 +94,16 @@ def test_a_single_saved_split_is_explained():
     datasets.Dataset.from_list(ROWS).save_to_disk("data/x")
     with pytest.raises(UsageError, match="one saved split"):
         count_train_examples("x")
+
+
+def test_a_fingerprint_tells_rows_and_their_order_apart_and_reads_them_once():
+    fingerprints = {
+        rows_fingerprint(iter(texts))
+        for texts in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["ab", "c", ""], [])
+    }
+    assert len(fingerprints) == 5
+    # What folders of embeddings hold already.
+    assert (
+        rows_fingerprint(["é", "b"])
+        == hashlib.sha256(b"\2\0\0\0\0\0\0\0\xc3\xa9\1\0\0\0\0\0\0\0b").hexdigest()
+    )

@@ -1,6 +1,7 @@
 """Embedding texts: right, private, resumable, on several devices, and clear about bad input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
 from tests.training import run_process
 from utils.cli import UsageError, run_cli
+from utils.texts.data_sets import rows_fingerprint
 
 TEXTS = [("word " * (7 * i % 40 + 1)).strip() + str(i) for i in range(150)]
 
@@ -60,13 +62,31 @@ def test_private_texts_leave_nothing_outside_private(arguments, tmp_path):
     embed.main(["--private", *arguments])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["private"]
     assert {path.name for path in (tmp_path / "out" / "private").iterdir()} == {
-        "embeddings.npy", "manifest.json", "README.md",
+        "embeddings.npy", "manifest.json", "identity.json", "README.md",
     }  # fmt: skip
     assert "Do not share it" in (tmp_path / "out" / "private" / "README.md").read_text()
     with pytest.raises(UsageError, match="made as private ones"):
         open_embeddings(tmp_path / "out", private=False)
     with pytest.raises(UsageError, match="made as private ones"):
         embed.main(["--synthetic", *arguments])
+
+
+def test_the_fingerprint_of_private_rows_is_their_owners_alone(arguments, tmp_path):
+    private = tmp_path / "out" / "private"
+    before = os.umask(0)
+    try:
+        embed.main(["--private", *arguments])
+    finally:
+        os.umask(before)
+    assert private.stat().st_mode & 0o777 == 0o700
+    identity = json.loads((private / "identity.json").read_text())
+    assert identity == {"rows_fingerprint": rows_fingerprint(TEXTS)}
+    # Embeddings of an earlier version get one, and a folder that is closed to others.
+    (private / "identity.json").unlink()
+    private.chmod(0o755)
+    embed.main(["--private", *arguments])
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert json.loads((private / "identity.json").read_text()) == identity
 
 
 def test_texts_of_similar_length_share_a_batch(arguments, monkeypatch):

@@ -199,6 +199,20 @@ for _ in range(20):
     assert json.loads(head_file(ledger).read_text())["lines"] == 60
 
 
+def test_a_reader_that_two_writers_overtake_reads_again(ledger, monkeypatch):
+    reads = []
+
+    def overtaken(path):
+        reads.append(path)
+        if len(reads) == 1:
+            record(path)
+            record(path)
+        return read_ledger(path)
+
+    monkeypatch.setattr("utils.privacy.ledger.read_ledger", overtaken)
+    assert len(read_histograms(ledger, NUM_EXAMPLES)) == 5
+
+
 def test_rows_and_units_do_not_share_a_ledger(tmp_path):
     """Even of one size: a histogram of rows has no sensitivity of 1 for a unit."""
     record(tmp_path / "rows.jsonl")

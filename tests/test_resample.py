@@ -1,6 +1,7 @@
 """Resampling from end to end: what it may know of private data, what it writes, what it spends."""
 
 import json
+import os
 import shutil
 from unittest import mock
 
@@ -17,6 +18,7 @@ from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilo
 from utils.privacy.ledger import LEDGER_FILE, Ledger, head_file, read_ledger, record_histogram
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.shards import origins
+from utils.texts.data_sets import rows_fingerprint
 
 POOL, PRIVATE, BINS = 400, 120, 8
 TEXTS = [f"instruction {number}" for number in range(POOL)]
@@ -101,7 +103,8 @@ def test_all_that_is_released_follows_from_the_noisy_histogram_and_public_data(f
         ran(folders, "other", "--num_samples=100")
     one, other = (contents(folders / name) for name in ("one", "other"))
     for path, content in one.items():
-        if path.name != "resampling_report.json":  # The chain of a ledger is random.
+        # The chain of a ledger is random.
+        if path.name != "resampling_report.json" and path.parent.name != "private":
             assert other[folders / "other" / path.name] == content, path.name
 
 
@@ -109,7 +112,7 @@ def test_only_what_may_be_released_is_written(folders):
     ran(folders)
     assert {path.name for path in (folders / "out").iterdir()} == {
         "selected.jsonl", "histograms.json", "histograms.png", "clusters.npz",
-        "resampling_report.json",
+        "resampling_report.json", "private",
     }  # fmt: skip
     assert {path.name for path in (folders / "private_data").iterdir()} == {
         "private", resample.LEDGER_FILE, f"{resample.LEDGER_FILE}.head.json",
@@ -119,6 +122,25 @@ def test_only_what_may_be_released_is_written(folders):
         assert {name: file[name].shape for name in file} == {
             "weights": (16, BINS), "offsets": (BINS,), "synthetic_bins": (POOL,),
         }  # fmt: skip
+
+
+def test_the_fingerprint_of_the_private_rows_goes_to_a_folder_of_their_owner_alone(folders):
+    rows = [f"private row {number}" for number in range(PRIVATE)]
+    save_embeddings(folders / "private_data", unit_vectors(PRIVATE), private=True, texts=rows)
+    before = os.umask(0)
+    try:
+        ran(folders)
+    finally:
+        os.umask(before)
+    private = folders / "out" / "private"
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in private.iterdir()} == {"identity.json", "README.md"}
+    identity = json.loads((private / "identity.json").read_text())
+    assert identity == {"rows_fingerprint": rows_fingerprint(rows)}
+    released = [content for path, content in contents(folders / "out").items()
+                if path.parent == folders / "out"]  # fmt: skip
+    assert len(released) == 5
+    assert not any(identity["rows_fingerprint"].encode() in content for content in released)
 
 
 def test_the_noise_is_fresh_and_the_seed_does_not_reach_it(folders):

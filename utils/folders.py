@@ -9,11 +9,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from utils.cli import UsageError
-from utils.files import fsync_folder, write_json
+from utils.files import fsync_folder, write_atomic, write_json
 
 # How a prepared folder was made.
 PREPARATION_FILE = "preparation.json"
 LOCK_FILE = ".lock"
+PRIVATE_README = """# Private
+
+Everything in this folder was computed from private data without noise: losses, gradient norms,
+clip fractions, realised batch sizes, embeddings, hashes of the data. No privacy guarantee covers
+it. Do not share it, and do not choose what to publish by it without saying so.
+"""
 
 
 @contextmanager
@@ -57,6 +63,24 @@ def sibling_lock(path: Path) -> Path:
     """The lock of a file, or of a folder that is replaced as a whole."""
     path = path.resolve()
     return path.with_name(f".{path.name}.lock")
+
+
+def private_folder(path: Path, *, explained: bool = True) -> Path:
+    """Make a folder that its owner alone may enter, whatever the umask, or tighten one.
+
+    Args:
+        path: folders above it are made as usual.
+        explained: with a page that says what the folder is.
+
+    Returns:
+        `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    path.chmod(0o700)
+    if explained:
+        write_atomic(path / "README.md", PRIVATE_README)
+    return path
 
 
 def names_in(folder: Path) -> set[str]:

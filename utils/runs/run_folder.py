@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.cli import UsageError
-from utils.files import write_atomic, write_json
-from utils.folders import locked, names_in, require_same_settings
+from utils.files import write_json
+from utils.folders import locked, names_in, private_folder, require_same_settings
 from utils.privacy.guarantee import claim
 from utils.versions import versions_of
 
@@ -27,12 +27,6 @@ RELEASABLE = {
     "run_config.json",
 }  # fmt: skip
 CONFIG_FILE = "run_config.json"
-PRIVATE_README = """# Private
-
-Everything in this folder was computed from private data without noise: losses, gradient norms,
-clip fractions, realised batch sizes, embeddings, hashes of the data. No privacy guarantee covers
-it. Do not share it, and do not choose what to publish by it without saying so.
-"""
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "dp-accounting")
 # Settings that a continued run may change, since none of them changes what is learnt or how
 # private it is. The privacy plan and the contents of data and base model are compared by
@@ -112,7 +106,7 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
     private_file = folder / "private" / "identity.json"
     if not holds_run(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "private" / "README.md", PRIVATE_README)
+        private_folder(folder / "private")
         write_json(private_file, private_identity)
         config = {"arguments": settings, "argv": sys.argv, "versions": versions_of(VERSIONED)}
         config |= identity
