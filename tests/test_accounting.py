@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import gammaln, logsumexp
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from utils.cli import UsageError
 from utils.privacy import accounting
@@ -25,6 +26,7 @@ from utils.privacy.accounting import (
     compute_epsilon,
     epsilon_bounds,
 )
+from utils.privacy.mixtures import MixtureStep
 
 # N 180,000, batch 4,096, 10 epochs.
 RATE, STEPS, DELTA = 4096 / 180_000, 439, 5e-7
@@ -399,6 +401,89 @@ def test_other_nonsense_is_refused():
     for epsilon in (-0.1, math.nan):
         with pytest.raises(UsageError, match="epsilon"):
             compute_delta([HISTOGRAM], epsilon)
+
+
+# --- units of several rows -----------------------------------------------------------------------
+
+
+def test_a_unit_of_one_row_is_a_row():
+    mixture = MixtureStep(RATE, 0.8, 1).distribution(1e-3).self_compose(STEPS)
+    assert mixture.get_epsilon_for_delta(DELTA) == pytest.approx(upper([training(0.8)]), abs=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rows", "epsilon"),
+    [(1.125, 2, 6.16), (1.125, 10, 43.41), (0.808, 2, 12.68), (0.808, 10, 88.36)],
+)
+def test_several_rows_cost_far_more_than_their_number(sigma, rows, epsilon):
+    """Figures of dp_accounting's PLDAccountant with its MixtureOfGaussiansDpEvent."""
+    event = replace(training(sigma), rows_per_unit=rows)
+    assert upper([event]) == pytest.approx(epsilon, rel=2e-3)
+    assert upper([event]) > rows * upper([training(sigma)]) * 1.05
+
+
+@pytest.mark.parametrize(("q", "sigma", "rows", "steps"), [(0.3, 1.0, 2, 1), (0.2, 2.0, 3, 2)])
+def test_delta_of_a_unit_is_the_integral(q, sigma, rows, steps):
+    weights = binom.pmf(np.arange(rows + 1), rows, q)
+
+    def with_it(x):
+        return sum(w * norm.pdf(x, k, sigma) for k, w in enumerate(weights))
+
+    def without(x):
+        return norm.pdf(x, 0, sigma)
+
+    event = SampledGaussian(q, sigma, steps, rows)
+    for epsilon in (0.4, 1.3):
+        exact = max(
+            integrated_delta(*pair, epsilon, sigma, steps)
+            for pair in ((with_it, without), (without, with_it))
+        )
+        assert compute_delta([event], epsilon) == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize("epsilon", [2.86, 5.94])
+@pytest.mark.parametrize("rows", [2, 16])
+def test_calibration_for_units_is_quick_tight_and_never_overshoots(epsilon, rows):
+    start = time.process_time()
+    sigma = calibrate_noise_multiplier(epsilon, DELTA, RATE, STEPS, [HISTOGRAM], rows_per_unit=rows)
+    assert time.process_time() - start < 5  # 0.5 s on an idle core
+
+    def spent(noise):
+        return upper([replace(training(noise), rows_per_unit=rows), HISTOGRAM])
+
+    assert spent(sigma) <= epsilon < spent(sigma - 1e-3)
+    again = calibrate_noise_multiplier(epsilon, DELTA, RATE, STEPS, [HISTOGRAM], rows_per_unit=rows)
+    assert again == sigma
+
+
+def test_a_unit_that_is_always_drawn_is_one_gaussian():
+    event = SampledGaussian(1.0, 3.0, 4, rows_per_unit=5)
+    assert upper([event]) == upper([SampledGaussian(1.0, 0.6, 4)])
+    almost = SampledGaussian(1 - 1e-9, 3.0, 4, rows_per_unit=5)
+    assert upper([almost]) == pytest.approx(upper([event]), rel=1e-3)
+
+
+def test_a_tiny_delta_of_units_gets_the_bound_without_sampling():
+    many = SampledGaussian(0.02, 1.0, 50_000, rows_per_unit=3)
+    bounds = epsilon_bounds([many], 1e-12)
+    assert bounds.accountant == "closed form, as if every row took part in every step"
+    assert (bounds.pld, bounds.prv) == (None, None)
+    assert bounds.upper == upper([replace(many, sampling_rate=1.0)], 1e-12)
+    assert bounds.upper > upper([many], 1e-10)
+
+
+def test_units_have_no_accountant_for_replacing_and_no_prv():
+    event = SampledGaussian(0.02, 1.0, 100, rows_per_unit=3)
+    assert epsilon_bounds([event], 1e-5).prv is None
+    for call in (
+        lambda: compute_epsilon([event], 1e-5, REPLACE),
+        lambda: compute_delta([event], 1.0, REPLACE),
+        lambda: calibrate_noise_multiplier(1, 1e-5, 0.02, 9, relation=REPLACE, rows_per_unit=3),
+    ):
+        with pytest.raises(UsageError, match="no accountant has it for 3 sampled rows"):
+            call()
+    with pytest.raises(UsageError, match="rows of a unit 0: must be between 1 and 256"):
+        SampledGaussian(0.02, 1.0, 100, rows_per_unit=0)
 
 
 # --- falling back --------------------------------------------------------------------------------

@@ -7,7 +7,12 @@ import pytest
 
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
-from utils.command_line.training_flags import TrainingSettings, plan_of
+from utils.command_line.training_flags import (
+    TrainingSettings,
+    check_training_settings,
+    plan_of,
+)
+from utils.privacy.accounting import compute_epsilon
 from utils.privacy.guarantee import as_markdown, build_report, render, write_report
 from utils.privacy.ledger import Ledger, read_plan
 from utils.privacy.plan import PrivacyPlan, num_steps
@@ -208,6 +213,84 @@ def test_a_truncated_or_foreign_ledger_does_not_fit_its_checkpoint(ledger_file, 
 def test_another_plan_is_refused_naming_the_field(ledger_file, field, value):
     with pytest.raises(UsageError, match=f"privacy plan has {field}"):
         reopen(ledger_file, dataclasses.replace(small_plan(), **{field: value}))
+
+
+PERSONS = {"unit_column": "user_id", "max_rows_per_unit": 3}
+
+
+def test_a_plan_from_before_there_were_units_loads_and_is_the_same(tmp_path):
+    old = {"num_examples": 500, "expected_batch_size": 10, "steps": 20, "clip_norm": 1.0,
+           "clip_function": "flat", "loss_normalization": "tokens", "noise_multiplier": 1.0,
+           "delta": 1e-05, "target_epsilon": 2.0, "reserved_histogram_sigma": None,
+           "neighbouring_relation": "add_or_remove_one", "sampler": "poisson"}  # fmt: skip
+    (tmp_path / "ledger.jsonl").write_text(json.dumps({"kind": "plan", "plan": old}) + "\n")
+    plan = read_plan(tmp_path / "ledger.jsonl")
+    plan.require_same(small_plan(), "there")
+    assert plan == small_plan()
+    # Of the release that had no units.
+    assert plan.digest() == "4653f71a3a21e199b9cc8b220de6e722c88cd92b77ce88943676fc4b2ee52dcd"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("unit_column", "author"), ("max_rows_per_unit", 2), ("unit_sampling", "rows")],
+)
+def test_another_unit_is_another_plan(field, value):
+    plan = small_plan(**PERSONS, unit_sampling="units")
+    other = dataclasses.replace(plan, **{field: value})
+    assert other.digest() != plan.digest()
+    with pytest.raises(UsageError, match=f"privacy plan has {field}"):
+        other.require_same(plan, "there")
+
+
+def test_drawing_persons_costs_what_drawing_rows_does_and_drawing_their_rows_costs_more():
+    (alone,), (drawn,), (rows,) = (
+        small_plan(**unit).events(20)
+        for unit in ({}, PERSONS | {"unit_sampling": "units"}, PERSONS | {"unit_sampling": "rows"})
+    )
+    assert drawn == alone
+    assert rows == dataclasses.replace(alone, rows_per_unit=3)
+
+
+def test_the_plan_of_persons_counts_persons():
+    plan, _ = plan_of(settings(**PERSONS), 5000)
+    assert plan == dataclasses.replace(
+        plan_of(settings(), 5000)[0], **PERSONS, unit_sampling="units"
+    )
+    with pytest.raises(UsageError, match="--total_bs 64 exceeds the 63 values of user_id of x"):
+        plan_of(settings(**PERSONS), 63)
+
+
+def test_the_plan_of_rows_of_persons_is_calibrated_below_its_target():
+    plan, _ = plan_of(settings(**PERSONS, unit_sampling="rows", reserve_histogram_sigma=10.0), 5000)
+    spent = compute_epsilon(plan.events(plan.steps) + plan.reserved, 1e-5).upper
+    assert 7.9 < spent <= 8.0
+    assert plan.noise_multiplier > 1.3 * plan_of(settings(), 5000)[0].noise_multiplier
+    with pytest.raises(UsageError, match="gives epsilon .* above --eps 8"):
+        plan_of(settings(**PERSONS, unit_sampling="rows", noise_multiplier=0.7), 5000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit_column": "user_id"}, "--unit_column user_id needs --max_rows_per_unit"),
+        ({"max_rows_per_unit": 3}, "--max_rows_per_unit needs --unit_column"),
+        ({"unit_sampling": "rows"}, "--unit_sampling needs --unit_column"),
+        ({"num_train_units": 3}, "--num_train_units needs --unit_column"),
+        ({"owner": "first"}, "--owner needs --unit_column"),
+        ({"unowned_rows_are_units": True}, "--unowned_rows_are_units needs --unit_column"),
+        (PERSONS | {"eps": -1, "clip": -1}, "--unit_column needs --eps"),
+    ],
+)
+def test_half_a_unit_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        check_training_settings(settings(**changes))
+
+
+def test_no_rows_of_a_person_are_no_cap(capsys):
+    with pytest.raises(SystemExit):
+        read_flags(TrainingSettings, None, ["--max_rows_per_unit=0"])
+    assert "--max_rows_per_unit: '0' is not a whole number of 1 or more" in capsys.readouterr().err
 
 
 def test_the_digest_sees_every_field():

@@ -76,6 +76,18 @@ def count_train_examples(dataset_name: str) -> int | None:
     return count
 
 
+def train_files(dataset_name: str) -> list[Path]:
+    """The files of the train split of a data set that is here.
+
+    Raises:
+        UsageError: it is not here, or has no train split.
+    """
+    path = find_dataset(dataset_name)
+    if path is None:
+        raise UsageError(tried_places(dataset_name))
+    return _split_files(path, ("train",))
+
+
 def load_splits(dataset_name: str) -> dict[str, "Dataset"]:
     """Load the `train` split and, where there is one, the validation split as `val`.
 
