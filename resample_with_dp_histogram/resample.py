@@ -8,16 +8,17 @@ Clusters the synthetic embeddings (unit length, PCA to 90% of the variance, k-me
 private ones in these clusters, adds Gaussian noise to every count, and samples synthetic rows by
 the noisy histogram. Private data is read for the counts alone: clusters are fitted on synthetic
 embeddings only. Adding or removing one private row moves one count by 1, so the histogram is one
-Gaussian mechanism of noise multiplier --histogram_sigma. It is written to a ledger before its
-noise is drawn, and composes with training:
+Gaussian mechanism of noise multiplier --histogram_sigma. With --unit_column it is one for a unit,
+such as a person, with all of its rows: each of its k rows counts 1/k. The histogram is written to a
+ledger before its noise is drawn, and composes with training:
 
     python -m privacy_checks.report outputs/mine --histogram LEDGER
 
-The number N of private rows is a public constant, as it is in training, and the default size of
-the selection. Writes to OUTPUT, all of which but private/ may be released if its report says so:
-selected.jsonl (row is a text's number in the pool from 0; sample_id and shard are the sample that
-it was, if the pool says), histograms.json and .png, clusters.npz, resampling_report.json. In
-private/ is the fingerprint of the private rows.
+The number N of private rows (of units with --unit_column) is a public constant, as it is in
+training, and the default size of the selection. Writes to OUTPUT, all of which but private/ may be
+released if its report says so: selected.jsonl (row is a text's number in the pool from 0; sample_id
+and shard are the sample that it was, if the pool says), histograms.json and .png, clusters.npz,
+resampling_report.json. In private/ is the fingerprint of the private rows.
 """
 
 import io
@@ -49,7 +50,7 @@ from utils.command_line.parser import flag, natural_int, positive_int, read_flag
 from utils.files import write_json
 from utils.folders import locked, private_folder, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
-from utils.privacy.guarantee import UNIT
+from utils.privacy.guarantee import unit_of
 from utils.privacy.ledger import read_histograms, record_histogram
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
@@ -63,6 +64,8 @@ COVERED = [
     "selection, its order, the distances and the plot",
     "the clusters and the bins of synthetic rows: they never see private data",
 ]
+SEVERAL_ROWS = "several rows about one person: the unit is a row"
+OTHERS_ROWS = "what the rows of one unit say about another: the unit is a value of --unit_column"
 NOT_COVERED = [
     "the private embeddings, under private/ of their folder",
     "that this run came to an end: it refuses private vectors that are damaged (not finite, not "
@@ -74,7 +77,7 @@ NOT_COVERED = [
     "text that the embedding model had already seen",
     "rounding in the embedding model: which texts share a batch decides the last bits of an "
     "embedding, and a text that lies between two bins may change its bin with them",
-    "several rows about one person: the unit is a row",
+    SEVERAL_ROWS,
     "timing and other side channels of the machine",
 ]
 
@@ -118,8 +121,14 @@ class Settings:
         group="privacy",
         type=float,
     )
+    unit_column: str | None = flag(
+        "the --unit_column of embed --private, needed if it had one: each row then counts 1 over "
+        "the rows of its unit, so that sigma is for all rows of one unit, and N counts units",
+        group="privacy",
+    )
     num_train_examples: int | None = flag(
-        "N, public, the same as in training; the number of private embeddings if left out",
+        "N, public, the same as in training; the number of private embeddings, or of their units, "
+        "if left out",
         group="privacy",
         type=positive_int,
     )
@@ -155,15 +164,16 @@ def select(settings: Settings) -> None:
     private = open_embeddings(settings.private_embeddings, private=True)
     synthetic = open_embeddings(settings.synthetic_embeddings, private=False)
     require_same_model(private, synthetic)
+    check_unit(settings.unit_column, private)
     texts = read_instructions(settings.synthetic_instructions, settings.split)
     check_texts(settings.synthetic_instructions, texts, synthetic)
     samples = origins(Path(settings.synthetic_instructions), cut=False) or [Origin()] * len(texts)
-    num_examples = settings.num_train_examples or len(private.vectors)
+    num_examples = settings.num_train_examples or private.num_examples
     num_samples = settings.num_samples or num_examples
     copies = settings.max_copies if settings.select == CONDITIONAL else 1
     check_size(num_samples, len(texts), copies)
     ledger = settings.ledger or settings.private_embeddings / LEDGER_FILE
-    read_histograms(ledger, num_examples)
+    read_histograms(ledger, num_examples, settings.unit_column)
 
     # ------------------------------------------------------------------ clusters and counts
     steps = tqdm(total=3, desc="cluster", unit="step")
@@ -182,9 +192,10 @@ def select(settings: Settings) -> None:
         num_examples=num_examples,
         noise_multiplier=sigma,
         num_bins=num_bins,
+        unit_column=settings.unit_column,
         insecure=settings.insecure_fixed_noise_seed is not None,
     )
-    noisy = noisy_histogram(private_bins, num_bins, sigma, random)
+    noisy = noisy_histogram(private_bins, num_bins, sigma, random, private.units)
     del private_bins
     # From here on everything is post-processing.
     target = project_to_simplex(noisy, num_examples)
@@ -240,6 +251,27 @@ def source_of_noise(sigma: float, insecure_seed: int | None) -> SecureRandom:
     return SecureRandom.insecure_fixed(insecure_seed, "histogram")
 
 
+def check_unit(unit_column: str | None, private: Embeddings) -> None:
+    """Refuse another unit than that of the embeddings, be it none.
+
+    A forgotten flag is refused, though the units are known: N, the ledger and what the report may
+    claim depend on it, and a wrong one would show only after the histogram is spent.
+    """
+    theirs = private.manifest.get("unit_column")
+    if unit_column == theirs:
+        return
+    if theirs is None:
+        raise UsageError(
+            f"--unit_column {unit_column}: {private.folder} was embedded without it; embed the "
+            f"texts with --unit_column {unit_column} to another folder"
+        )
+    given = "no --unit_column" if unit_column is None else f"--unit_column {unit_column}"
+    raise UsageError(
+        f"{given}: the rows of {private.folder} belong to units of {theirs!r}; give --unit_column "
+        f"{theirs}, or embed the texts in another way to another folder"
+    )
+
+
 def check_texts(path: str, texts: list[str], synthetic: Embeddings) -> None:
     """Refuse texts that are not those of the embeddings."""
     if len(texts) != len(synthetic.vectors):
@@ -278,7 +310,8 @@ def build_report(
     return {
         "guarantee": not insecure,
         "why": "the noise came from a known seed (a test)" if insecure else "",
-        "unit": UNIT,
+        "unit": unit_of(settings.unit_column),
+        "unit_column": settings.unit_column,
         "neighbouring_relation": ADD_REMOVE,
         "mechanism": "Gaussian histogram",
         "noise_multiplier": settings.histogram_sigma / SENSITIVITY,
@@ -315,8 +348,15 @@ def build_report(
         "covered": [] if insecure else COVERED,
         "not_covered": ["everything: treat the output as private data"]
         if insecure
-        else NOT_COVERED,
+        else not_covered(settings.unit_column),
     }
+
+
+def not_covered(unit_column: str | None) -> list[str]:
+    """What the guarantee for a row, or for a unit, leaves out."""
+    if unit_column is None:
+        return NOT_COVERED
+    return [OTHERS_ROWS if item == SEVERAL_ROWS else item for item in NOT_COVERED]
 
 
 def write_selection(

@@ -10,6 +10,7 @@ import pytest
 
 from privacy_checks.composition import composed_report
 from resample_with_dp_histogram import extract, resample
+from resample_with_dp_histogram.clusters import Clusters
 from tests.resampling import save_embeddings, unit_vectors
 from tests.training import run_process
 from utils.cli import UsageError
@@ -91,6 +92,66 @@ def test_neighbouring_datasets_share_clusters_and_differ_by_one_in_one_bin(folde
         assert {k: v for k, v in report.items() if k not in volatile} == {
             k: v for k, v in other_report.items() if k not in volatile
         }
+
+
+def test_a_person_who_is_left_out_moves_the_histogram_by_at_most_1(folders):
+    """With one row, 7 or 1,000: by their own weights exactly, and the clusters stay."""
+    persons = np.repeat(np.arange(40), [1000, 7] + [1] * 38)
+    vectors = unit_vectors(len(persons), seed=2, weights=SKEWED)
+    no_noise = ["--insecure_fixed_noise_seed=0", "--histogram_sigma=0", "--unit_column=person"]
+    public = ["--num_train_examples=40", "--num_samples=100"]
+    save_embeddings(folders / "private_data", vectors, private=True, units=persons)
+    whole, report = ran(folders, "whole", *no_noise, *public)
+    assert whole["private_noisy"].sum() == pytest.approx(40, abs=1e-5)
+    for left_out in (0, 1, 39):
+        mine, others = persons == left_out, persons != left_out
+        arrays = {"units": persons[others], "vectors": vectors[others]}
+        save_embeddings(folders / "private_data", private=True, **arrays)
+        remove_ledger(folders)
+        neighbour, _ = ran(folders, f"without-{left_out}", *no_noise, *public)
+        moved = whole["private_noisy"] - neighbour["private_noisy"]
+        with np.load(folders / "whole" / "clusters.npz") as file:
+            clusters = Clusters(file["weights"], file["offsets"], 0)
+        own = np.bincount(clusters.assign(vectors[mine], ""), minlength=BINS)
+        np.testing.assert_allclose(moved, own / mine.sum(), atol=1e-5)
+        assert 0 < np.linalg.norm(moved) <= moved.sum() <= 1
+
+
+def test_n_is_the_number_of_units_wherever_it_counts(folders):
+    persons = np.arange(PRIVATE) % 50
+    vectors = unit_vectors(PRIVATE, seed=2)
+    save_embeddings(folders / "private_data", vectors, private=True, units=persons)
+    histograms, report = ran(folders, "out", "--unit_column=person")
+    assert histograms["private"].sum() == pytest.approx(50)
+    assert report["num_examples"] == report["selection"]["num_samples"] == 50
+    assert report["unit"] == (
+        "one unit: all rows of the prepared train split with one value of 'person'"
+    )
+    assert report["unit_column"] == "person"
+    assert not any("the unit is a row" in item for item in report["not_covered"])
+    assert len(report["not_covered"]) == len(resample.NOT_COVERED)
+    (event,) = read_ledger(folders / "private_data" / resample.LEDGER_FILE)
+    assert (event["num_examples"], event["unit_column"], event["sensitivity"]) == (50, "person", 1)
+    # The number of rows is private here: how many a person has.
+    for content in contents(folders / "out").values():
+        assert str(PRIVATE).encode() not in content
+
+
+@pytest.mark.parametrize(
+    ("units", "more", "message"),
+    [
+        (True, [], "no --unit_column: the rows of .* belong to units of 'person'; give"),
+        (True, ["--unit_column=chat"], "--unit_column chat: the rows of .* units of 'person'"),
+        (False, ["--unit_column=person"], "--unit_column person: .* was embedded without it"),
+    ],
+)
+def test_a_forgotten_or_another_unit_is_refused(folders, units, more, message):
+    persons = np.arange(PRIVATE) % 50 if units else None
+    save_embeddings(folders / "private_data", unit_vectors(PRIVATE), private=True, units=persons)
+    before = contents(folders)
+    with pytest.raises(UsageError, match=message):
+        resample.main(flags(folders, "out", *more))
+    assert contents(folders) == before
 
 
 def test_all_that_is_released_follows_from_the_noisy_histogram_and_public_data(folders):
@@ -385,6 +446,20 @@ BAD = {
         replace("synthetic", damaged(POOL, 1), texts=TEXTS), r"synthetic, row 5 .* NaN",
     ),
     "NaN, private": (replace("private", damaged(PRIVATE, 2)), r"private_data, row 5 .* NaN"),
+    "damaged units": (
+        lambda folders: (
+            save_embeddings(
+                folders / "private_data", unit_vectors(PRIVATE), private=True,
+                units=np.zeros(PRIVATE, dtype=np.int64),
+            ),
+            np.save(folders / "private_data/private/units.npy", np.arange(PRIVATE)),
+        ),
+        "units.npy holds other units than manifest.json next to it says",
+    ),
+    "no units": (
+        replace("private", unit_vectors(PRIVATE), unit_column="person"),
+        "units.npy cannot be read: .*; embed the texts again",
+    ),
     "public as private": (
         lambda folders: (
             shutil.rmtree(folders / "private_data"),

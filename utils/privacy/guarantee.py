@@ -39,6 +39,13 @@ NOT_COVERED = [
 ]
 
 
+def unit_of(unit_column: str | None) -> str:
+    """What is added or removed: a row, or all rows of one value of a column."""
+    if unit_column is None:
+        return UNIT
+    return f"one unit: all rows of the prepared train split with one value of {unit_column!r}"
+
+
 def build_report(
     plan: PrivacyPlan | None,
     *,
