@@ -15,15 +15,23 @@ from utils.privacy.accounting import (
     compute_epsilon,
     epsilon_bounds,
 )
-from utils.privacy.guarantee import COVERED, NOT_COVERED, NOTHING_COVERED, UNIT, listed
+from utils.privacy.guarantee import (
+    COVERED,
+    NOT_COVERED,
+    NOTHING_COVERED,
+    for_unit,
+    listed,
+    unit_of,
+)
 from utils.privacy.ledger import (
     LEDGER_FILE,
+    counted,
     read_histograms,
     read_ledger,
     read_plan,
     require_head,
 )
-from utils.privacy.plan import PrivacyPlan
+from utils.privacy.plan import ROWS, PrivacyPlan
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 
 HISTOGRAM_MECHANISM = "Gaussian histogram"
@@ -68,7 +76,8 @@ def composed_report(
     if plain:
         return _no_guarantee(plain[:1], "trained without differential privacy")
     _require_distinct(read)
-    events = _histograms(histograms, [run.private_rows for run in read])
+    unit_column = _common_unit(read)
+    events = _histograms(histograms, [run.private_examples for run in read], unit_column)
     known = [run.folder for run in read if run.is_insecure]
     if known:
         return _no_guarantee(known[:1], "noise and sampling came from a known seed (a test)")
@@ -80,7 +89,7 @@ def composed_report(
     recorded = [run.mechanism(run.steps_recorded, len(read) > 1) for run in read]
     facts = [run.facts() for run in read]
     not_covered = [
-        *NOT_COVERED,
+        *for_unit(NOT_COVERED, unit_column),
         "other runs and histograms of the same private dataset, whose ledgers are not named here: "
         "every one of them adds to epsilon",
     ]
@@ -94,7 +103,7 @@ def composed_report(
     return {
         "guarantee": True,
         "run": _names(folders),
-        "unit": UNIT,
+        "unit": unit_of(unit_column),
         "neighbouring_relations": list(relations),
         **(facts[0] if len(read) == 1 else {"runs": facts}),
         "mechanisms": [*training, *events],
@@ -138,8 +147,10 @@ class _Run:
     ledger_end: str
 
     @property
-    def private_rows(self) -> int:
-        """How many private examples the run read."""
+    def private_examples(self) -> int | None:
+        """N of the private data as a histogram counts it; None if the run drew rows of units."""
+        if self.plan.unit_sampling == ROWS:
+            return None
         return self.plan.num_examples - self.num_canary_rows
 
     def mechanism(self, steps: int, named: bool) -> dict:
@@ -189,6 +200,18 @@ def _require_distinct(runs: Sequence[_Run]) -> None:
             other = seen[run.ledger_end].folder
             raise UsageError(f"{run.folder} and {other} hold the same run; name it once")
         seen[run.ledger_end] = run
+
+
+def _common_unit(runs: Sequence[_Run]) -> str | None:
+    """The unit of all plans: what one run says of rows says nothing of persons."""
+    columns = {run.plan.unit_column for run in runs}
+    if len(columns) > 1:
+        units = " and ".join(f"{run.folder}: {unit_of(run.plan.unit_column)}" for run in runs)
+        raise UsageError(
+            f"the runs have different units ({units}), and a guarantee has one; make one report "
+            "for each"
+        )
+    return columns.pop()
 
 
 def _common_delta(runs: Sequence[_Run]) -> float:
@@ -293,19 +316,28 @@ def _require_claim(run: _Run) -> None:
         )
 
 
-def _histograms(paths: Sequence[Path], sizes: Sequence[int]) -> list[dict]:
-    """The mechanisms in ledgers of histograms of what the runs read: `sizes` examples each."""
+def _histograms(
+    paths: Sequence[Path], sizes: Sequence[int | None], unit_column: str | None
+) -> list[dict]:
+    """The mechanisms in ledgers of histograms of what the runs read: `sizes` examples or units."""
+    known = [size for size in sizes if size is not None]
     events: dict[str, dict] = {}
     for path in paths:
         records = read_histograms(path)
         if not records:
             raise UsageError(f"no ledger of histograms at {path}")
         for record in records:
-            if record["num_examples"] not in sizes:
+            if record.get("unit_column") != unit_column:
+                raise UsageError(
+                    f"{path} is of {counted(record['num_examples'], record.get('unit_column'))}, "
+                    f"and what is added or removed from the run's data is {unit_of(unit_column)}: "
+                    "a report is for one unit; make the histogram anew with the run's --unit_column"
+                )
+            if len(known) == len(sizes) and record["num_examples"] not in known:
                 theirs = "the run's has" if len(sizes) == 1 else "the runs' have"
                 raise UsageError(
                     f"{path} is of a private dataset of {record['num_examples']} examples, "
-                    f"{theirs} {listed(sizes)}: what is spent on two datasets does not compose; "
+                    f"{theirs} {listed(known)}: what is spent on two datasets does not compose; "
                     "make one report for each"
                 )
             # Chains begin with a random run id, so equal ones are copies.

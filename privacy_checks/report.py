@@ -19,7 +19,7 @@ from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import write_atomic, write_json
 from utils.privacy.accounting import ADD_REMOVE, REPLACE
-from utils.privacy.guarantee import NEIGHBOURS, as_markdown, as_text, render
+from utils.privacy.guarantee import as_markdown, as_text, neighbours, render
 
 PLOT_FILE = "epsilon_over_steps.png"
 OUTPUT_FILES = ("composed_report.json", "composed_report.md", PLOT_FILE)
@@ -101,7 +101,7 @@ def plot(report: dict) -> bytes:
         )
     axes.set_xlabel("logical steps")
     axes.set_ylabel(f"epsilon at delta {report['delta']:g}")
-    axes.set_title(f"Privacy spent, for {NEIGHBOURS[relation]}", fontsize="medium")
+    axes.set_title(f"Privacy spent, for {neighbours(report, relation)}", fontsize="medium")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.legend()

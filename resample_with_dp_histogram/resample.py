@@ -50,7 +50,7 @@ from utils.command_line.parser import flag, natural_int, positive_int, read_flag
 from utils.files import write_json
 from utils.folders import locked, private_folder, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
-from utils.privacy.guarantee import unit_of
+from utils.privacy.guarantee import SEVERAL_ROWS, for_unit, unit_of
 from utils.privacy.ledger import read_histograms, record_histogram
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
@@ -64,8 +64,6 @@ COVERED = [
     "selection, its order, the distances and the plot",
     "the clusters and the bins of synthetic rows: they never see private data",
 ]
-SEVERAL_ROWS = "several rows about one person: the unit is a row"
-OTHERS_ROWS = "what the rows of one unit say about another: the unit is a value of --unit_column"
 NOT_COVERED = [
     "the private embeddings, under private/ of their folder",
     "that this run came to an end: it refuses private vectors that are damaged (not finite, not "
@@ -348,15 +346,8 @@ def build_report(
         "covered": [] if insecure else COVERED,
         "not_covered": ["everything: treat the output as private data"]
         if insecure
-        else not_covered(settings.unit_column),
+        else for_unit(NOT_COVERED, settings.unit_column),
     }
-
-
-def not_covered(unit_column: str | None) -> list[str]:
-    """What the guarantee for a row, or for a unit, leaves out."""
-    if unit_column is None:
-        return NOT_COVERED
-    return [OTHERS_ROWS if item == SEVERAL_ROWS else item for item in NOT_COVERED]
 
 
 def write_selection(

@@ -19,7 +19,7 @@ from utils.privacy.accounting import (
     compute_delta,
     compute_epsilon,
 )
-from utils.privacy.guarantee import build_report, write_report
+from utils.privacy.guarantee import as_markdown, build_report, neighbours, render, write_report
 from utils.privacy.ledger import (
     HISTOGRAM,
     LEDGER_FILE,
@@ -348,6 +348,51 @@ def test_a_histogram_of_another_dataset_is_refused(run, tmp_path):
     record_histogram(path, num_examples=501, noise_multiplier=10.0, num_bins=1000)
     with pytest.raises(UsageError, match="501 examples, the run's has 500"):
         report.composed_report(run, [path])
+
+
+def person_plan(**changes):
+    of_unit = {"unit_column": "person", "max_rows_per_unit": 8, "unit_sampling": "units"}
+    return PrivacyPlan(**(vars(PLAN) | of_unit | changes))
+
+
+def test_a_histogram_of_persons_composes_with_a_run_of_persons_and_the_report_says_so(tmp_path):
+    run = make_run(tmp_path / "run", plan=person_plan())
+    path = tmp_path / "persons.jsonl"
+    record_histogram(
+        path, num_examples=500, noise_multiplier=10.0, num_bins=10, unit_column="person"
+    )
+    composed = report.composed_report(run, [path])
+    events = [TRAINING, SampledGaussian(1.0, 10.0, 1)]
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    person = "all rows of the prepared train split with one value of 'person'"
+    assert composed["unit"] == f"one unit: {person}"
+    page = render(composed, as_markdown)
+    assert f"private for adding or removing one unit, {person} (" in page
+    assert "the unit is a row" not in page
+    assert neighbours(composed, REPLACE) == "replacing one unit by another"
+
+
+def test_rows_and_persons_are_not_one_report(run, histogram, tmp_path):
+    persons = make_run(tmp_path / "persons", plan=person_plan())
+    path = tmp_path / "persons.jsonl"
+    record_histogram(
+        path, num_examples=500, noise_multiplier=10.0, num_bins=10, unit_column="person"
+    )
+    with pytest.raises(UsageError, match="of 500 units of 'person', and what is added .* one exam"):
+        report.composed_report(run, [path])
+    with pytest.raises(UsageError, match="of 500 examples, and what is added .* one unit: all"):
+        report.composed_report(persons, [histogram])
+    with pytest.raises(UsageError, match="the runs have different units .*; make one report for"):
+        report.composed_report([run, persons])
+
+
+def test_a_run_that_draws_rows_of_persons_does_not_know_how_many_there_are(tmp_path):
+    run = make_run(tmp_path / "run", plan=person_plan(unit_sampling="rows"))
+    path = tmp_path / "persons.jsonl"
+    record_histogram(
+        path, num_examples=77, noise_multiplier=10.0, num_bins=10, unit_column="person"
+    )
+    assert len(report.composed_report(run, [path])["mechanisms"]) == 2
 
 
 def test_canaries_count_in_training_and_not_in_a_histogram(run, tmp_path):

@@ -19,6 +19,8 @@ NEIGHBOURS = {
     ADD_REMOVE: "adding or removing one example",
     REPLACE: "replacing one example by another",
 }
+SEVERAL_ROWS = "several rows about one person: the unit is a row"
+OTHERS_ROWS = "what the rows of one unit say about another: the unit is a value of its column"
 NOTHING_COVERED = "everything: treat the adapter and all its outputs as private data"
 COVERED = [
     "the adapter, every checkpoint of it, and whatever is computed from them: merged models, "
@@ -31,7 +33,7 @@ NOT_COVERED = [
     "the choice of hyper-parameters over several runs on the same data",
     "data-dependent preparation, such as deduplication: the guarantee is for the prepared set",
     "text that the base model had already seen",
-    "several rows about one person: the unit is a row",
+    SEVERAL_ROWS,
     "what kernels change in a row's gradient with the rows next to it: nothing beyond rounding in "
     "float32 on a CPU, 2% of the clip norm in all where it was measured in bfloat16, and not "
     "measured for this run",
@@ -44,6 +46,13 @@ def unit_of(unit_column: str | None) -> str:
     if unit_column is None:
         return UNIT
     return f"one unit: all rows of the prepared train split with one value of {unit_column!r}"
+
+
+def for_unit(not_covered: Sequence[str], unit_column: str | None) -> list[str]:
+    """What is not covered where the unit is a row, as it reads for the unit."""
+    if unit_column is None:
+        return list(not_covered)
+    return [OTHERS_ROWS if item == SEVERAL_ROWS else item for item in not_covered]
 
 
 def build_report(
@@ -208,10 +217,16 @@ def claim(report: dict, relation: str | None = None) -> str:
     """
     relation = relation or relations_of(report)[0]
     epsilon = _by_relation(report, "epsilon")[relation]["upper"]
+    which = report["unit"].split(": ", 1)[1]
     return (
-        f"({epsilon:.3f}, {report['delta']:g})-differentially private for {NEIGHBOURS[relation]}, "
-        + report["unit"].removeprefix("one example: ")
+        f"({epsilon:.3f}, {report['delta']:g})-differentially private for "
+        f"{neighbours(report, relation)}, {which}"
     )
+
+
+def neighbours(report: dict, relation: str) -> str:
+    """What the promise is for, in words: adding or removing one example, or one unit."""
+    return NEIGHBOURS[relation].replace("one example", report["unit"].split(": ", 1)[0])
 
 
 def relations_of(report: dict) -> list[str]:
