@@ -15,7 +15,14 @@ from utils.privacy.accounting import (
     compute_epsilon,
     epsilon_bounds,
 )
-from utils.privacy.guarantee import COVERED, NOT_COVERED, NOTHING_COVERED, UNIT, listed
+from utils.privacy.guarantee import (
+    COVERED,
+    NOTHING_COVERED,
+    listed,
+    not_covered_by,
+    rows_of_one_person,
+    unit_of,
+)
 from utils.privacy.ledger import HISTOGRAM, LEDGER_FILE, read_ledger, read_plan, require_head
 from utils.privacy.plan import PrivacyPlan
 from utils.runs.run_folder import CONFIG_FILE, holds_run
@@ -70,11 +77,12 @@ def composed_report(
         return _no_guarantee(folders, "a histogram's noise came from a known seed (a test)")
     for run in read:
         _require_claim(run)
-    training = [run.mechanism(run.steps, len(read) > 1) for run in read]
-    recorded = [run.mechanism(run.steps_recorded, len(read) > 1) for run in read]
+    plan = _common_unit(read, histograms)
+    training = [run.mechanism(run.steps_recorded, len(read) > 1) for run in read]
+    released = [run.mechanism(run.steps, len(read) > 1) for run in read]
     facts = [run.facts() for run in read]
     not_covered = [
-        *NOT_COVERED,
+        *not_covered_by(plan),
         "other runs and histograms of the same private dataset, whose ledgers are not named here: "
         "every one of them adds to epsilon",
     ]
@@ -88,17 +96,18 @@ def composed_report(
     return {
         "guarantee": True,
         "run": _names(folders),
-        "unit": UNIT,
+        "unit": unit_of(plan),
         "neighbouring_relations": list(relations),
         **(facts[0] if len(read) == 1 else {"runs": facts}),
         "mechanisms": [*training, *events],
         **{name: sum(run[name] for run in facts) for name in STEPS},
         **_costs(
             [*training, *events],
-            [*recorded, *events] if recorded != training else None,
+            [*released, *events] if released != training else None,
             _common_delta(read) if delta is None else delta,
             max(run.plan.target_epsilon for run in read) if epsilon is None else epsilon,
             relations,
+            plan,
         ),
         "checks": [
             f"{run.folder}: {check}" if len(read) > 1 else check
@@ -140,9 +149,10 @@ class _Run:
         """`steps` of training, as an entry of the composition."""
         training = f"training of {self.folder}" if named else "training"
         return {
-            "mechanism": f"{training}, steps in the released model",
+            "mechanism": f"{training}, all steps on record",
             "sampling_rate": self.plan.sampling_rate,
             "noise_multiplier": self.plan.noise_multiplier,
+            "rows_per_unit": self.plan.events(steps)[0].rows_per_unit,
             "times": steps,
         }
 
@@ -151,6 +161,8 @@ class _Run:
         return {
             "run": str(self.folder),
             "num_examples": self.plan.num_examples,
+            "unit_sampling": self.plan.unit_sampling,
+            "canaries": self.num_canary_rows,
             "clip_norm": self.plan.clip_norm,
             "steps_planned": self.plan.steps,
             "steps_taken": self.steps,
@@ -183,6 +195,23 @@ def _require_distinct(runs: Sequence[_Run]) -> None:
             other = seen[run.ledger_end].folder
             raise UsageError(f"{run.folder} and {other} hold the same run; name it once")
         seen[run.ledger_end] = run
+
+
+def _common_unit(runs: Sequence[_Run], histograms: Sequence[Path]) -> PrivacyPlan:
+    """A plan that says what the unit of all runs is: a guarantee has one."""
+    first = runs[0]
+    for run in runs:
+        if unit_of(run.plan) != unit_of(first.plan):
+            raise UsageError(
+                f"the unit of {first.folder} is {unit_of(first.plan)}, and of {run.folder} "
+                f"{unit_of(run.plan)}; make one report for each"
+            )
+    if histograms and first.plan.unit_column is not None:
+        raise UsageError(
+            f"the unit of {first.folder} is {unit_of(first.plan)}, and a histogram's is a row; "
+            "leave --histogram out"
+        )
+    return first.plan
 
 
 def _common_delta(runs: Sequence[_Run]) -> float:
@@ -279,7 +308,10 @@ def _require_claim(run: _Run) -> None:
     if run.own_report.get("steps_taken") != run.steps:
         return
     claim = run.own_report["epsilon"]["upper"]
-    spent = compute_epsilon(run.plan.events(run.steps), run.plan.delta).upper
+    # Reports of earlier versions claim what the steps of the released model cost.
+    counts_lost = "epsilon_without_lost_steps" in run.own_report
+    steps = run.steps + run.own_report["steps_lost"] if counts_lost else run.steps
+    spent = compute_epsilon(run.plan.events(steps), run.plan.delta).upper
     if claim < spent - CLAIM_TOLERANCE:
         raise UsageError(
             f"{run.folder / 'privacy_report.json'} claims epsilon {claim}, but its ledger gives "
@@ -320,26 +352,37 @@ def _histograms(paths: Sequence[Path], sizes: Sequence[int]) -> list[dict]:
 def events_of(mechanisms: list[dict]) -> list[SampledGaussian]:
     """What an accountant composes, of a report's "mechanisms"."""
     return [
-        SampledGaussian(entry["sampling_rate"], entry["noise_multiplier"], entry["times"])
+        SampledGaussian(
+            entry["sampling_rate"],
+            entry["noise_multiplier"],
+            entry["times"],
+            entry.get("rows_per_unit", 1),
+        )
         for entry in mechanisms
     ]
 
 
 def _costs(
     mechanisms: list[dict],
-    with_lost_steps: list[dict] | None,
+    without_lost_steps: list[dict] | None,
     delta: float,
     epsilon: float,
     relations: Sequence[str],
+    plan: PrivacyPlan,
 ) -> dict:
-    """Epsilon at `delta` and at others, and delta at `epsilon`, by relation."""
+    """Epsilon at `delta` and at others, and delta at `epsilon`, by relation.
+
+    Args:
+        plan: says what the unit is.
+    """
     events = events_of(mechanisms)
     others = [delta * factor for factor in OTHER_DELTAS]
     return {
         "delta": delta,
         "epsilon": {name: _epsilons(events, delta, name) for name in relations},
-        "epsilon_if_lost_steps_were_seen": with_lost_steps
-        and {name: _epsilons(events_of(with_lost_steps), delta, name) for name in relations},
+        "epsilon_without_lost_steps": without_lost_steps
+        and {name: _epsilons(events_of(without_lost_steps), delta, name) for name in relations},
+        "rows_of_one_person": rows_of_one_person(plan, events, delta),
         "epsilon_at_other_deltas": {
             name: [
                 {"delta": other, "epsilon": compute_epsilon(events, other, name).upper}

@@ -95,10 +95,8 @@ def plot(report: dict) -> bytes:
     if report["delta"] == report.get("target_delta"):
         axes.axhline(report["target_epsilon"], linestyle="--", color="grey", label="target")
     if report["steps_lost"]:
-        seen = report["epsilon_if_lost_steps_were_seen"][relation]["upper"]
-        axes.plot(
-            report["steps_taken"] + report["steps_lost"], seen, "x", label="if lost steps were seen"
-        )
+        without = report["epsilon_without_lost_steps"][relation]["upper"]
+        axes.plot(report["steps_taken"], without, "x", label="without lost steps")
     axes.set_xlabel("logical steps")
     axes.set_ylabel(f"epsilon at delta {report['delta']:g}")
     axes.set_title(f"Privacy spent, for {NEIGHBOURS[relation]}", fontsize="medium")
