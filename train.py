@@ -638,7 +638,8 @@ def save(run: Run, step: int) -> None:
 def finish(run: Run, step: int, stopped_by: str) -> None:
     """Write the report and, if all steps are taken, the adapter; close what is open."""
     if run.is_main:
-        report = run.mechanism.report(step)
+        canaries = run.settings.canaries.num_rows
+        report = run.mechanism.report(step) | {"canaries": canaries}
         write_report(run.folder, report)
         if step == run.steps:
             save_adapter(run, report)

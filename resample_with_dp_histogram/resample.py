@@ -50,7 +50,7 @@ from utils.command_line.parser import flag, natural_int, positive_int, read_flag
 from utils.files import write_json
 from utils.folders import locked, private_folder, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
-from utils.privacy.guarantee import SEVERAL_ROWS, for_unit, unit_of
+from utils.privacy.guarantee import SEVERAL_ROWS, UNIT, for_unit, person
 from utils.privacy.ledger import read_histograms, record_histogram
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
@@ -308,7 +308,7 @@ def build_report(
     return {
         "guarantee": not insecure,
         "why": "the noise came from a known seed (a test)" if insecure else "",
-        "unit": unit_of(settings.unit_column),
+        "unit": UNIT if settings.unit_column is None else person(settings.unit_column),
         "unit_column": settings.unit_column,
         "neighbouring_relation": ADD_REMOVE,
         "mechanism": "Gaussian histogram",

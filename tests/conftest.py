@@ -61,6 +61,7 @@ def accountant_that_remembers():
         mock.patch.object(plan, "compute_epsilon", epsilon),
         mock.patch.object(guarantee, "compute_epsilon", epsilon),
         mock.patch.object(guarantee, "epsilon_bounds", bounds),
+        mock.patch.object(guarantee, "group_epsilons", remembering(guarantee.group_epsilons)),
         mock.patch.object(plan, "calibrate_noise_multiplier", calibrate),
     ):
         yield

@@ -11,6 +11,7 @@ import prv_accountant
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 from scipy.special import gammaln, logsumexp
 from scipy.stats import binom, norm
 
@@ -25,6 +26,7 @@ from utils.privacy.accounting import (
     compute_delta,
     compute_epsilon,
     epsilon_bounds,
+    group_epsilons,
 )
 from utils.privacy.mixtures import MixtureStep
 
@@ -403,6 +405,44 @@ def test_other_nonsense_is_refused():
             compute_delta([HISTOGRAM], epsilon)
 
 
+# --- how often the loss is larger ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epsilon", "times"), [(8.0, 3.6), (0.5, 28.6)])
+def test_the_loss_exceeds_epsilon_more_often_than_delta(epsilon, times):
+    mu = brentq(lambda mu: gaussian_delta(mu, epsilon) - 1e-5, 1e-3, 10)
+    exact = norm.cdf(-epsilon / mu + mu / 2)
+    assert exact == pytest.approx(times * 1e-5, rel=2e-3)
+    whole = epsilon_bounds([SampledGaussian(1.0, 9 / mu, 81)], 1e-5)
+    assert whole.upper == pytest.approx(epsilon)
+    assert whole.probability_of_more == pytest.approx(exact, rel=1e-6)
+    # The same through the distribution of the loss, where sampling almost leaves nobody out.
+    almost = epsilon_bounds([SampledGaussian(1 - 1e-9, 9 / mu, 81)], 1e-5)
+    assert almost.accountant == "dp-accounting 0.6.0 PLD"
+    assert almost.probability_of_more == pytest.approx(exact, rel=0.02)
+
+
+def gaussian_delta(mu, epsilon):
+    upper_tail, lower_tail = (norm.cdf(side * mu / 2 - epsilon / mu) for side in (1, -1))
+    return upper_tail - math.exp(epsilon) * lower_tail
+
+
+@pytest.mark.parametrize("relation", [ADD_REMOVE, REPLACE])
+def test_the_loss_of_a_sampled_step_exceeds_epsilon_as_often_as_the_integral_says(relation):
+    q, sigma = 0.3, 1.0
+    bounds = epsilon_bounds([SampledGaussian(q, sigma, 1)], 1e-3, relation)
+    x = np.linspace(-15, 15, 300_001)
+    other = mixture(x, q, -1, sigma) if relation == REPLACE else norm.pdf(x, 0, sigma)
+    first = mixture(x, q, 1, sigma)
+    exact = first[np.log(first / other) > bounds.upper].sum() * (x[1] - x[0])
+    assert bounds.probability_of_more == pytest.approx(exact, rel=0.01)
+
+
+def test_how_often_the_loss_exceeds_epsilon_is_not_claimed_where_no_distribution_is_trusted():
+    assert epsilon_bounds([SampledGaussian(0.02, 1.0, 50_000)], 1e-12).probability_of_more is None
+    assert epsilon_bounds([], 1e-5).probability_of_more == 0
+
+
 # --- units of several rows -----------------------------------------------------------------------
 
 
@@ -454,6 +494,38 @@ def test_calibration_for_units_is_quick_tight_and_never_overshoots(epsilon, rows
     assert spent(sigma) <= epsilon < spent(sigma - 1e-3)
     again = calibrate_noise_multiplier(epsilon, DELTA, RATE, STEPS, [HISTOGRAM], rows_per_unit=rows)
     assert again == sigma
+
+
+@pytest.mark.parametrize(
+    ("sigma", "epsilons"),
+    [
+        (1.1224, {1: 2.86, 2: 6.18, 10: 43.6}),
+        (0.8073, {1: 5.94, 2: 12.70, 10: 88.5}),
+    ],
+)
+def test_epsilon_of_several_rows_of_one_person(sigma, epsilons):
+    start = time.process_time()
+    found = group_epsilons([training(sigma)], DELTA)
+    assert time.process_time() - start < 10  # 1.3 s on an idle core
+    assert list(found) == [1, 2, 5, 10, 20]
+    assert found[1] == upper([training(sigma)])
+    for rows, epsilon in epsilons.items():
+        assert found[rows] == pytest.approx(epsilon, rel=0.01)
+
+
+def test_several_rows_in_a_histogram_move_it_by_their_number():
+    found = group_epsilons([HISTOGRAM], DELTA, [3])
+    assert found == {3: upper([SampledGaussian(1.0, 10 / 3, 1)])}
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"),
+    [(0.9999, 0.3, 100_000, 1e-5), (0.02, 1.0, 50_000, 1e-12), (1.0, 0.3, 100_000, 1e-12)],
+)
+def test_epsilon_of_several_rows_never_fails(q, sigma, steps, delta):
+    found = group_epsilons([SampledGaussian(q, sigma, steps), HISTOGRAM], delta)
+    assert all(map(math.isfinite, found.values()))
+    assert list(found.values()) == sorted(found.values())
 
 
 def test_a_unit_that_is_always_drawn_is_one_gaussian():

@@ -17,6 +17,8 @@ from utils.privacy.guarantee import as_markdown, build_report, render, write_rep
 from utils.privacy.ledger import Ledger, read_plan
 from utils.privacy.plan import PrivacyPlan, num_steps
 
+PERSONS = {"unit_column": "user_id", "max_rows_per_unit": 3}
+
 
 def small_plan(**changes) -> PrivacyPlan:
     """A plan of 20 steps of 10 out of 500 examples, epsilon about 1.2."""
@@ -112,9 +114,82 @@ def test_lost_steps_are_counted_apart_and_cost_what_they_would():
     plan = small_plan()
     report = build_report(plan, steps_taken=plan.steps, steps_recorded=plan.steps + 5)
     assert (report["steps_taken"], report["steps_lost"]) == (plan.steps, 5)
-    watched = report["epsilon_if_lost_steps_were_seen"]["upper"]
-    assert watched > report["epsilon"]["upper"]
-    assert f"epsilon would be {watched:.3f}" in render(report, as_markdown)
+    unwatched = report["epsilon_without_lost_steps"]["upper"]
+    assert unwatched < report["epsilon"]["upper"]
+    every = compute_epsilon(plan.events(plan.steps + 5), plan.delta).upper
+    assert report["epsilon"]["upper"] == every
+    page = render(report, as_markdown)
+    assert f"if nobody saw one, it is {unwatched:.3f}" in page
+    assert f"is ({every:.3f}, 1e-05)-differentially private" in page
+
+
+def whole_report(**changes) -> dict:
+    plan = small_plan(**changes)
+    return build_report(plan, steps_taken=plan.steps, steps_recorded=plan.steps)
+
+
+def test_the_odds_are_bounded_except_with_the_probability_of_a_larger_loss():
+    report = whole_report()
+    more = report["epsilon"]["probability_of_more"]
+    assert 3 * report["delta"] < more < 100 * report["delta"]
+    page = render(report, as_markdown)
+    assert f"at most e^epsilon, except with probability about {more:.2g}, that of a" in page
+    report["epsilon"]["probability_of_more"] = None
+    assert "above delta and not known more closely" in render(report, as_markdown)
+
+
+def test_epsilon_of_several_rows_of_one_person_is_in_json_and_page(tmp_path):
+    report = whole_report()
+    several = report["rows_of_one_person"]
+    assert [each["rows"] for each in several] == [1, 2, 5, 10, 20]
+    assert several[0]["epsilon"] == report["epsilon"]["upper"]
+    assert several[1]["epsilon"] > 2 * several[0]["epsilon"]
+    write_report(tmp_path, report)
+    page = (tmp_path / "privacy_report.md").read_text()
+    assert f"## Several rows of one person\n\n{'Epsilon at delta 1e-05'}" in page
+    assert f"| 2 | {several[1]['epsilon']:.2f} |" in page
+
+
+def test_what_public_n_means_is_said():
+    page = render(whole_report(), as_markdown)
+    assert "N is the published size: with one example more or less, sampling rate and" in page
+
+
+def test_the_generator_is_the_limit_of_the_guarantee():
+    page = render(whole_report(), as_markdown)
+    assert "somebody who can break ChaCha20" in page
+    assert "unlimited" not in page
+
+
+def test_canaries_are_named():
+    report = whole_report()
+    assert "canaries" not in render(report, as_markdown)
+    page = render(report | {"canaries": 30}, as_markdown)
+    assert "30 of N are canaries: made-up rows that are nobody's" in page
+
+
+@pytest.mark.parametrize(
+    ("sampling", "used", "counted"),
+    [
+        ("units", "at most 3 of them, drawn afresh, used in a step", "N = 500 persons, the"),
+        ("rows", "at most 3 of them used", "N = 500, the"),
+    ],
+)
+def test_the_guarantee_of_persons_is_for_persons(sampling, used, counted):
+    report = whole_report(**PERSONS, unit_sampling=sampling)
+    page = render(report, as_markdown)
+    assert (
+        "-differentially private for adding or removing one person, all rows of the train split "
+        f"with the same value of user_id, {used}" in page
+    )
+    assert counted in page
+    assert "the odds that the person was in the data" in page
+    assert "several rows about one person" not in page
+    assert "Several rows of one person" not in page
+    assert "a person is what user_id tells apart" in page
+    assert report["rows_of_one_person"] == []
+    drawn = {"units": "person", "rows": "example"}[sampling]
+    assert report["sampler"].startswith(f"Poisson: every {drawn} independently")
 
 
 def test_known_noise_gives_no_epsilon():
@@ -213,9 +288,6 @@ def test_a_truncated_or_foreign_ledger_does_not_fit_its_checkpoint(ledger_file, 
 def test_another_plan_is_refused_naming_the_field(ledger_file, field, value):
     with pytest.raises(UsageError, match=f"privacy plan has {field}"):
         reopen(ledger_file, dataclasses.replace(small_plan(), **{field: value}))
-
-
-PERSONS = {"unit_column": "user_id", "max_rows_per_unit": 3}
 
 
 def test_a_plan_from_before_there_were_units_loads_and_is_the_same(tmp_path):

@@ -31,6 +31,8 @@ MIN_RATE, MAX_STEPS = 1e-5, 100_000
 MIN_DELTA, MAX_DELTA = 1e-12, 1e-2
 MAX_ROWS = 256
 NOISE_DECIMALS = 3
+# Rows of one person for which reports give epsilon where the unit is a row.
+GROUP_SIZES = (1, 2, 5, 10, 20)
 CLOSED_FORM = "closed form"
 CLOSED_FORM_OF_ALL = "closed form, as if every row took part in every step"
 
@@ -95,12 +97,15 @@ class EpsilonBounds(EpsilonClaim):
         lower: epsilon is not below this, but for rounding; 0 where no accountant gives a bound.
         estimate: best guess.
         pld, prv: upper bounds by PLD and by the PRV accountant alone; None where there is none.
+        probability_of_more: that the privacy loss exceeds `upper`, and so that somebody's odds
+            change by more than e^upper; it is above delta. None where it is not known.
     """
 
     lower: float
     estimate: float
     pld: float | None
     prv: float | None
+    probability_of_more: float | None
 
 
 def compute_epsilon(
@@ -169,7 +174,32 @@ def epsilon_bounds(
         estimate=estimate,
         pld=pld if math.isfinite(pld) else None,
         prv=prv[2] if prv else None,
+        probability_of_more=_probability_of_more(events, claim, relation),
     )
+
+
+def group_epsilons(
+    events: Sequence[SampledGaussian], delta: float, sizes: Sequence[int] = GROUP_SIZES
+) -> dict[int, float]:
+    """Epsilon for adding or removing several units at once, such as all rows of one person.
+
+    It is not `sizes` times epsilon at the same delta but far more. Where PLD cannot tell, the
+    closed form without sampling is the bound.
+
+    Args:
+        events: mechanisms on one private dataset, in any order.
+        delta: 1e-12 to 0.01, the same for all sizes.
+
+    Returns:
+        Upper bounds by size.
+    """
+    _require_inputs(delta, ADD_REMOVE, events)
+    bounds = {}
+    for size in sizes:
+        groups = [replace(event, rows_per_unit=size * event.rows_per_unit) for event in events]
+        grid = PLD_FINE if size == 1 else PLD_COARSE
+        bounds[size], _ = _upper_bound(_merged(groups), delta, ADD_REMOVE, grid)
+    return bounds
 
 
 def compute_delta(
@@ -516,6 +546,24 @@ def _interval(
         max(widths) / PLD_STEP_CELLS,
         (sum(widths) + 20 * math.sqrt(variance)) / PLD_CELLS,
     )
+
+
+def _probability_of_more(
+    events: Sequence[SampledGaussian], claim: EpsilonClaim, relation: str
+) -> float | None:
+    """P(privacy loss > epsilon) of merged events; None where the claim is not of their own loss.
+
+    delta(eps) = E[(1 - e^(eps - L))+], so P(L > eps) = delta(eps) - delta'(eps).
+    """
+    epsilon = claim.upper
+    if claim.accountant == CLOSED_FORM:
+        mu = _gaussian_mu(events, relation)
+        return math.erfc((epsilon / mu - mu / 2) / math.sqrt(2)) / 2 if mu else 0.0
+    if claim.accountant != _dp_accounting("PLD"):
+        return None
+    loss, step = _pld(events, relation, PLD_FINE), 1e-6
+    delta, after = (float(loss.get_delta_for_epsilon(epsilon + gap)) for gap in (0, step))
+    return min(1.0, delta + (delta - after) / math.expm1(step) + _pld_rounding(events))
 
 
 # --- Renyi DP ------------------------------------------------------------------------------------
