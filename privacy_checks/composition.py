@@ -330,7 +330,7 @@ def _histograms(paths: Sequence[Path], runs: Sequence[_Run]) -> list[dict]:
     sizes = [size for run in runs if (size := run.private_examples) is not None]
     events: dict[str, dict] = {}
     for path in paths:
-        records = read_histograms(path)
+        records = read_histograms(path) if path.is_file() else []
         if not records:
             raise UsageError(f"no ledger of histograms at {path}")
         for record in records:
