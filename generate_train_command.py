@@ -23,9 +23,10 @@ from utils.command_line.parser import (
     to_argv,
 )
 from utils.command_line.training_flags import TrainingSettings, check_training_settings, plan_of
-from utils.privacy.plan import PrivacyPlan, num_steps
+from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
 from utils.runs.run_folder import require_usable
 from utils.texts.data_sets import count_train_examples, tried_places
+from utils.texts.units import read_units, rows_to_keep
 
 _launch = partial(flag, group="launch")
 
@@ -50,13 +51,14 @@ class Settings(TrainingSettings):
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
     warnings = check_training_settings(settings)
-    num_rows, size_warnings = train_examples(settings)
+    counted, size_warnings = train_examples(settings)
     require_usable(settings.folder, settings.run_settings, settings.resume)
-    num_examples = num_rows + settings.canaries.num_rows
+    num_examples = counted + settings.canaries.num_rows
     plan, plan_warnings = plan_of(settings, num_examples)
     settings = replace(
         settings,
-        num_train_examples=num_rows,
+        num_train_examples=settings.num_train_examples if settings.draws_units else counted,
+        num_train_units=counted if settings.draws_units else settings.num_train_units,
         noise_multiplier=plan.noise_multiplier if plan else settings.noise_multiplier,
     )
 
@@ -76,23 +78,36 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_examples(settings: Settings) -> tuple[int, list[str]]:
-    """Rows of the train split, counted or as stated, and warnings.
+    """What a step draws of the train split, rows or units, counted or as stated, and warnings.
 
     Raises:
         UsageError: the data set is not here and its size is not stated, or it has another size.
     """
-    name, stated = settings.dataset_name, settings.num_train_examples
-    found = count_train_examples(name)
-    if found is None:
+    name, stated = settings.dataset_name, getattr(settings, settings.size_flag)
+    num_rows = count_train_examples(name)
+    if num_rows is None:
         if stated is None:
             raise UsageError(
                 f"{tried_places(name)}. Where it is on the hub or on another machine, state its "
-                "size with --num_train_examples"
+                f"size with --{settings.size_flag}"
             )
         return stated, [f"{name} is not here; it must be where the command runs"]
-    if stated not in (None, found):
-        raise UsageError(f"--num_train_examples {stated}, but {name} has {found}")
-    return found, []
+    sizes = {"num_train_examples": num_rows}
+    if settings.unit_column is not None:
+        units = read_units(
+            name,
+            settings.unit_column,
+            owner=settings.owner,
+            unowned_rows_are_units=settings.unowned_rows_are_units,
+        )
+        sizes["num_train_units"] = int(units.max()) + 1
+        if settings.max_rows_per_unit is not None and settings.unit_sampling == ROWS:
+            sizes["num_train_examples"] = len(rows_to_keep(units, settings.max_rows_per_unit))
+    for size_flag, found in sizes.items():
+        stated = getattr(settings, size_flag)
+        if stated not in (None, found):
+            raise UsageError(f"--{size_flag} {stated}, but {name} has {found}")
+    return sizes[settings.size_flag], []
 
 
 def say_summary(settings: Settings, plan: PrivacyPlan | None, num_examples: int) -> None:
@@ -100,21 +115,27 @@ def say_summary(settings: Settings, plan: PrivacyPlan | None, num_examples: int)
     steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
     canaries = settings.canaries.num_rows
     counted = f", of which {canaries:,} rows of canaries" if canaries else ""
+    drawn = "units" if settings.draws_units else "examples"
     rate = settings.total_bs / num_examples
     rows = [
-        ("training examples N", f"{num_examples:,}{counted}"),
+        (f"training {drawn} N", f"{num_examples:,}{counted}"),
         (
             "batch size",
             f"{settings.total_bs:,}, sampling rate {rate:.4g}",
         ),
         ("logical steps", f"{steps:,}"),
     ]
+    if settings.unit_column is not None:
+        often = "a step" if settings.draws_units else "in all"
+        most = f"at most {settings.max_rows_per_unit} rows {often}"
+        rows.append(("unit", f"the rows of one {settings.unit_column}, {most}"))
     if plan:
         reserved = plan.reserved_histogram_sigma
+        unit = "example" if plan.unit_column is None else "unit"
         rows += [
             ("noise multiplier", f"{plan.noise_multiplier:g} (deviation over clip norm)"),
             ("clip norm", f"{plan.clip_norm:g}, {plan.clip_function}"),
-            ("guarantee", f"({plan.target_epsilon:g}, {plan.delta:g})-DP, one example added or "
+            ("guarantee", f"({plan.target_epsilon:g}, {plan.delta:g})-DP, one {unit} added or "
              f"removed{f', with a histogram of sigma {reserved:g}' if reserved else ''}"),
         ]  # fmt: skip
     else:

@@ -690,12 +690,13 @@ def finish(run: Run, step: int, stopped_by: str) -> None:
     A report that names its adapter comes last, so that a run which was killed before goes on.
     """
     if run.is_main:
-        report = run.mechanism.report(step) | {ADAPTER_HASH: None}
+        canaries = {"canaries": run.settings.canaries.num_rows}
+        report = run.mechanism.report(step) | canaries | {ADAPTER_HASH: None}
         write_report(run.folder, report)
         if step == run.steps:
             sha256 = save_adapter(run, report)
             run.mechanism.record_adapter(sha256)
-            report = run.mechanism.report(step) | {ADAPTER_HASH: sha256}
+            report = run.mechanism.report(step) | canaries | {ADAPTER_HASH: sha256}
             write_report(run.folder, report)
         if run.metrics:
             run.metrics.close()

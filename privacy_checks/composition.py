@@ -16,17 +16,26 @@ from utils.privacy.accounting import (
     compute_epsilon,
     epsilon_bounds,
 )
-from utils.privacy.guarantee import COVERED, NOT_COVERED, NOTHING_COVERED, UNIT, listed
+from utils.privacy.guarantee import (
+    COVERED,
+    NOT_COVERED,
+    NOTHING_COVERED,
+    for_unit,
+    listed,
+    rows_of_one_person,
+    unit_of,
+)
 from utils.privacy.ledger import (
-    HISTOGRAM,
     LEDGER_FILE,
     adapter_in,
+    counted,
+    read_histograms,
     read_ledger,
     read_plan,
     require_head,
     steps_in,
 )
-from utils.privacy.plan import PrivacyPlan
+from utils.privacy.plan import ROWS, PrivacyPlan
 from utils.runs.run_folder import CONFIG_FILE, REPORT_FILE, holds_run, require_own_adapter
 
 HISTOGRAM_MECHANISM = "Gaussian histogram"
@@ -72,7 +81,7 @@ def composed_report(
     if plain:
         return _no_guarantee(plain[:1], "trained without differential privacy")
     _require_distinct(read)
-    events = _histograms(histograms, [run.private_rows for run in read])
+    events = _histograms(histograms, read)
     known = [run.folder for run in read if run.is_insecure]
     if known:
         return _no_guarantee(known[:1], "noise and sampling came from a known seed (a test)")
@@ -80,11 +89,12 @@ def composed_report(
         return _no_guarantee(folders, "a histogram's noise came from a known seed (a test)")
     for run in read:
         _require_claim(run)
-    training = [run.mechanism(run.steps, len(read) > 1) for run in read]
-    recorded = [run.mechanism(run.steps_recorded, len(read) > 1) for run in read]
+    plan = _common_unit(read)
+    training = [run.mechanism(run.steps_recorded, len(read) > 1) for run in read]
+    released = [run.mechanism(run.steps, len(read) > 1) for run in read]
     facts = [run.facts() for run in read]
     not_covered = [
-        *NOT_COVERED,
+        *for_unit(NOT_COVERED, plan.unit_column),
         "other runs and histograms of the same private dataset, whose ledgers are not named here: "
         "every one of them adds to epsilon",
     ]
@@ -99,17 +109,18 @@ def composed_report(
         "guarantee": True,
         "above_target": _above_target(read, [*training, *events]),
         "run": _names(folders),
-        "unit": UNIT,
+        "unit": unit_of(plan),
         "neighbouring_relations": list(relations),
         **(facts[0] if len(read) == 1 else {"runs": facts}),
         "mechanisms": [*training, *events],
         **{name: sum(run[name] for run in facts) for name in STEPS},
         **_costs(
             [*training, *events],
-            [*recorded, *events] if recorded != training else None,
+            [*released, *events] if released != training else None,
             _common_delta(read) if delta is None else delta,
             max(run.plan.target_epsilon for run in read) if epsilon is None else epsilon,
             relations,
+            plan,
         ),
         "checks": [
             f"{run.folder}: {check}" if len(read) > 1 else check
@@ -143,17 +154,20 @@ class _Run:
     ledger_end: str
 
     @property
-    def private_rows(self) -> int:
-        """How many private examples the run read."""
+    def private_examples(self) -> int | None:
+        """N of the private data as a histogram counts it; None if the run drew rows of persons."""
+        if self.plan.unit_sampling == ROWS:
+            return None
         return self.plan.num_examples - self.num_canary_rows
 
     def mechanism(self, steps: int, named: bool) -> dict:
         """`steps` of training, as an entry of the composition."""
         training = f"training of {self.folder}" if named else "training"
         return {
-            "mechanism": f"{training}, steps in the released model",
+            "mechanism": f"{training}, all steps on record",
             "sampling_rate": self.plan.sampling_rate,
             "noise_multiplier": self.plan.noise_multiplier,
+            "rows_per_unit": self.plan.events(steps)[0].rows_per_unit,
             "times": steps,
         }
 
@@ -162,6 +176,8 @@ class _Run:
         return {
             "run": str(self.folder),
             "num_examples": self.plan.num_examples,
+            "unit_sampling": self.plan.unit_sampling,
+            "canaries": self.num_canary_rows,
             "clip_norm": self.plan.clip_norm,
             "steps_planned": self.plan.steps,
             "steps_taken": self.steps,
@@ -194,6 +210,18 @@ def _require_distinct(runs: Sequence[_Run]) -> None:
             other = seen[run.ledger_end].folder
             raise UsageError(f"{run.folder} and {other} hold the same run; name it once")
         seen[run.ledger_end] = run
+
+
+def _common_unit(runs: Sequence[_Run]) -> PrivacyPlan:
+    """A plan that says what the unit of all runs is: a guarantee has one."""
+    first = runs[0]
+    for run in runs:
+        if unit_of(run.plan) != unit_of(first.plan):
+            raise UsageError(
+                f"the unit of {first.folder} is {unit_of(first.plan)}, and of {run.folder} "
+                f"{unit_of(run.plan)}; make one report for each"
+            )
+    return first.plan
 
 
 def _common_delta(runs: Sequence[_Run]) -> float:
@@ -320,7 +348,10 @@ def _require_claim(run: _Run) -> None:
     if run.own_report.get("steps_taken") != run.steps:
         return
     claim = run.own_report["epsilon"]["upper"]
-    spent = compute_epsilon(run.plan.events(run.steps), run.plan.delta).upper
+    # Reports of earlier versions claim what the steps of the released model cost.
+    counts_lost = "epsilon_without_lost_steps" in run.own_report
+    steps = run.steps + run.own_report["steps_lost"] if counts_lost else run.steps
+    spent = compute_epsilon(run.plan.events(steps), run.plan.delta).upper
     if claim < spent - CLAIM_TOLERANCE:
         raise UsageError(
             f"{run.folder / 'privacy_report.json'} claims epsilon {claim}, but its ledger gives "
@@ -328,15 +359,23 @@ def _require_claim(run: _Run) -> None:
         )
 
 
-def _histograms(paths: Sequence[Path], sizes: Sequence[int]) -> list[dict]:
-    """The mechanisms in ledgers of histograms of what the runs read: `sizes` examples each."""
+def _histograms(paths: Sequence[Path], runs: Sequence[_Run]) -> list[dict]:
+    """The mechanisms in ledgers of histograms of what the runs read."""
+    units = {run.plan.unit_column for run in runs}
+    sizes = [size for run in runs if (size := run.private_examples) is not None]
     events: dict[str, dict] = {}
     for path in paths:
-        records = read_ledger(path) if path.is_file() else []
-        if not records or records[0]["kind"] != HISTOGRAM:
+        records = read_histograms(path) if path.is_file() else []
+        if not records:
             raise UsageError(f"no ledger of histograms at {path}")
         for record in records:
-            if record["num_examples"] not in sizes:
+            if record.get("unit_column") not in units:
+                raise UsageError(
+                    f"the unit of {runs[0].folder} is {unit_of(runs[0].plan)}, and {path} is of "
+                    f"{counted(record['num_examples'], record.get('unit_column'))}: leave "
+                    "--histogram out, or make the histogram anew with the run's --unit_column"
+                )
+            if len(sizes) == len(runs) and record["num_examples"] not in sizes:
                 theirs = "the run's has" if len(sizes) == 1 else "the runs' have"
                 raise UsageError(
                     f"{path} is of a private dataset of {record['num_examples']} examples, "
@@ -361,26 +400,37 @@ def _histograms(paths: Sequence[Path], sizes: Sequence[int]) -> list[dict]:
 def events_of(mechanisms: list[dict]) -> list[SampledGaussian]:
     """What an accountant composes, of a report's "mechanisms"."""
     return [
-        SampledGaussian(entry["sampling_rate"], entry["noise_multiplier"], entry["times"])
+        SampledGaussian(
+            entry["sampling_rate"],
+            entry["noise_multiplier"],
+            entry["times"],
+            entry.get("rows_per_unit", 1),
+        )
         for entry in mechanisms
     ]
 
 
 def _costs(
     mechanisms: list[dict],
-    with_lost_steps: list[dict] | None,
+    without_lost_steps: list[dict] | None,
     delta: float,
     epsilon: float,
     relations: Sequence[str],
+    plan: PrivacyPlan,
 ) -> dict:
-    """Epsilon at `delta` and at others, and delta at `epsilon`, by relation."""
+    """Epsilon at `delta` and at others, and delta at `epsilon`, by relation.
+
+    Args:
+        plan: says what the unit is.
+    """
     events = events_of(mechanisms)
     others = [delta * factor for factor in OTHER_DELTAS]
     return {
         "delta": delta,
         "epsilon": {name: _epsilons(events, delta, name) for name in relations},
-        "epsilon_if_lost_steps_were_seen": with_lost_steps
-        and {name: _epsilons(events_of(with_lost_steps), delta, name) for name in relations},
+        "epsilon_without_lost_steps": without_lost_steps
+        and {name: _epsilons(events_of(without_lost_steps), delta, name) for name in relations},
+        "rows_of_one_person": rows_of_one_person(plan, events, delta),
         "epsilon_at_other_deltas": {
             name: [
                 {"delta": other, "epsilon": compute_epsilon(events, other, name).upper}

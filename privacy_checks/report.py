@@ -48,7 +48,7 @@ from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import write_atomic, write_json
 from utils.privacy.accounting import ADD_REMOVE, REPLACE
-from utils.privacy.guarantee import NEIGHBOURS, as_markdown, as_text, render
+from utils.privacy.guarantee import NEIGHBOURS, as_markdown, as_text, name_of_unit, render
 
 PLOT_FILE = "epsilon_over_steps.png"
 # matplotlib's, one a run.
@@ -156,13 +156,12 @@ def plot(report: dict) -> bytes:
     if report["delta"] == report.get("target_delta"):
         axes.axhline(report["target_epsilon"], linestyle="--", color="grey", label="target")
     if report["steps_lost"]:
-        seen = report["epsilon_if_lost_steps_were_seen"][relation]["upper"]
-        axes.plot(
-            report["steps_taken"] + report["steps_lost"], seen, "x", label="if lost steps were seen"
-        )
+        without = report["epsilon_without_lost_steps"][relation]["upper"]
+        axes.plot(report["steps_taken"], without, "x", label="without lost steps")
     axes.set_xlabel("logical steps")
     axes.set_ylabel(f"epsilon at delta {report['delta']:g}")
-    axes.set_title(f"Privacy spent, for {NEIGHBOURS[relation]}", fontsize="medium")
+    neighbours = NEIGHBOURS[relation].replace("example", name_of_unit(report))
+    axes.set_title(f"Privacy spent, for {neighbours}", fontsize="medium")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.legend()

@@ -9,6 +9,9 @@
 With --private everything goes to OUTPUT/private/, since an embedding gives its text away; embed
 the very split that was trained on, so that both have one N. Texts of similar length share a
 batch, the longest first. A stopped run goes on with the same command, on any number of devices.
+
+Add --unit_column, such as user_id, where a person may have several rows: resample then protects
+all rows of one person together.
 """
 
 import os
@@ -22,12 +25,16 @@ import torch
 from tqdm import tqdm
 
 from resample_with_dp_histogram.embeddings import (
+    IDENTITY_FILE,
     MANIFEST_FILE,
+    UNITS_FILE,
     VECTORS_FILE,
     location,
     open_vectors,
     read_manifest,
     require_unit,
+    units_digest,
+    write_identity,
 )
 from utils.cli import UsageError, in_one_line, run_cli, say
 from utils.command_line.parser import flag, parser_of
@@ -41,7 +48,8 @@ from utils.folders import (
 )
 from utils.models.loading import model_fingerprint
 from utils.texts.data_sets import rows_fingerprint
-from utils.texts.text_inputs import FORMATS, read_instructions
+from utils.texts.text_inputs import FORMATS, read_column, read_instructions
+from utils.texts.units import OWNERS, read_units
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -65,6 +73,20 @@ class _Flags:
         metavar="DIR",
     )
     model: str = flag("a sentence-transformers hub id or folder", DEFAULT_MODEL)
+    unit_column: str | None = flag(
+        "with --private: column that says whose a row is, such as user_id, kept with the "
+        "embeddings; resample then takes the same flag, and its guarantee is for all rows of one "
+        "person (or whatever the column tells apart)"
+    )
+    owner: str | None = flag(
+        "which owner counts where --unit_column holds lists, which are refused otherwise; the row "
+        "does not count as the others', so it is not protected as theirs",
+        choices=OWNERS,
+    )
+    unowned_rows_are_units: bool = flag(
+        "rows without a value in --unit_column are units of their own; they are refused otherwise",
+        False,
+    )
     batch_size: int = flag("texts in a batch on one device", 64)
     devices: list[str] | None = flag(
         "one process each, such as cuda:0 cuda:1; all GPUs if left out, or else the CPU",
@@ -94,21 +116,25 @@ def read_settings(argv: list[str] | None) -> Settings:
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings(argv)
+    check_unit_flags(settings)
     texts = read_instructions(settings.instructions, settings.split)
+    units = read_text_units(settings) if settings.unit_column is not None else None
     folder = location(settings.output, settings.private)
     with locked(settings.output, "use another --output", sibling_lock(settings.output)):
         begun = read_manifest(settings.output, settings.private)
-        # A run that was killed while it began has left the page and nothing else.
-        if begun is None and names_in(folder) - {"README.md"}:
+        # A run that was killed while it began has left these and nothing else.
+        if begun is None and names_in(folder) - {"README.md", IDENTITY_FILE, UNITS_FILE}:
             raise UsageError(f"{folder} holds something else than embeddings; use another --output")
         model = load_model(settings.model)
         facts = {
             "texts_sha256": rows_fingerprint(texts),
             "model_fingerprint": model_fingerprint(model),
+            "unit_column": settings.unit_column,
+            "units_sha256": None if units is None else units_digest(units),
         }
         if begun is not None:
             require_same_settings(
-                {name: begun[name] for name in facts},
+                {name: begun.get(name) for name in facts},
                 facts,
                 f"{settings.output} holds embeddings ({begun['num_texts']:,} texts, "
                 f"{begun['model']}) with",
@@ -122,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             "dimensions": model.get_embedding_dimension(),
             "num_embedded": 0,
         }
-        begin(folder, settings.private, manifest)
+        begin(folder, settings.private, manifest, units)
         devices = settings.devices or default_devices()
         embed(texts, model, folder, manifest, settings.batch_size, devices)
     say(f"{len(texts):,} embeddings of {manifest['dimensions']} dimensions are in {folder}")
@@ -148,11 +174,52 @@ def load_model(name: str) -> "SentenceTransformer":
         ) from None
 
 
-def begin(folder: Path, private: bool, manifest: dict) -> None:
+def check_unit_flags(settings: Settings) -> None:
+    """Refuse flags of a unit that have nothing to say."""
+    if settings.unit_column is not None and not settings.private:
+        raise UsageError(
+            f"--unit_column {settings.unit_column} needs --private: a synthetic text is nobody's"
+        )
+    for name in ("owner", "unowned_rows_are_units"):
+        if getattr(settings, name) and settings.unit_column is None:
+            raise UsageError(f"--{name} needs --unit_column: without it every row is a unit")
+
+
+def read_text_units(settings: Settings) -> np.ndarray:
+    """The unit of each text: int64 [texts].
+
+    Raises:
+        UsageError: see `read_column` and `read_units`.
+    """
+    import pyarrow
+
+    column = settings.unit_column
+    assert column is not None
+    values = read_column(settings.instructions, settings.split, column)
+    try:
+        table = pyarrow.table({column: values})
+    except (pyarrow.ArrowException, OverflowError):
+        # The library's own message shows a value, which is private.
+        raise UsageError(
+            f"--unit_column {column}: {settings.instructions} has values of several types in it; "
+            "use one type"
+        ) from None
+    return read_units(
+        table,
+        column,
+        owner=settings.owner,
+        unowned_rows_are_units=settings.unowned_rows_are_units,
+    )
+
+
+def begin(folder: Path, private: bool, manifest: dict, units: np.ndarray | None = None) -> None:
     """Make the folder and the manifest that says whose it is."""
     if private:
         private_folder(folder)
+        write_identity(folder, manifest["texts_sha256"])
     folder.mkdir(parents=True, exist_ok=True)
+    if units is not None:
+        np.save(folder / UNITS_FILE, units)
     write_json(folder / MANIFEST_FILE, manifest)
 
 

@@ -3,9 +3,12 @@
 embeddings.npy   float16 [texts, dimensions], unit vectors in the order of the texts, memory-mapped
 manifest.json    the model, the texts (number and hash), and how many are embedded
 
-Those of private texts lie in the folder's private/, which must stay where it is.
+Those of private texts lie in the folder's private/, which must stay where it is, with
+identity.json, the fingerprint of the rows that runs and histograms of one data set share; and
+units.npy, int64 [texts], whose each text is, if `embed` was to read that.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import UsageError
+from utils.files import write_json
 from utils.folders import require_same_settings
 
-VECTORS_FILE, MANIFEST_FILE = "embeddings.npy", "manifest.json"
-PRIVATE_FOLDER = "private"
+VECTORS_FILE, UNITS_FILE, MANIFEST_FILE = "embeddings.npy", "units.npy", "manifest.json"
+PRIVATE_FOLDER, IDENTITY_FILE = "private", "identity.json"
 # Rounding to float16 moves the length of a unit vector by less than 2^-11.
 UNIT_TOLERANCE = 2.0**-10
 BLOCK_ROWS = 8192
@@ -30,16 +34,38 @@ class Embeddings:
     Attributes:
         vectors: float16 [texts, dimensions], memory-mapped and read-only.
         manifest: what is known of them.
+        units: int64 [texts], the number of the unit that a text belongs to; None where every text
+            is a unit of its own.
     """
 
     folder: Path
     vectors: np.ndarray
     manifest: dict
+    units: np.ndarray | None
+
+    @property
+    def num_examples(self) -> int:
+        """N: the units, or the texts where each is one."""
+        return len(self.vectors if self.units is None else np.unique(self.units))
 
 
 def location(folder: Path, private: bool) -> Path:
     """Where in `folder` the files are."""
     return folder / PRIVATE_FOLDER if private else folder
+
+
+def write_identity(folder: Path, rows_fingerprint: str) -> None:
+    """Note in a private folder whose rows its histogram or its embeddings were computed from.
+
+    Args:
+        rows_fingerprint: see `utils.texts.data_sets.rows_fingerprint`.
+    """
+    write_json(folder / IDENTITY_FILE, {"rows_fingerprint": rows_fingerprint})
+
+
+def units_digest(units: np.ndarray) -> str:
+    """A hash of the units of rows. Of private rows: for `private/` alone."""
+    return hashlib.sha256(units.tobytes()).hexdigest()
 
 
 def read_manifest(folder: Path, private: bool) -> dict | None:
@@ -89,6 +115,26 @@ def open_vectors(folder: Path, manifest: dict, mode: str) -> np.memmap:
     return vectors
 
 
+def open_units(folder: Path, manifest: dict) -> np.ndarray | None:
+    """Read the units next to a manifest: int64 [texts], or None if the manifest knows of none.
+
+    Raises:
+        UsageError: the file is missing, damaged or another than its manifest's.
+    """
+    if manifest.get("unit_column") is None:
+        return None
+    path = folder / UNITS_FILE
+    try:
+        units = np.load(path)
+    except (OSError, EOFError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}; embed the texts again") from None
+    if units_digest(units) != manifest["units_sha256"]:
+        raise UsageError(
+            f"{path} holds other units than {MANIFEST_FILE} next to it says; embed the texts again"
+        )
+    return units
+
+
 def open_embeddings(folder: Path, private: bool) -> Embeddings:
     """Open what `embed` has finished.
 
@@ -107,7 +153,9 @@ def open_embeddings(folder: Path, private: bool) -> Embeddings:
         raise UsageError(
             f"{folder} holds {done:,} of {count:,} embeddings; the same embed command goes on"
         )
-    return Embeddings(folder, open_vectors(location(folder, private), manifest, "r"), manifest)
+    place = location(folder, private)
+    vectors, units = open_vectors(place, manifest, "r"), open_units(place, manifest)
+    return Embeddings(folder, vectors, manifest, units)
 
 
 def require_same_model(one: Embeddings, other: Embeddings) -> None:

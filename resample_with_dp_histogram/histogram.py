@@ -6,26 +6,55 @@ import torch
 from utils.dp_utils import add_noise
 from utils.secure_random import SecureRandom
 
-# Adding or removing one private row moves one bin by 1, in l2 norm too.
+# Adding or removing one private row moves one bin by 1, in l2 norm too; one unit moves all of its
+# bins together by at most that (see `unit_weights`).
 SENSITIVITY = 1.0
+# Weights are whole multiples of 1 / WEIGHT_PARTS.
+WEIGHT_PARTS = 1 << 30
+
+
+def unit_weights(units: np.ndarray) -> np.ndarray:
+    """What each row counts so that its unit counts 1: 1/k for a unit of k rows, rounded down.
+
+    Guarantee: the weights of a unit add up to at most 1. They are multiples of 2^-30, and so are
+    all sums of them, which float64 holds exactly up to 2^23 units in a bin, in whatever order they
+    are added. A unit that leaves thus moves a histogram by its own weights, to the last bit: by at
+    most 1 in l1 norm, and in l2 norm too.
+
+    Args:
+        units: int64 [rows], the unit of each private row.
+
+    Returns:
+        float64 [rows].
+    """
+    _, places, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    return (WEIGHT_PARTS // sizes / WEIGHT_PARTS)[places]
 
 
 def noisy_histogram(
-    bins: np.ndarray, num_bins: int, sigma: float, random: SecureRandom
+    bins: np.ndarray,
+    num_bins: int,
+    sigma: float,
+    random: SecureRandom,
+    units: np.ndarray | None = None,
 ) -> np.ndarray:
     """Count private rows in bins and add N(0, sigma²) to each count, on a public grid.
 
     Guarantee: where each row's bin depends on that row alone (see `Clusters`), this is one
-    Gaussian mechanism of noise multiplier `sigma` for adding or removing one row.
+    Gaussian mechanism of noise multiplier `sigma` for adding or removing one row, or one unit with
+    all of its rows.
 
     Args:
         bins: int [rows], the bin of each private row.
+        units: int64 [rows], whose rows they are: a row then counts its part of its unit (see
+            `unit_weights`). None counts every row as 1.
         sigma: 0 adds no noise, which only a test may ask for.
 
     Returns:
         float64 [num_bins]; some counts may be below 0.
     """
-    counts = torch.from_numpy(np.bincount(bins, minlength=num_bins))
+    weights = None if units is None else unit_weights(units)
+    counts = torch.from_numpy(np.bincount(bins, weights, minlength=num_bins))
     if sigma == 0:
         return counts.double().numpy()
     return add_noise(counts, sigma, SENSITIVITY, random).numpy()

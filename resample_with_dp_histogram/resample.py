@@ -8,15 +8,17 @@ Clusters the synthetic embeddings (unit length, PCA to 90% of the variance, k-me
 private ones in these clusters, adds Gaussian noise to every count, and samples synthetic rows by
 the noisy histogram. Private data is read for the counts alone: clusters are fitted on synthetic
 embeddings only. Adding or removing one private row moves one count by 1, so the histogram is one
-Gaussian mechanism of noise multiplier --histogram_sigma. It is written to a ledger before its
-noise is drawn, and composes with training:
+Gaussian mechanism of noise multiplier --histogram_sigma. With --unit_column it is one for a unit,
+such as a person, with all of its rows: each of its k rows counts 1/k. The histogram is written to a
+ledger before its noise is drawn, and composes with training:
 
     python -m privacy_checks.report outputs/mine --histogram LEDGER
 
-The number N of private rows is a public constant, as it is in training, and the default size of
-the selection. Writes to OUTPUT, all of which may be released if its report says so:
-selected.jsonl (row is a text's number in the pool from 0; sample_id and shard are the sample that
-it was, if the pool says), histograms.json and .png, clusters.npz, resampling_report.json.
+The number N of private rows (of units with --unit_column) is a public constant, as it is in
+training, and the default size of the selection. Writes to OUTPUT, all of which but private/ may be
+released if its report says so: selected.jsonl (row is a text's number in the pool from 0; sample_id
+and shard are the sample that it was, if the pool says), histograms.json and .png, clusters.npz,
+resampling_report.json. In private/ is the fingerprint of the private rows.
 """
 
 import io
@@ -29,9 +31,11 @@ from tqdm import tqdm
 
 from resample_with_dp_histogram.clusters import PCA_VARIANCE, Clusters, fit_clusters
 from resample_with_dp_histogram.embeddings import (
+    PRIVATE_FOLDER,
     Embeddings,
     open_embeddings,
     require_same_model,
+    write_identity,
 )
 from resample_with_dp_histogram.histogram import SENSITIVITY, noisy_histogram, project_to_simplex
 from resample_with_dp_histogram.selection import (
@@ -44,11 +48,11 @@ from resample_with_dp_histogram.selection import (
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, positive_int, read_flags
 from utils.files import hashes_of, sha256_of, write_json
-from utils.folders import locked, whole_folder
+from utils.folders import locked, private_folder, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
-from utils.privacy.guarantee import UNIT
+from utils.privacy.guarantee import SEVERAL_ROWS, UNIT, for_unit, person
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE as LEDGER_FILE
-from utils.privacy.ledger import read_histograms, read_ledger, record_histogram
+from utils.privacy.ledger import read_histograms, record_histogram
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
 from utils.texts.data_sets import rows_fingerprint
@@ -72,7 +76,7 @@ NOT_COVERED = [
     "text that the embedding model had already seen",
     "rounding in the embedding model: which texts share a batch decides the last bits of an "
     "embedding, and a text that lies between two bins may change its bin with them",
-    "several rows about one person: the unit is a row",
+    SEVERAL_ROWS,
     "timing and other side channels of the machine",
 ]
 
@@ -116,8 +120,14 @@ class Settings:
         group="privacy",
         type=float,
     )
+    unit_column: str | None = flag(
+        "the --unit_column of embed --private, needed if it had one: each row then counts 1 over "
+        "the rows of its unit, so that sigma is for all rows of one unit, and N counts units",
+        group="privacy",
+    )
     num_train_examples: int | None = flag(
-        "N, public, the same as in training; the number of private embeddings if left out",
+        "N, public, the same as in training; the number of private embeddings, or of their units, "
+        "if left out",
         group="privacy",
         type=positive_int,
     )
@@ -153,15 +163,16 @@ def select(settings: Settings) -> None:
     private = open_embeddings(settings.private_embeddings, private=True)
     synthetic = open_embeddings(settings.synthetic_embeddings, private=False)
     require_same_model(private, synthetic)
+    check_unit(settings.unit_column, private)
     texts = read_instructions(settings.synthetic_instructions, settings.split)
     check_texts(settings.synthetic_instructions, texts, synthetic)
     samples = origins(Path(settings.synthetic_instructions), cut=False) or [Origin()] * len(texts)
-    num_examples = settings.num_train_examples or len(private.vectors)
+    num_examples = settings.num_train_examples or private.num_examples
     num_samples = settings.num_samples or num_examples
     copies = settings.max_copies if settings.select == CONDITIONAL else 1
     check_size(num_samples, len(texts), copies)
     ledger = settings.ledger or settings.private_embeddings / LEDGER_FILE
-    read_histograms(ledger, num_examples)
+    read_histograms(ledger, num_examples, settings.unit_column)
 
     # ------------------------------------------------------------------ clusters and counts
     steps = tqdm(total=3, desc="cluster", unit="step")
@@ -175,14 +186,15 @@ def select(settings: Settings) -> None:
     steps.close()
 
     # ------------------------------------------------------------------ the DP histogram
-    record_histogram(
+    head = record_histogram(
         ledger,
         num_examples=num_examples,
         noise_multiplier=sigma,
         num_bins=num_bins,
+        unit_column=settings.unit_column,
         insecure=settings.insecure_fixed_noise_seed is not None,
     )
-    noisy = noisy_histogram(private_bins, num_bins, sigma, random)
+    noisy = noisy_histogram(private_bins, num_bins, sigma, random, private.units)
     del private_bins
     # From here on everything is post-processing.
     target = project_to_simplex(noisy, num_examples)
@@ -203,7 +215,8 @@ def select(settings: Settings) -> None:
         "synthetic": pool,
         "selected": allocation.counts,
     }
-    report = build_report(settings, num_examples, clusters, ledger, histograms, allocation, rows)
+    kept = {"path": str(ledger), **head}
+    report = build_report(settings, num_examples, clusters, kept, histograms, allocation, rows)
     with whole_folder(output) as folder:
         write_selection(folder / SELECTED_FILE, texts, samples, synthetic_bins, rows)
         lists = {name: values.tolist() for name, values in histograms.items()}
@@ -220,6 +233,8 @@ def select(settings: Settings) -> None:
             "outputs_sha256": {SELECTED_FILE: sha256_of(folder / SELECTED_FILE)},
         }
         write_json(folder / "resampling_report.json", report)
+        own = private_folder(folder / PRIVATE_FOLDER)
+        write_identity(own, private.manifest["texts_sha256"])
     say_end(output, ledger, report)
 
 
@@ -237,6 +252,27 @@ def source_of_noise(sigma: float, insecure_seed: int | None) -> SecureRandom:
         return SecureRandom()
     say("warning: --insecure_fixed_noise_seed: the noise is known, so there is NO guarantee")
     return SecureRandom.insecure_fixed(insecure_seed, "histogram")
+
+
+def check_unit(unit_column: str | None, private: Embeddings) -> None:
+    """Refuse another unit than that of the embeddings, be it none.
+
+    A forgotten flag is refused, though the units are known: N, the ledger and what the report may
+    claim depend on it, and a wrong one would show only after the histogram is spent.
+    """
+    theirs = private.manifest.get("unit_column")
+    if unit_column == theirs:
+        return
+    if theirs is None:
+        raise UsageError(
+            f"--unit_column {unit_column}: {private.folder} was embedded without it; embed the "
+            f"texts with --unit_column {unit_column} to another folder"
+        )
+    given = "no --unit_column" if unit_column is None else f"--unit_column {unit_column}"
+    raise UsageError(
+        f"{given}: the rows of {private.folder} belong to units of {theirs!r}; give --unit_column "
+        f"{theirs}, or embed the texts in another way to another folder"
+    )
 
 
 def check_texts(path: str, texts: list[str], synthetic: Embeddings) -> None:
@@ -267,7 +303,7 @@ def build_report(
     settings: Settings,
     num_examples: int,
     clusters: Clusters,
-    ledger: Path,
+    ledger: dict,
     histograms: dict[str, np.ndarray],
     allocation: Allocation,
     rows: np.ndarray,
@@ -277,7 +313,8 @@ def build_report(
     return {
         "guarantee": not insecure,
         "why": "the noise came from a known seed (a test)" if insecure else "",
-        "unit": UNIT,
+        "unit": UNIT if settings.unit_column is None else person(settings.unit_column),
+        "unit_column": settings.unit_column,
         "neighbouring_relation": ADD_REMOVE,
         "mechanism": "Gaussian histogram",
         "noise_multiplier": settings.histogram_sigma / SENSITIVITY,
@@ -292,7 +329,7 @@ def build_report(
             if insecure
             else "ChaCha20 keyed from the operating system's entropy at every process start"
         ),
-        "ledger": {"path": str(ledger), "chain": read_ledger(ledger)[-1]["chain"]},
+        "ledger": ledger,
         "clusters": {
             "fitted_on": "synthetic embeddings only",
             "pca_variance": PCA_VARIANCE,
@@ -314,7 +351,7 @@ def build_report(
         "covered": [] if insecure else COVERED,
         "not_covered": ["everything: treat the output as private data"]
         if insecure
-        else NOT_COVERED,
+        else for_unit(NOT_COVERED, settings.unit_column),
     }
 
 

@@ -68,20 +68,18 @@ def accountant_that_remembers():
     """Plans and reports ask the real accountant, but only once a session for the same question."""
 
     def remembering(compute):
-        remembered = functools.cache(lambda events, *rest: compute(list(events), *rest))
-        return lambda events, *rest: remembered(tuple(events), *rest)
+        remembered = functools.cache(compute)
+        return lambda *given: remembered(
+            *(tuple(each) if isinstance(each, list) else each for each in given)
+        )
 
-    calibrate = plan.calibrate_noise_multiplier
-    remembered = functools.cache(lambda *given: calibrate(*given[:-1], list(given[-1])))
+    calibrate = remembering(plan.calibrate_noise_multiplier)
     epsilon, bounds = remembering(plan.compute_epsilon), remembering(guarantee.epsilon_bounds)
     with (
         mock.patch.object(plan, "compute_epsilon", epsilon),
         mock.patch.object(guarantee, "compute_epsilon", epsilon),
         mock.patch.object(guarantee, "epsilon_bounds", bounds),
-        mock.patch.object(
-            plan,
-            "calibrate_noise_multiplier",
-            lambda *given: remembered(*given[:-1], tuple(given[-1])),
-        ),
+        mock.patch.object(guarantee, "group_epsilons", remembering(guarantee.group_epsilons)),
+        mock.patch.object(plan, "calibrate_noise_multiplier", calibrate),
     ):
         yield

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.resampling import write_embeddings
-from resample_with_dp_histogram.embeddings import MANIFEST_FILE, location
+from resample_with_dp_histogram.embeddings import MANIFEST_FILE, UNITS_FILE, location, units_digest
 from utils.files import write_json
 
 DIMENSIONS = 16
@@ -22,9 +22,14 @@ def unit_vectors(rows: int, seed: int = 0, groups: int = 6, weights=None) -> np.
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
 
 
-def save_embeddings(folder: Path, vectors: np.ndarray, *, private: bool, texts=(), **changes):
+def save_embeddings(
+    folder: Path, vectors: np.ndarray, *, private: bool, texts=(), units=None, **changes
+):
     """Write what `embed` writes; `changes` replace entries of the manifest."""
     write_embeddings(folder, [vectors], vectors.shape, list(texts), private=private)
+    if units is not None:
+        np.save(location(folder, private) / UNITS_FILE, units)
+        changes = {"unit_column": "person", "units_sha256": units_digest(units)} | changes
     if changes:
         path = location(folder, private) / MANIFEST_FILE
         write_json(path, json.loads(path.read_text()) | changes)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,9 @@ import prv_accountant
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 from scipy.special import gammaln, logsumexp
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from utils.cli import UsageError
 from utils.privacy import accounting
@@ -24,7 +26,9 @@ from utils.privacy.accounting import (
     compute_delta,
     compute_epsilon,
     epsilon_bounds,
+    group_epsilons,
 )
+from utils.privacy.mixtures import MixtureStep
 
 # N 180,000, batch 4,096, 10 epochs.
 RATE, STEPS, DELTA = 4096 / 180_000, 439, 5e-7
@@ -399,6 +403,159 @@ def test_other_nonsense_is_refused():
     for epsilon in (-0.1, math.nan):
         with pytest.raises(UsageError, match="epsilon"):
             compute_delta([HISTOGRAM], epsilon)
+
+
+# --- how often the loss is larger ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epsilon", "times"), [(8.0, 3.6), (0.5, 28.6)])
+def test_the_loss_exceeds_epsilon_more_often_than_delta(epsilon, times):
+    mu = brentq(lambda mu: gaussian_delta(mu, epsilon) - 1e-5, 1e-3, 10)
+    exact = norm.cdf(-epsilon / mu + mu / 2)
+    assert exact == pytest.approx(times * 1e-5, rel=2e-3)
+    whole = epsilon_bounds([SampledGaussian(1.0, 9 / mu, 81)], 1e-5)
+    assert whole.upper == pytest.approx(epsilon)
+    assert whole.probability_of_more == pytest.approx(exact, rel=1e-6)
+    # The same through the distribution of the loss, where sampling almost leaves nobody out.
+    almost = epsilon_bounds([SampledGaussian(1 - 1e-9, 9 / mu, 81)], 1e-5)
+    assert almost.accountant == "dp-accounting 0.6.0 PLD"
+    assert almost.probability_of_more == pytest.approx(exact, rel=0.02)
+
+
+def gaussian_delta(mu, epsilon):
+    upper_tail, lower_tail = (norm.cdf(side * mu / 2 - epsilon / mu) for side in (1, -1))
+    return upper_tail - math.exp(epsilon) * lower_tail
+
+
+@pytest.mark.parametrize("relation", [ADD_REMOVE, REPLACE])
+def test_the_loss_of_a_sampled_step_exceeds_epsilon_as_often_as_the_integral_says(relation):
+    q, sigma = 0.3, 1.0
+    bounds = epsilon_bounds([SampledGaussian(q, sigma, 1)], 1e-3, relation)
+    x = np.linspace(-15, 15, 300_001)
+    other = mixture(x, q, -1, sigma) if relation == REPLACE else norm.pdf(x, 0, sigma)
+    first = mixture(x, q, 1, sigma)
+    exact = first[np.log(first / other) > bounds.upper].sum() * (x[1] - x[0])
+    assert bounds.probability_of_more == pytest.approx(exact, rel=0.01)
+
+
+def test_how_often_the_loss_exceeds_epsilon_is_not_claimed_where_no_distribution_is_trusted():
+    assert epsilon_bounds([SampledGaussian(0.02, 1.0, 50_000)], 1e-12).probability_of_more is None
+    assert epsilon_bounds([], 1e-5).probability_of_more == 0
+
+
+# --- units of several rows -----------------------------------------------------------------------
+
+
+def test_a_unit_of_one_row_is_a_row():
+    mixture = MixtureStep(RATE, 0.8, 1).distribution(1e-3).self_compose(STEPS)
+    assert mixture.get_epsilon_for_delta(DELTA) == pytest.approx(upper([training(0.8)]), abs=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rows", "epsilon"),
+    [(1.125, 2, 6.16), (1.125, 10, 43.41), (0.808, 2, 12.68), (0.808, 10, 88.36)],
+)
+def test_several_rows_cost_far_more_than_their_number(sigma, rows, epsilon):
+    """Figures of dp_accounting's PLDAccountant with its MixtureOfGaussiansDpEvent."""
+    event = replace(training(sigma), rows_per_unit=rows)
+    assert upper([event]) == pytest.approx(epsilon, rel=2e-3)
+    assert upper([event]) > rows * upper([training(sigma)]) * 1.05
+
+
+@pytest.mark.parametrize(("q", "sigma", "rows", "steps"), [(0.3, 1.0, 2, 1), (0.2, 2.0, 3, 2)])
+def test_delta_of_a_unit_is_the_integral(q, sigma, rows, steps):
+    weights = binom.pmf(np.arange(rows + 1), rows, q)
+
+    def with_it(x):
+        return sum(w * norm.pdf(x, k, sigma) for k, w in enumerate(weights))
+
+    def without(x):
+        return norm.pdf(x, 0, sigma)
+
+    event = SampledGaussian(q, sigma, steps, rows)
+    for epsilon in (0.4, 1.3):
+        exact = max(
+            integrated_delta(*pair, epsilon, sigma, steps)
+            for pair in ((with_it, without), (without, with_it))
+        )
+        assert compute_delta([event], epsilon) == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize("epsilon", [2.86, 5.94])
+@pytest.mark.parametrize("rows", [2, 16])
+def test_calibration_for_units_is_quick_tight_and_never_overshoots(epsilon, rows):
+    start = time.process_time()
+    sigma = calibrate_noise_multiplier(epsilon, DELTA, RATE, STEPS, [HISTOGRAM], rows_per_unit=rows)
+    assert time.process_time() - start < 5  # 0.5 s on an idle core
+
+    def spent(noise):
+        return upper([replace(training(noise), rows_per_unit=rows), HISTOGRAM])
+
+    assert spent(sigma) <= epsilon < spent(sigma - 1e-3)
+    again = calibrate_noise_multiplier(epsilon, DELTA, RATE, STEPS, [HISTOGRAM], rows_per_unit=rows)
+    assert again == sigma
+
+
+@pytest.mark.parametrize(
+    ("sigma", "epsilons"),
+    [
+        (1.1224, {1: 2.86, 2: 6.18, 10: 43.6}),
+        (0.8073, {1: 5.94, 2: 12.70, 10: 88.5}),
+    ],
+)
+def test_epsilon_of_several_rows_of_one_person(sigma, epsilons):
+    start = time.process_time()
+    found = group_epsilons([training(sigma)], DELTA)
+    assert time.process_time() - start < 10  # 1.3 s on an idle core
+    assert list(found) == [1, 2, 5, 10, 20]
+    assert found[1] == upper([training(sigma)])
+    for rows, epsilon in epsilons.items():
+        assert found[rows] == pytest.approx(epsilon, rel=0.01)
+
+
+def test_several_rows_in_a_histogram_move_it_by_their_number():
+    found = group_epsilons([HISTOGRAM], DELTA, [3])
+    assert found == {3: upper([SampledGaussian(1.0, 10 / 3, 1)])}
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"),
+    [(0.9999, 0.3, 100_000, 1e-5), (0.02, 1.0, 50_000, 1e-12), (1.0, 0.3, 100_000, 1e-12)],
+)
+def test_epsilon_of_several_rows_never_fails(q, sigma, steps, delta):
+    found = group_epsilons([SampledGaussian(q, sigma, steps), HISTOGRAM], delta)
+    assert all(map(math.isfinite, found.values()))
+    assert list(found.values()) == sorted(found.values())
+
+
+def test_a_unit_that_is_always_drawn_is_one_gaussian():
+    event = SampledGaussian(1.0, 3.0, 4, rows_per_unit=5)
+    assert upper([event]) == upper([SampledGaussian(1.0, 0.6, 4)])
+    almost = SampledGaussian(1 - 1e-9, 3.0, 4, rows_per_unit=5)
+    assert upper([almost]) == pytest.approx(upper([event]), rel=1e-3)
+
+
+def test_a_tiny_delta_of_units_gets_the_bound_without_sampling():
+    many = SampledGaussian(0.02, 1.0, 50_000, rows_per_unit=3)
+    bounds = epsilon_bounds([many], 1e-12)
+    assert bounds.accountant == "closed form, as if every row took part in every step"
+    assert (bounds.pld, bounds.prv) == (None, None)
+    assert bounds.upper == upper([replace(many, sampling_rate=1.0)], 1e-12)
+    assert bounds.upper > upper([many], 1e-10)
+
+
+def test_units_have_no_accountant_for_replacing_and_no_prv():
+    event = SampledGaussian(0.02, 1.0, 100, rows_per_unit=3)
+    assert epsilon_bounds([event], 1e-5).prv is None
+    for call in (
+        lambda: compute_epsilon([event], 1e-5, REPLACE),
+        lambda: compute_delta([event], 1.0, REPLACE),
+        lambda: calibrate_noise_multiplier(1, 1e-5, 0.02, 9, relation=REPLACE, rows_per_unit=3),
+    ):
+        with pytest.raises(UsageError, match="no accountant has it for 3 sampled rows"):
+            call()
+    with pytest.raises(UsageError, match="rows of a unit 0: must be between 1 and 256"):
+        SampledGaussian(0.02, 1.0, 100, rows_per_unit=0)
 
 
 # --- falling back --------------------------------------------------------------------------------

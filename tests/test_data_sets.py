@@ -1,5 +1,6 @@
 """Finding, counting and loading data sets."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -95,9 +96,14 @@ def test_a_single_saved_split_is_explained():
         count_train_examples("x")
 
 
-def test_a_fingerprint_tells_texts_and_their_order_apart():
-    digests = {
-        rows_fingerprint(texts)
+def test_a_fingerprint_tells_rows_and_their_order_apart_and_reads_them_once():
+    fingerprints = {
+        rows_fingerprint(iter(texts))
         for texts in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["ab", "c", ""], [])
     }
-    assert len(digests) == 5
+    assert len(fingerprints) == 5
+    # What folders of embeddings hold already.
+    assert (
+        rows_fingerprint(["é", "b"])
+        == hashlib.sha256(b"\2\0\0\0\0\0\0\0\xc3\xa9\1\0\0\0\0\0\0\0b").hexdigest()
+    )

@@ -17,6 +17,7 @@ from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
 from tests.training import run_process
 from utils.cli import UsageError, run_cli
+from utils.texts.data_sets import rows_fingerprint
 
 TEXTS = [("word " * (7 * i % 40 + 1)).strip() + str(i) for i in range(150)]
 
@@ -82,13 +83,94 @@ def test_private_texts_leave_nothing_outside_private(arguments, tmp_path):
     embed.main(["--private", *arguments])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["private"]
     assert {path.name for path in (tmp_path / "out" / "private").iterdir()} == {
-        "embeddings.npy", "manifest.json", "README.md",
+        "embeddings.npy", "manifest.json", "identity.json", "README.md",
     }  # fmt: skip
     assert "Do not share it" in (tmp_path / "out" / "private" / "README.md").read_text()
     with pytest.raises(UsageError, match="made as private ones"):
         open_embeddings(tmp_path / "out", private=False)
     with pytest.raises(UsageError, match="made as private ones"):
         embed.main(["--synthetic", *arguments])
+
+
+def test_the_fingerprint_of_private_rows_is_their_owners_alone(arguments, tmp_path):
+    private = tmp_path / "out" / "private"
+    before = os.umask(0)
+    try:
+        embed.main(["--private", *arguments])
+    finally:
+        os.umask(before)
+    assert private.stat().st_mode & 0o777 == 0o700
+    identity = json.loads((private / "identity.json").read_text())
+    assert identity == {"rows_fingerprint": rows_fingerprint(TEXTS)}
+    # Embeddings of an earlier version get one, and a folder that is closed to others.
+    (private / "identity.json").unlink()
+    private.chmod(0o755)
+    embed.main(["--private", *arguments])
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert json.loads((private / "identity.json").read_text()) == identity
+
+
+def with_column(path, values):
+    rows = [{"instruction": text, "person": value} for text, value in zip(TEXTS, values)]
+    path.write_text(json.dumps(rows))
+
+
+PERSONS = [f"person {n % 40}" for n in range(len(TEXTS))]
+
+
+def test_units_stay_with_private_embeddings(arguments, tmp_path):
+    with_column(tmp_path / "texts.json", PERSONS)
+    embed.main(["--private", "--unit_column=person", *arguments])
+    opened = open_embeddings(tmp_path / "out", private=True)
+    assert opened.units.dtype == np.int64
+    np.testing.assert_array_equal(opened.units, np.arange(len(TEXTS)) % 40)
+    assert opened.num_examples == 40
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["private"]
+    assert not any(b"person 1" in path.read_bytes() for path in (tmp_path / "out").rglob("*.*"))
+    before = opened.vectors.tobytes()
+    # Forgotten, or of other persons: not the same embeddings.
+    for flags, persons, fact in (
+        ([], PERSONS, "unit_column"),
+        (["--unit_column=person"], [f"{n % 30}" for n in range(len(TEXTS))], "units_sha256"),
+    ):
+        with_column(tmp_path / "texts.json", persons)
+        with pytest.raises(UsageError, match=f"with another {fact}"):
+            embed.main(["--private", *flags, *arguments])
+    assert open_embeddings(tmp_path / "out", private=True).vectors.tobytes() == before
+
+
+def test_rows_without_an_owner_or_with_several_need_a_word(arguments, tmp_path):
+    values = [None, ["a", "b"], ["b"], *([["c"]] * (len(TEXTS) - 3))]
+    with_column(tmp_path / "texts.json", values)
+    private = ["--private", "--unit_column=person", *arguments]
+    with pytest.raises(UsageError, match="row 1 has no owner"):
+        embed.main(private)
+    with pytest.raises(UsageError, match="row 2 has a list of 2 owners"):
+        embed.main([*private, "--unowned_rows_are_units"])
+    embed.main([*private, "--unowned_rows_are_units", "--owner=last"])
+    units = open_embeddings(tmp_path / "out", private=True).units
+    assert units.tolist() == [0, 1, 1] + [2] * (len(TEXTS) - 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "message"),
+    [
+        (PERSONS, ["--synthetic", "--unit_column=person"], "needs --private: a synthetic text"),
+        (PERSONS, ["--private", "--owner=first"], "--owner needs --unit_column"),
+        (PERSONS, ["--private", "--unowned_rows_are_units"], "--unowned_rows_are_units needs"),
+        (PERSONS, ["--private", "--unit_column=user"], "entry 1 has no column 'user'"),
+        (["secret"] * 149 + [7], ["--private", "--unit_column=person"], "values of several types"),
+        ([7] * 149 + [2**70], ["--private", "--unit_column=person"], "values of several types"),
+    ],
+)
+def test_units_that_cannot_be_are_refused_before_anything_is_written(
+    arguments, tmp_path, values, flags, message
+):
+    with_column(tmp_path / "texts.json", values)
+    with pytest.raises(UsageError, match=message) as refused:
+        embed.main([*flags, *arguments])
+    assert "secret" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_of_similar_length_share_a_batch(arguments, monkeypatch):

@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from resample_with_dp_histogram.embeddings import (
-    open_embeddings,
-    require_same_model,
-    require_unit,
-)
+from resample_with_dp_histogram.embeddings import open_embeddings, require_same_model, require_unit
 from tests.resampling import save_embeddings, unit_vectors
 from utils.cli import UsageError
 

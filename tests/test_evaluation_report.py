@@ -205,6 +205,25 @@ def test_the_curve_of_epsilon_names_each_run(folders):
     assert len(set(re.findall(r'<use href="#(m\w+)"', chart))) > 2  # ticks, and a mark each run
 
 
+def test_odds_guesses_and_several_rows_are_said_as_they_are(folders):
+    composed = composition.composed_report(
+        [Path("outputs/instructions"), Path("outputs/answers")], [Path(LEDGER)]
+    )
+    more = composed["epsilon"]["add_or_remove_one"]["probability_of_more"]
+    assert more > 1.5 * composed["delta"]
+    page, text = (re.sub(r"\s+", " ", content) for content in page_of(folders))
+    for content in (page, text):
+        assert f"except with probability about {more:.2g}, that of a privacy loss" in content
+        assert "chance of about delta" not in content
+        assert "cannot break ChaCha20" in content
+        assert "unlimited computers" not in content
+        assert content.count("rom even odds") >= 2
+        assert "N is the published size" in content
+    for each in composed["rows_of_one_person"]:
+        assert f"| {each['rows']} | {each['epsilon']:.2f} |" in text
+    assert len(composed["rows_of_one_person"]) == 5
+
+
 def test_html_and_markdown_hold_the_same_facts(folders):
     for more in ([], ["--internal", "--real", "letters", "--split", "train"]):
         page, text = page_of(folders, *more)

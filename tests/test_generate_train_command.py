@@ -1,5 +1,6 @@
 """The generator of training commands, through its own command line."""
 
+import json
 import os
 import re
 import shlex
@@ -113,6 +114,78 @@ def test_canaries_count_in_n_beside_the_rows_of_the_data_set(generate, tmp_path,
     assert (plan.num_examples, plan.steps) == (130, 16)
     with pytest.raises(ValueError, match="--num_train_examples 130, but .* has 100"):
         generate(*command, "--num_train_examples=130")
+
+
+def save_rows(folder, owners) -> str:
+    """A data set of a row for each owner, as JSON lines; returns its path."""
+    lines = [json.dumps({"instruction": "a", "who": owner}) for owner in owners]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder / "rows.jsonl")
+
+
+def persons(data, tmp_path, *more):
+    unit = ["--unit_column=who", "--max_rows_per_unit=2", "--total_bs=4"]
+    return flags("model", data, tmp_path, *unit, *more)
+
+
+def test_persons_are_counted_in_the_data_and_their_number_reaches_the_line(generate, tmp_path):
+    data = save_rows(tmp_path, [f"u{row % 40}" for row in range(100)])
+    line, summary = generate(*persons(data, tmp_path))
+    args = understood(line)
+    assert (args.num_train_units, args.num_train_examples) == (40, None)
+    assert (args.unit_column, args.max_rows_per_unit) == ("who", 2)
+    summary = re.sub(" {2,}", "  ", summary)
+    assert "training units N  40\n" in summary
+    assert "unit  the rows of one who, at most 2 rows a step\n" in summary
+    assert "-DP, one unit added or removed" in summary
+    assert "logical steps  10\n" in summary  # 1 epoch of 40 persons, 4 a step
+    assert "batch size  4, sampling rate 0.1\n" in summary
+    assert generate(*persons(data, tmp_path, "--num_train_units=40", "--num_train_examples=100"))
+    with pytest.raises(ValueError, match="--num_train_units 41, but .* has 40"):
+        generate(*persons(data, tmp_path, "--num_train_units=41"))
+    with pytest.raises(ValueError, match="--total_bs 41 exceeds the 40 values of who"):
+        generate(*persons(data, tmp_path, "--total_bs=41"))
+
+
+def test_rows_of_persons_count_up_to_the_cap(generate, tmp_path):
+    data = save_rows(tmp_path, ["a"] * 5 + ["b"] + [f"u{row}" for row in range(50)])
+    line, summary = generate(*persons(data, tmp_path, "--unit_sampling=rows"))
+    args = understood(line)
+    assert (args.num_train_units, args.num_train_examples) == (None, 53)
+    assert "the rows of one who, at most 2 rows in all" in summary
+    more_noise = args.noise_multiplier
+    line, _ = generate(*flags("model", data, tmp_path, "--total_bs=4"))
+    assert more_noise > understood(line).noise_multiplier
+
+
+def test_the_number_of_persons_is_stated_where_the_data_is_elsewhere(generate, tmp_path):
+    with pytest.raises(ValueError, match="state its size with --num_train_units"):
+        generate(*persons("far/away", tmp_path))
+    line, _ = generate(*persons("far/away", tmp_path, "--num_train_units=500"))
+    assert understood(line).num_train_units == 500
+
+
+@pytest.mark.parametrize(
+    ("owners", "flag", "message"),
+    [
+        (["a", None] * 30, "--unowned_rows_are_units", "row 2 has no owner.*--unowned_rows"),
+        (["a", ["b", "c"]] * 30, "--owner=first", "row 2 has a list of 2 owners.*--owner first"),
+    ],
+)
+def test_rows_of_nobody_and_of_several_are_refused_unless_a_flag_decides(
+    generate, tmp_path, owners, flag, message
+):
+    data = save_rows(tmp_path, [*owners, *(f"u{row}" for row in range(20))])
+    with pytest.raises(ValueError, match=message):
+        generate(*persons(data, tmp_path))
+    line, _ = generate(*persons(data, tmp_path, flag))
+    assert understood(line).num_train_units == {"--owner=first": 22}.get(flag, 51)
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(generate, tmp_path):
+    data = save_rows(tmp_path, ["a"])
+    with pytest.raises(ValueError, match="--unit_column author.*only instruction, who"):
+        generate(*persons(data, tmp_path, "--unit_column=author"))
 
 
 def test_awkward_values_survive_the_shell(generate, tmp_path):

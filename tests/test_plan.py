@@ -7,10 +7,17 @@ import pytest
 
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
-from utils.command_line.training_flags import TrainingSettings, plan_of
+from utils.command_line.training_flags import (
+    TrainingSettings,
+    check_training_settings,
+    plan_of,
+)
+from utils.privacy.accounting import compute_epsilon
 from utils.privacy.guarantee import as_markdown, build_report, render, write_report
 from utils.privacy.ledger import Ledger, read_plan
 from utils.privacy.plan import PrivacyPlan, num_steps
+
+PERSONS = {"unit_column": "user_id", "max_rows_per_unit": 3}
 
 
 def small_plan(**changes) -> PrivacyPlan:
@@ -107,9 +114,82 @@ def test_lost_steps_are_counted_apart_and_cost_what_they_would():
     plan = small_plan()
     report = build_report(plan, steps_taken=plan.steps, steps_recorded=plan.steps + 5)
     assert (report["steps_taken"], report["steps_lost"]) == (plan.steps, 5)
-    watched = report["epsilon_if_lost_steps_were_seen"]["upper"]
-    assert watched > report["epsilon"]["upper"]
-    assert f"epsilon would be {watched:.3f}" in render(report, as_markdown)
+    unwatched = report["epsilon_without_lost_steps"]["upper"]
+    assert unwatched < report["epsilon"]["upper"]
+    every = compute_epsilon(plan.events(plan.steps + 5), plan.delta).upper
+    assert report["epsilon"]["upper"] == every
+    page = render(report, as_markdown)
+    assert f"if nobody saw one, it is {unwatched:.3f}" in page
+    assert f"is ({every:.3f}, 1e-05)-differentially private" in page
+
+
+def whole_report(**changes) -> dict:
+    plan = small_plan(**changes)
+    return build_report(plan, steps_taken=plan.steps, steps_recorded=plan.steps)
+
+
+def test_the_odds_are_bounded_except_with_the_probability_of_a_larger_loss():
+    report = whole_report()
+    more = report["epsilon"]["probability_of_more"]
+    assert 3 * report["delta"] < more < 100 * report["delta"]
+    page = render(report, as_markdown)
+    assert f"at most e^epsilon, except with probability about {more:.2g}, that of a" in page
+    report["epsilon"]["probability_of_more"] = None
+    assert "above delta and not known more closely" in render(report, as_markdown)
+
+
+def test_epsilon_of_several_rows_of_one_person_is_in_json_and_page(tmp_path):
+    report = whole_report()
+    several = report["rows_of_one_person"]
+    assert [each["rows"] for each in several] == [1, 2, 5, 10, 20]
+    assert several[0]["epsilon"] == report["epsilon"]["upper"]
+    assert several[1]["epsilon"] > 2 * several[0]["epsilon"]
+    write_report(tmp_path, report)
+    page = (tmp_path / "privacy_report.md").read_text()
+    assert f"## Several rows of one person\n\n{'Epsilon at delta 1e-05'}" in page
+    assert f"| 2 | {several[1]['epsilon']:.2f} |" in page
+
+
+def test_what_public_n_means_is_said():
+    page = render(whole_report(), as_markdown)
+    assert "N is the published size: with one example more or less, sampling rate and" in page
+
+
+def test_the_generator_is_the_limit_of_the_guarantee():
+    page = render(whole_report(), as_markdown)
+    assert "somebody who can break ChaCha20" in page
+    assert "unlimited" not in page
+
+
+def test_canaries_are_named():
+    report = whole_report()
+    assert "canaries" not in render(report, as_markdown)
+    page = render(report | {"canaries": 30}, as_markdown)
+    assert "30 of N are canaries: made-up rows that are nobody's" in page
+
+
+@pytest.mark.parametrize(
+    ("sampling", "used", "counted"),
+    [
+        ("units", "at most 3 of them, drawn afresh, used in a step", "N = 500 persons, the"),
+        ("rows", "at most 3 of them used", "N = 500, the"),
+    ],
+)
+def test_the_guarantee_of_persons_is_for_persons(sampling, used, counted):
+    report = whole_report(**PERSONS, unit_sampling=sampling)
+    page = render(report, as_markdown)
+    assert (
+        "-differentially private for adding or removing one person, all rows of the train split "
+        f"with the same value of user_id, {used}" in page
+    )
+    assert counted in page
+    assert "the odds that the person was in the data" in page
+    assert "several rows about one person" not in page
+    assert "Several rows of one person" not in page
+    assert "a person is what user_id tells apart" in page
+    assert report["rows_of_one_person"] == []
+    drawn = {"units": "person", "rows": "example"}[sampling]
+    assert report["sampler"].startswith(f"Poisson: every {drawn} independently")
 
 
 def test_known_noise_gives_no_epsilon():
@@ -208,6 +288,81 @@ def test_a_truncated_or_foreign_ledger_does_not_fit_its_checkpoint(ledger_file, 
 def test_another_plan_is_refused_naming_the_field(ledger_file, field, value):
     with pytest.raises(UsageError, match=f"privacy plan has {field}"):
         reopen(ledger_file, dataclasses.replace(small_plan(), **{field: value}))
+
+
+def test_a_plan_from_before_there_were_units_loads_and_is_the_same(tmp_path):
+    old = {"num_examples": 500, "expected_batch_size": 10, "steps": 20, "clip_norm": 1.0,
+           "clip_function": "flat", "loss_normalization": "tokens", "noise_multiplier": 1.0,
+           "delta": 1e-05, "target_epsilon": 2.0, "reserved_histogram_sigma": None,
+           "neighbouring_relation": "add_or_remove_one", "sampler": "poisson"}  # fmt: skip
+    (tmp_path / "ledger.jsonl").write_text(json.dumps({"kind": "plan", "plan": old}) + "\n")
+    plan = read_plan(tmp_path / "ledger.jsonl")
+    plan.require_same(small_plan(), "there")
+    assert plan == small_plan()
+    # Of the release that had no units.
+    assert plan.digest() == "4653f71a3a21e199b9cc8b220de6e722c88cd92b77ce88943676fc4b2ee52dcd"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("unit_column", "author"), ("max_rows_per_unit", 2), ("unit_sampling", "rows")],
+)
+def test_another_unit_is_another_plan(field, value):
+    plan = small_plan(**PERSONS, unit_sampling="units")
+    other = dataclasses.replace(plan, **{field: value})
+    assert other.digest() != plan.digest()
+    with pytest.raises(UsageError, match=f"privacy plan has {field}"):
+        other.require_same(plan, "there")
+
+
+def test_drawing_persons_costs_what_drawing_rows_does_and_drawing_their_rows_costs_more():
+    (alone,), (drawn,), (rows,) = (
+        small_plan(**unit).events(20)
+        for unit in ({}, PERSONS | {"unit_sampling": "units"}, PERSONS | {"unit_sampling": "rows"})
+    )
+    assert drawn == alone
+    assert rows == dataclasses.replace(alone, rows_per_unit=3)
+
+
+def test_the_plan_of_persons_counts_persons():
+    plan, _ = plan_of(settings(**PERSONS), 5000)
+    assert plan == dataclasses.replace(
+        plan_of(settings(), 5000)[0], **PERSONS, unit_sampling="units"
+    )
+    with pytest.raises(UsageError, match="--total_bs 64 exceeds the 63 values of user_id of x"):
+        plan_of(settings(**PERSONS), 63)
+
+
+def test_the_plan_of_rows_of_persons_is_calibrated_below_its_target():
+    plan, _ = plan_of(settings(**PERSONS, unit_sampling="rows", reserve_histogram_sigma=10.0), 5000)
+    spent = compute_epsilon(plan.events(plan.steps) + plan.reserved, 1e-5).upper
+    assert 7.9 < spent <= 8.0
+    assert plan.noise_multiplier > 1.3 * plan_of(settings(), 5000)[0].noise_multiplier
+    with pytest.raises(UsageError, match="gives epsilon .* above --eps 8"):
+        plan_of(settings(**PERSONS, unit_sampling="rows", noise_multiplier=0.7), 5000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit_column": "user_id"}, "--unit_column user_id needs --max_rows_per_unit"),
+        ({"max_rows_per_unit": 3}, "--max_rows_per_unit needs --unit_column"),
+        ({"unit_sampling": "rows"}, "--unit_sampling needs --unit_column"),
+        ({"num_train_units": 3}, "--num_train_units needs --unit_column"),
+        ({"owner": "first"}, "--owner needs --unit_column"),
+        ({"unowned_rows_are_units": True}, "--unowned_rows_are_units needs --unit_column"),
+        (PERSONS | {"eps": -1, "clip": -1}, "--unit_column needs --eps"),
+    ],
+)
+def test_half_a_unit_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        check_training_settings(settings(**changes))
+
+
+def test_no_rows_of_a_person_are_no_cap(capsys):
+    with pytest.raises(SystemExit):
+        read_flags(TrainingSettings, None, ["--max_rows_per_unit=0"])
+    assert "--max_rows_per_unit: '0' is not a whole number of 1 or more" in capsys.readouterr().err
 
 
 def test_the_digest_sees_every_field():

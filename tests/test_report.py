@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -20,13 +22,15 @@ from utils.privacy.accounting import (
     SampledGaussian,
     compute_delta,
     compute_epsilon,
+    group_epsilons,
 )
-from utils.privacy.guarantee import build_report, write_report
+from utils.privacy.guarantee import as_markdown, build_report, render, write_report
 from utils.privacy.ledger import (
     ADAPTER,
     HISTOGRAM,
     LEDGER_FILE,
     Ledger,
+    head_file,
     read_ledger,
     record_histogram,
 )
@@ -114,7 +118,7 @@ def test_training_alone_costs_what_its_own_report_says(run):
     assert composed["epsilon"][ADD_REMOVE]["upper"] == own["epsilon"]["upper"]
     assert composed["steps_taken"] == 20
     assert composed["steps_lost"] == 0
-    assert composed["epsilon_if_lost_steps_were_seen"] is None
+    assert composed["epsilon_without_lost_steps"] is None
 
 
 def test_histograms_compose_in_one_accountant(run, histogram, tmp_path):
@@ -149,10 +153,48 @@ def test_lost_steps_are_composed_apart(tmp_path):
     run = make_run(tmp_path / "job", [*range(1, 6), *range(4, 21)])
     composed = report.composed_report(run)
     assert (composed["steps_taken"], composed["steps_lost"]) == (20, 2)
-    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon([TRAINING], 1e-5).upper
-    seen = composed["epsilon_if_lost_steps_were_seen"][ADD_REMOVE]["upper"]
-    assert seen == compute_epsilon([SampledGaussian(10 / 500, 1.0, 22)], 1e-5).upper
-    assert f"epsilon would be {seen:.3f}" in report.render(composed, report.as_text)
+    unseen = composed["epsilon_without_lost_steps"][ADD_REMOVE]["upper"]
+    assert unseen == compute_epsilon([TRAINING], 1e-5).upper
+    every = compute_epsilon([SampledGaussian(10 / 500, 1.0, 22)], 1e-5).upper
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == every
+    assert f"if nobody saw one, it is {unseen:.3f}" in report.render(composed, report.as_text)
+    own = json.loads((run / "privacy_report.json").read_text())
+    assert own["epsilon"]["upper"] == every
+    # The claim that lost steps were never seen is not the headline's.
+    write_json(run / "privacy_report.json", own | {"epsilon": own["epsilon"] | {"upper": unseen}})
+    with (
+        mock.patch.object(composition, "CLAIM_TOLERANCE", 1e-3),
+        pytest.raises(UsageError, match="the report was edited"),
+    ):
+        report.composed_report(run)
+    # A report of an earlier version claimed that.
+    del own["epsilon_without_lost_steps"]
+    write_json(run / "privacy_report.json", own | {"epsilon": own["epsilon"] | {"upper": unseen}})
+    with mock.patch.object(composition, "CLAIM_TOLERANCE", 1e-3):
+        assert report.composed_report(run)["epsilon"][ADD_REMOVE]["upper"] == every
+
+
+def test_rows_of_one_person_are_composed_with_histograms(run, histogram):
+    composed = report.composed_report(run, [histogram])
+    events = [TRAINING, SampledGaussian(1.0, 10.0, 1)]
+    found = {each["rows"]: each["epsilon"] for each in composed["rows_of_one_person"]}
+    assert found == group_epsilons(events, 1e-5)
+    assert f"10  {found[10]:.2f}" in re.sub(" +", "  ", report.render(composed, report.as_text))
+
+
+def test_the_composed_guarantee_of_persons(tmp_path, histogram):
+    unit = {"unit_column": "user_id", "max_rows_per_unit": 3, "unit_sampling": "rows"}
+    plan = PrivacyPlan(**(vars(PLAN) | unit))
+    persons = make_run(tmp_path / "persons", plan=plan)
+    composed = report.composed_report(persons)
+    spent = compute_epsilon([replace(TRAINING, rows_per_unit=3)], 1e-5).upper
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == spent
+    assert composed["unit"].startswith("one person: all rows")
+    assert composed["rows_of_one_person"] == []
+    with pytest.raises(UsageError, match="the unit of .*persons is one person.*leave --histogram"):
+        report.composed_report(persons, [histogram])
+    with pytest.raises(UsageError, match="the unit of .* is one person.*, and of .*rows one exam"):
+        report.composed_report([persons, make_run(tmp_path / "rows")])
 
 
 def test_a_run_that_crashed_counts_the_steps_of_its_last_checkpoint(tmp_path):
@@ -217,7 +259,7 @@ def test_a_page_of_several_runs_names_each_of_them(run, pairs, capsys, tmp_path)
     assert "clip norm 1 and 0.5" in told
     assert "upper bound" in told
     for each in (run, pairs):
-        assert f"training of {each}, steps in the released model" in told
+        assert f"training of {each}, all steps on record" in told
         assert f"{each}: privacy_ledger.jsonl: the hash chain" in told
     curve = json.loads((out / "composed_report.json").read_text())["epsilon_over_steps"]
     assert (curve[0], curve[-1]["step"]) == ({"step": 0, "epsilon": 0.0}, 45)
@@ -254,9 +296,10 @@ def test_lost_steps_of_every_run_are_composed_apart(run, tmp_path):
     other = make_run(tmp_path / "lost", lost, checkpoints=(25,), plan=PAIRS_PLAN)
     composed = report.composed_report([run, other])
     assert composed["steps_lost"] == 2
-    seen = composed["epsilon_if_lost_steps_were_seen"][ADD_REMOVE]["upper"]
     events = [TRAINING, SampledGaussian(10 / 400, 0.9, 27)]
-    assert seen == compute_epsilon(events, 1e-5).upper
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    unseen = composed["epsilon_without_lost_steps"][ADD_REMOVE]["upper"]
+    assert unseen == compute_epsilon([TRAINING, PAIRS], 1e-5).upper
 
 
 def test_deltas_that_differ_need_one_that_is_given(run, tmp_path, capsys):
@@ -435,6 +478,48 @@ def test_a_histogram_of_another_dataset_is_refused(run, tmp_path):
         report.composed_report(run, [path])
 
 
+def person_plan(**changes):
+    of_unit = {"unit_column": "person", "max_rows_per_unit": 8, "unit_sampling": "units"}
+    return PrivacyPlan(**(vars(PLAN) | of_unit | changes))
+
+
+def test_a_histogram_of_persons_composes_with_a_run_of_persons_and_the_report_says_so(tmp_path):
+    run = make_run(tmp_path / "run", plan=person_plan())
+    path = tmp_path / "persons.jsonl"
+    record_histogram(
+        path, num_examples=500, noise_multiplier=10.0, num_bins=10, unit_column="person"
+    )
+    composed = report.composed_report(run, [path])
+    events = [TRAINING, SampledGaussian(1.0, 10.0, 1)]
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    person = "all rows of the train split with the same value of person, at most 8 of them"
+    assert composed["unit"].startswith(f"one person: {person}")
+    page = render(composed, as_markdown)
+    assert f"private for adding or removing one person, {person}" in page
+    assert "the unit is a row" not in page
+
+
+def test_rows_and_persons_are_not_one_report(run, histogram, tmp_path):
+    persons = make_run(tmp_path / "persons", plan=person_plan())
+    path = tmp_path / "persons.jsonl"
+    record_histogram(
+        path, num_examples=500, noise_multiplier=10.0, num_bins=10, unit_column="person"
+    )
+    with pytest.raises(UsageError, match="job is one example: .* of 500 units of 'person': leav"):
+        report.composed_report(run, [path])
+    with pytest.raises(UsageError, match="persons is one person: .* is of 500 examples: leave"):
+        report.composed_report(persons, [histogram])
+
+
+def test_a_run_that_draws_rows_of_persons_does_not_know_how_many_there_are(tmp_path):
+    run = make_run(tmp_path / "run", plan=person_plan(unit_sampling="rows"))
+    path = tmp_path / "persons.jsonl"
+    record_histogram(
+        path, num_examples=77, noise_multiplier=10.0, num_bins=10, unit_column="person"
+    )
+    assert len(report.composed_report(run, [path])["mechanisms"]) == 2
+
+
 def test_canaries_count_in_training_and_not_in_a_histogram(run, tmp_path):
     """They are rows of N that training alone reads; the event of training keeps all of N."""
     write_json(
@@ -448,12 +533,14 @@ def test_canaries_count_in_training_and_not_in_a_histogram(run, tmp_path):
     composed = report.composed_report(run, [paths[470]])
     events = [TRAINING, SampledGaussian(1.0, 10.0, 1)]
     assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    assert "30 of N are canaries" in report.render(composed, report.as_text)
     with pytest.raises(UsageError, match="500 examples, the run's has 470"):
         report.composed_report(run, [paths[500]])
 
 
 def test_a_histogram_is_counted_once(run, histogram, tmp_path):
     shutil.copy(histogram, tmp_path / "copy.jsonl")
+    shutil.copy(head_file(histogram), head_file(tmp_path / "copy.jsonl"))
     for again in (histogram, tmp_path / "copy.jsonl"):
         with pytest.raises(UsageError, match="hold the same histogram"):
             report.composed_report(run, [histogram, again])

@@ -1,9 +1,9 @@
 """Resampling from end to end: what it may know of private data, what it writes, what it spends."""
 
 import json
+import os
+import re
 import shutil
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
@@ -11,15 +11,16 @@ import pytest
 
 from privacy_checks.composition import composed_report
 from resample_with_dp_histogram import extract, resample
-from tests.paths import ROOT
+from resample_with_dp_histogram.clusters import Clusters
 from tests.resampling import save_embeddings, unit_vectors
 from tests.training import run_process
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl, sha256_of, write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
-from utils.privacy.ledger import LEDGER_FILE, Ledger, read_ledger, record_histogram
+from utils.privacy.ledger import LEDGER_FILE, Ledger, head_file, read_ledger, record_histogram
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.shards import origins
+from utils.texts.data_sets import rows_fingerprint
 
 POOL, PRIVATE, BINS = 400, 120, 8
 TEXTS = [f"instruction {number}" for number in range(POOL)]
@@ -55,6 +56,12 @@ def ran(folders, output="out", *more):
     return {name: np.array(values) for name, values in read[0].items()}, read[1]
 
 
+def remove_ledger(folders):
+    ledger = folders / "private_data" / resample.LEDGER_FILE
+    ledger.unlink()
+    head_file(ledger).unlink()
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -72,7 +79,7 @@ def test_neighbouring_datasets_share_clusters_and_differ_by_one_in_one_bin(folde
     for left_out in (0, 57, PRIVATE - 1):
         fewer = np.delete(vectors, left_out, axis=0)
         save_embeddings(folders / "private_data", fewer, private=True)
-        (folders / "private_data" / resample.LEDGER_FILE).unlink()
+        remove_ledger(folders)
         output = f"without-{left_out}"
         neighbour, other_report = ran(folders, output, *no_noise, *public)
         difference = whole["private_noisy"] - neighbour["private_noisy"]
@@ -88,17 +95,78 @@ def test_neighbouring_datasets_share_clusters_and_differ_by_one_in_one_bin(folde
         }
 
 
+def test_a_person_who_is_left_out_moves_the_histogram_by_at_most_1(folders):
+    """With one row, 7 or 1,000: by their own weights exactly, and the clusters stay."""
+    persons = np.repeat(np.arange(40), [1000, 7] + [1] * 38)
+    vectors = unit_vectors(len(persons), seed=2, weights=SKEWED)
+    no_noise = ["--insecure_fixed_noise_seed=0", "--histogram_sigma=0", "--unit_column=person"]
+    public = ["--num_train_examples=40", "--num_samples=100"]
+    save_embeddings(folders / "private_data", vectors, private=True, units=persons)
+    whole, report = ran(folders, "whole", *no_noise, *public)
+    assert whole["private_noisy"].sum() == pytest.approx(40, abs=1e-5)
+    for left_out in (0, 1, 39):
+        mine, others = persons == left_out, persons != left_out
+        arrays = {"units": persons[others], "vectors": vectors[others]}
+        save_embeddings(folders / "private_data", private=True, **arrays)
+        remove_ledger(folders)
+        neighbour, _ = ran(folders, f"without-{left_out}", *no_noise, *public)
+        moved = whole["private_noisy"] - neighbour["private_noisy"]
+        with np.load(folders / "whole" / "clusters.npz") as file:
+            clusters = Clusters(file["weights"], file["offsets"], 0)
+        own = np.bincount(clusters.assign(vectors[mine], ""), minlength=BINS)
+        np.testing.assert_allclose(moved, own / mine.sum(), atol=1e-5)
+        assert 0 < np.linalg.norm(moved) <= moved.sum() <= 1
+
+
+def test_n_is_the_number_of_units_wherever_it_counts(folders):
+    persons = np.arange(PRIVATE) % 50
+    vectors = unit_vectors(PRIVATE, seed=2)
+    save_embeddings(folders / "private_data", vectors, private=True, units=persons)
+    histograms, report = ran(folders, "out", "--unit_column=person")
+    assert histograms["private"].sum() == pytest.approx(50)
+    assert report["num_examples"] == report["selection"]["num_samples"] == 50
+    assert report["unit"] == (
+        "one person: all rows of the train split with the same value of person"
+    )
+    assert report["unit_column"] == "person"
+    assert not any("the unit is a row" in item for item in report["not_covered"])
+    assert len(report["not_covered"]) == len(resample.NOT_COVERED)
+    (event,) = read_ledger(folders / "private_data" / resample.LEDGER_FILE)
+    assert (event["num_examples"], event["unit_column"], event["sensitivity"]) == (50, "person", 1)
+    # The number of rows is private here: how many a person has.
+    text = (folders / "out" / "resampling_report.json").read_text()
+    assert str(PRIVATE) not in re.findall(r": (\d+)\b", text)
+
+
+@pytest.mark.parametrize(
+    ("units", "more", "message"),
+    [
+        (True, [], "no --unit_column: the rows of .* belong to units of 'person'; give"),
+        (True, ["--unit_column=chat"], "--unit_column chat: the rows of .* units of 'person'"),
+        (False, ["--unit_column=person"], "--unit_column person: .* was embedded without it"),
+    ],
+)
+def test_a_forgotten_or_another_unit_is_refused(folders, units, more, message):
+    persons = np.arange(PRIVATE) % 50 if units else None
+    save_embeddings(folders / "private_data", unit_vectors(PRIVATE), private=True, units=persons)
+    before = contents(folders)
+    with pytest.raises(UsageError, match=message):
+        resample.main(flags(folders, "out", *more))
+    assert contents(folders) == before
+
+
 def test_all_that_is_released_follows_from_the_noisy_histogram_and_public_data(folders):
     """Other private data with the same noisy histogram leaves every released byte as it is."""
     released = np.array([40.5, -3.25, 20.0, 0.0, 11.0, 30.0, -8.0, 25.0])
     with mock.patch.object(resample, "noisy_histogram", return_value=released):
         ran(folders, "one", "--num_samples=100")
-        (folders / "private_data" / resample.LEDGER_FILE).unlink()
+        remove_ledger(folders)
         save_embeddings(folders / "private_data", unit_vectors(PRIVATE, seed=77), private=True)
         ran(folders, "other", "--num_samples=100")
     one, other = (contents(folders / name) for name in ("one", "other"))
     for path, content in one.items():
-        if path.name != "resampling_report.json":  # The chain of a ledger is random.
+        # The chain of a ledger is random.
+        if path.name != "resampling_report.json" and path.parent.name != "private":
             assert other[folders / "other" / path.name] == content, path.name
 
 
@@ -108,16 +176,35 @@ def test_only_what_may_be_released_is_written(folders):
     assert report["outputs_sha256"] == selected
     assert {path.name for path in (folders / "out").iterdir()} == {
         "selected.jsonl", "histograms.json", "histograms.png", "clusters.npz",
-        "resampling_report.json",
+        "resampling_report.json", "private",
     }  # fmt: skip
     assert {path.name for path in (folders / "private_data").iterdir()} == {
-        "private", resample.LEDGER_FILE,
+        "private", resample.LEDGER_FILE, f"{resample.LEDGER_FILE}.head.json",
     }  # fmt: skip
     assert (folders / "out" / "histograms.png").read_bytes().startswith(b"\x89PNG")
     with np.load(folders / "out" / "clusters.npz") as file:
         assert {name: file[name].shape for name in file} == {
             "weights": (16, BINS), "offsets": (BINS,), "synthetic_bins": (POOL,),
         }  # fmt: skip
+
+
+def test_the_fingerprint_of_the_private_rows_goes_to_a_folder_of_their_owner_alone(folders):
+    rows = [f"private row {number}" for number in range(PRIVATE)]
+    save_embeddings(folders / "private_data", unit_vectors(PRIVATE), private=True, texts=rows)
+    before = os.umask(0)
+    try:
+        ran(folders)
+    finally:
+        os.umask(before)
+    private = folders / "out" / "private"
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in private.iterdir()} == {"identity.json", "README.md"}
+    identity = json.loads((private / "identity.json").read_text())
+    assert identity == {"rows_fingerprint": rows_fingerprint(rows)}
+    released = [content for path, content in contents(folders / "out").items()
+                if path.parent == folders / "out"]  # fmt: skip
+    assert len(released) == 5
+    assert not any(identity["rows_fingerprint"].encode() in content for content in released)
 
 
 def test_the_noise_is_fresh_and_the_seed_does_not_reach_it(folders):
@@ -164,6 +251,11 @@ def test_training_and_histogram_compose_in_one_report(folders, tmp_path):
     ran(folders, "one")
     ran(folders, "two", "--histogram_sigma=5")
     ledger = folders / "private_data" / resample.LEDGER_FILE
+    # What is released of a histogram knows how long the ledger was with it.
+    for lines, name in enumerate(("one", "two"), start=1):
+        report = json.loads((folders / name / "resampling_report.json").read_text())
+        chain = read_ledger(ledger)[lines - 1]["chain"]
+        assert report["ledger"] == {"path": str(ledger), "lines": lines, "chain": chain}
     composed = composed_report(run, [ledger])
     events = [
         SampledGaussian(0.1, 1.0, 20), SampledGaussian(1.0, 10.0, 1), SampledGaussian(1.0, 5.0, 1),
@@ -357,6 +449,20 @@ BAD = {
         replace("synthetic", damaged(POOL, 1), texts=TEXTS), r"synthetic, row 5 .* NaN",
     ),
     "NaN, private": (replace("private", damaged(PRIVATE, 2)), r"private_data, row 5 .* NaN"),
+    "damaged units": (
+        lambda folders: (
+            save_embeddings(
+                folders / "private_data", unit_vectors(PRIVATE), private=True,
+                units=np.zeros(PRIVATE, dtype=np.int64),
+            ),
+            np.save(folders / "private_data/private/units.npy", np.arange(PRIVATE)),
+        ),
+        "units.npy holds other units than manifest.json next to it says",
+    ),
+    "no units": (
+        replace("private", unit_vectors(PRIVATE), unit_column="person"),
+        "units.npy cannot be read: .*; embed the texts again",
+    ),
     "public as private": (
         lambda folders: (
             shutil.rmtree(folders / "private_data"),
@@ -398,16 +504,3 @@ def test_the_real_command_ends_with_one_line_and_code_2(folders):
     done = run_process(*command)
     assert done.returncode == 0, done.stderr
     assert "python -m privacy_checks.report RUN --histogram" in done.stderr
-
-
-def test_histograms_recorded_at_once_keep_one_chain(tmp_path):
-    ledger = tmp_path / "ledger.jsonl"
-    script = f"""
-from utils.privacy.ledger import record_histogram
-for _ in range(20):
-    record_histogram({str(ledger)!r}, num_examples=9, noise_multiplier=10.0, num_bins=4)
-"""
-    writers = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
-    assert [writer.wait() for writer in writers] == [0, 0, 0]
-    assert len(read_ledger(ledger)) == 60
-    assert [path.name for path in tmp_path.iterdir()] == ["ledger.jsonl"]

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 from tests.json_lines import jsonl
 from utils.cli import UsageError
-from utils.texts.text_inputs import read_instructions
+from utils.texts.text_inputs import read_column, read_instructions
 
 TEXTS = ["one", "two\nlines", "Grüße, 你好 😀", "### BOI", "x" * 300, "one"]
 
@@ -109,3 +109,19 @@ def test_unusable_folders_and_paths_are_explained(tmp_path):
     Dataset.from_dict({"prompt": ["a"]}).to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(UsageError, match="no column 'instruction' or 'text', only prompt"):
         read_instructions(str(tmp_path / "a.parquet"))
+
+
+def test_a_column_is_read_of_the_texts_that_are_kept(tmp_path):
+    """Whatever it holds, in the order of the texts; a sample that was cut has no place."""
+    (tmp_path / "shard-0.jsonl").write_text(
+        '{"text": "a", "user": 3, "finish_reason": "stop"}\n'
+        '{"text": "b", "user": 4, "finish_reason": "length"}\n'
+        '{"text": "c", "user": [5, null], "finish_reason": "stop"}\n'
+    )
+    assert read_instructions(str(tmp_path)) == ["a", "c"]
+    assert read_column(str(tmp_path), None, "user") == [3, [5, None]]
+    with pytest.raises(UsageError, match="shard-0.jsonl, entry 1 has no column 'owner'"):
+        read_column(str(tmp_path), None, "owner")
+    (tmp_path / "lines.txt").write_text("a\n")
+    with pytest.raises(UsageError, match="lines.txt, entry 1 has no column 'user'"):
+        read_column(str(tmp_path / "lines.txt"), None, "user")

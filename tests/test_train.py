@@ -412,6 +412,8 @@ def test_canaries_count_in_n_like_any_other_row(run, monkeypatch, letters, tiny_
     assert (plan.num_examples, plan.steps) == (WITH_CANARIES, 9)  # floor(74 / 8)
     values = report(folder)
     assert values["num_examples"] == WITH_CANARIES
+    assert values["canaries"] == 10
+    assert "10 of N are canaries" in (folder / "privacy_report.md").read_text()
     assert values["sampling_rate"] == 8 / WITH_CANARIES
     identity = json.loads((folder / "private" / "identity.json").read_text())
     rows = train.load_splits(letters)["train"]["instruction"]
@@ -482,8 +484,8 @@ def test_both_epsilons_are_reported_after_a_crash(run):
     run(crash_in_step=6)
     values = report(run("--resume=auto"))
     assert values["steps_lost"] == 3
-    seen = values["epsilon_if_lost_steps_were_seen"]
-    assert seen["upper"] > values["epsilon"]["upper"]
+    without = values["epsilon_without_lost_steps"]
+    assert without["upper"] < values["epsilon"]["upper"]
 
 
 def test_a_resumed_run_draws_fresh_noise(run, monkeypatch):
@@ -521,7 +523,8 @@ def test_kill_9_loses_nothing_but_steps_since_the_checkpoint(
     assert f"after step {resumed_from}" in capsys.readouterr().err
     values = report(folder)
     assert (values["steps_taken"], values["steps_lost"]) == (8, lost)
-    assert values["epsilon"]["upper"] <= 8
+    released = values["epsilon_without_lost_steps"] or values["epsilon"]
+    assert released["upper"] <= 8
     assert not list(folder.rglob("*.partial*")), "a half-written checkpoint was left behind"
 
 

@@ -18,7 +18,7 @@ from evaluation.results import interval
 from privacy_checks.composition import curve_by_run
 from utils.command_line.parser import parser_of, to_argv
 from utils.command_line.sampling_flags import SamplingSettings
-from utils.privacy.guarantee import claim, conditions
+from utils.privacy.guarantee import claim, conditions, exception, name_of_unit
 
 # The section of a tool's results; each other tool has one of its own.
 SECTIONS = {
@@ -121,8 +121,11 @@ class Page:
             "guess": best_guess(self.material),
             "factor": factor(epsilon),
             "odds": odds(epsilon),
+            "unit": name_of_unit(composed).replace("example", "row"),
+            "exception": exception(composed),
             "num_histograms": len(composed["mechanisms"]) - len(self.material.runs),
             "other_deltas": other_deltas,
+            "rows_of_one_person": composed["rows_of_one_person"],
             "curve": line_chart(curve, "epsilon"),
         }
 

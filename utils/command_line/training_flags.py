@@ -18,10 +18,11 @@ from utils.command_line.parser import (
     positive_float,
     positive_int,
 )
-from utils.privacy.plan import PrivacyPlan, make_plan
+from utils.privacy.plan import ROWS, UNITS, PrivacyPlan, make_plan
 from utils.texts.canaries import Canaries
 from utils.texts.data_sets import is_labelled
 from utils.texts.prompts import PROMPT_STYLES, UNCONDITIONAL
+from utils.texts.units import OWNERS
 
 Number = TypeVar("Number", int, float)
 
@@ -128,9 +129,39 @@ class TrainingSettings(JobSettings):
         "sigma, noise deviation over C; calibrated from --eps if left out", type=float
     )
     num_train_examples: int | None = _privacy(
-        "rows of the data set's train split, public (N is this and the rows of canaries); counted "
+        "rows of the data set's train split, public (N is this and the rows of canaries), and with "
+        "--unit_sampling rows those that the cap leaves; counted if left out",
+        type=positive_int,
+    )
+    unit_column: str | None = _privacy(
+        "column that says whose a row is, such as user_id: the guarantee is then for all rows of "
+        "one person (or whatever the column tells apart); for one row if left out"
+    )
+    max_rows_per_unit: int | None = _privacy(
+        "K, the rows of one unit that may take part, in a step or, with --unit_sampling rows, at "
+        "all; public; needed with --unit_column",
+        type=positive_int,
+    )
+    unit_sampling: str = _privacy(
+        "units: a step draws units, and the mean gradient of up to K rows of each is clipped as "
+        "one, so noise does not grow with K (N, --total_bs and epochs count units); rows: a step "
+        "draws rows of a set in which a unit has at most K, for up to K times the noise",
+        UNITS,
+        choices=(UNITS, ROWS),
+    )
+    num_train_units: int | None = _privacy(
+        "units of the data set's train split, public (N is this and the rows of canaries); counted "
         "if left out",
         type=positive_int,
+    )
+    owner: str | None = _privacy(
+        "which owner counts where --unit_column holds lists, which are refused otherwise; the row "
+        "does not count as the others', so it is not protected as theirs",
+        choices=OWNERS,
+    )
+    unowned_rows_are_units: bool = _privacy(
+        "rows without a value in --unit_column are units of their own; they are refused otherwise",
+        False,
     )
     reserve_histogram_sigma: float | None = _privacy(
         "calibrate so that training and one Gaussian histogram of this sigma (sensitivity 1) "
@@ -219,6 +250,24 @@ class TrainingSettings(JobSettings):
         return Canaries(self.num_canaries, self.canary_repeats, self.seed)
 
     @property
+    def unit_flags(self) -> list[str]:
+        """The flags of a unit that are given."""
+        defaults = {"unit_column": None, "max_rows_per_unit": None, "unit_sampling": UNITS,
+                    "num_train_units": None, "owner": None,
+                    "unowned_rows_are_units": False}  # fmt: skip
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
+
+    @property
+    def draws_units(self) -> bool:
+        """Whether a step draws units of several rows, and N counts them."""
+        return self.unit_column is not None and self.unit_sampling == UNITS
+
+    @property
+    def size_flag(self) -> str:
+        """The flag that states how much of the data set a step draws from."""
+        return "num_train_units" if self.draws_units else "num_train_examples"
+
+    @property
     def dropout(self) -> float:
         """The probability of LoRA's dropout."""
         default = 0.05 if self.eps == -1 else 0.0
@@ -275,9 +324,24 @@ def check_training_settings(settings: TrainingSettings) -> list[str]:
             f"--eps {settings.eps} needs a clip norm above 0, found --clip {settings.clip}; add "
             "--clip 0.5"
         )
+    _check_unit(settings)
     if settings.insecure_fixed_noise_seed is not None:
         return ["--insecure_fixed_noise_seed: the noise is known, so this run has NO guarantee"]
     return []
+
+
+def _check_unit(settings: TrainingSettings) -> None:
+    """Refuse flags of a unit without one, and a unit without its cap."""
+    if settings.unit_column is None:
+        for name in settings.unit_flags:
+            raise UsageError(
+                f"--{name} needs --unit_column: without it every row is a unit of its own"
+            )
+    elif settings.max_rows_per_unit is None:
+        raise UsageError(
+            f"--unit_column {settings.unit_column} needs --max_rows_per_unit: the most rows of one "
+            "unit that may take part, a public number such as 8"
+        )
 
 
 def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
@@ -297,9 +361,10 @@ def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
 
 
 def _check_without_privacy(settings: TrainingSettings) -> list[str]:
-    for name in ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed"):
-        if getattr(settings, name) is not None:
-            raise UsageError(f"--{name} needs --eps: without it the run has no privacy")
+    of_privacy = ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed")
+    given = [name for name in of_privacy if getattr(settings, name) is not None]
+    for name in given + settings.unit_flags:
+        raise UsageError(f"--{name} needs --eps: without it the run has no privacy")
     if settings.clip > 0:
         return [f"--clip {settings.clip} without --eps: nothing is clipped and nothing is private"]
     return []
@@ -308,6 +373,10 @@ def _check_without_privacy(settings: TrainingSettings) -> list[str]:
 def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan | None, list[str]]:
     """The plan of a run on N examples.
 
+    Args:
+        num_examples: N, of what a step draws: units where `settings.draws_units`, else rows, and
+            with --unit_sampling rows those that the cap leaves.
+
     Returns:
         The plan (None for a run without privacy) and warnings, one line each.
 
@@ -315,8 +384,9 @@ def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan 
         UsageError: a value that gives no or a meaningless guarantee.
     """
     if settings.total_bs > num_examples:
+        drawn = f"values of {settings.unit_column}" if settings.draws_units else "training examples"
         raise UsageError(
-            f"--total_bs {settings.total_bs} exceeds the {num_examples} training examples of "
+            f"--total_bs {settings.total_bs} exceeds the {num_examples} {drawn} of "
             f"{settings.dataset_name}"
         )
     if settings.eps == -1:
@@ -332,6 +402,9 @@ def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan 
         delta=settings.delta,
         noise_multiplier=settings.noise_multiplier,
         reserved_histogram_sigma=settings.reserve_histogram_sigma,
+        unit_column=settings.unit_column,
+        max_rows_per_unit=settings.max_rows_per_unit,
+        unit_sampling=settings.unit_sampling if settings.unit_column else None,
     )
 
 

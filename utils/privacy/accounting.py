@@ -11,11 +11,17 @@ import warnings
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import cache, reduce
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from utils.cli import UsageError
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+    from utils.privacy.mixtures import MixtureStep
 
 ADD_REMOVE = "add_or_remove_one"
 REPLACE = "replace_one"
@@ -23,8 +29,12 @@ REPLACE = "replace_one"
 MIN_NOISE, MAX_NOISE = 0.3, 100.0
 MIN_RATE, MAX_STEPS = 1e-5, 100_000
 MIN_DELTA, MAX_DELTA = 1e-12, 1e-2
+MAX_ROWS = 256
 NOISE_DECIMALS = 3
+# Rows of one person for which reports give epsilon where the unit is a row.
+GROUP_SIZES = (1, 2, 5, 10, 20)
 CLOSED_FORM = "closed form"
+CLOSED_FORM_OF_ALL = "closed form, as if every row took part in every step"
 
 PRV_EPS_ERROR = 0.01
 PRV_DELTA_ERROR = 1e-3  # as a share of delta
@@ -45,6 +55,8 @@ class SampledGaussian:
         sampling_rate: q, 1e-5 to 1; 1 is a plain Gaussian mechanism, such as a noisy histogram.
         noise_multiplier: sigma, 0.3 to 100: noise deviation over the l2 bound of one example.
         steps: T, 0 to 100,000; nothing is spent by none.
+        rows_per_unit: K, 1 to 256: examples that a neighbour has more or less. Each is sampled by
+            itself, so a step moves by the bounds of Binomial(K, q) of them.
 
     Raises:
         UsageError: a value is outside its range.
@@ -53,11 +65,13 @@ class SampledGaussian:
     sampling_rate: float
     noise_multiplier: float
     steps: int
+    rows_per_unit: int = 1
 
     def __post_init__(self):
         _require("sampling rate", self.sampling_rate, MIN_RATE, 1.0)
         _require("noise multiplier", self.noise_multiplier, MIN_NOISE, MAX_NOISE)
         _require("steps", self.steps, 0, MAX_STEPS)
+        _require("rows of a unit", self.rows_per_unit, 1, MAX_ROWS)
         if self.steps != int(self.steps):
             raise UsageError(f"steps {self.steps}: must be a whole number")
 
@@ -83,12 +97,15 @@ class EpsilonBounds(EpsilonClaim):
         lower: epsilon is not below this, but for rounding; 0 where no accountant gives a bound.
         estimate: best guess.
         pld, prv: upper bounds by PLD and by the PRV accountant alone; None where there is none.
+        probability_of_more: that the privacy loss exceeds `upper`, and so that somebody's odds
+            change by more than e^upper; it is above delta. None where it is not known.
     """
 
     lower: float
     estimate: float
     pld: float | None
     prv: float | None
+    probability_of_more: float | None
 
 
 def compute_epsilon(
@@ -106,6 +123,10 @@ def compute_epsilon(
     with x' in its place (Neyman and Pearson), with equality for x' = -x of full norm and half
     lines. At q = 1 this is a Gaussian mechanism with sigma / 2.
 
+    Where a neighbour has K examples, sum_k p_k N(k, s²) and N(0, s²) with k ~ Binomial(K, q)
+    dominate a step (Choquette-Choo et al. 2023, corollary 4.7: a mixture of Gaussians). Where PLD
+    cannot be trusted with it, the closed form at q = 1 is claimed; replacing has no such pair.
+
     Args:
         events: mechanisms on one private dataset, in any order.
         delta: 1e-12 to 0.01.
@@ -114,7 +135,7 @@ def compute_epsilon(
     Raises:
         UsageError: a value is out of range, or no accountant can be trusted with it.
     """
-    _require_inputs(delta, relation)
+    _require_inputs(delta, relation, events)
     events = _merged(events)
     epsilon, accountant = _upper_bound(events, delta, relation, PLD_FINE)
     if not math.isfinite(epsilon):
@@ -153,7 +174,32 @@ def epsilon_bounds(
         estimate=estimate,
         pld=pld if math.isfinite(pld) else None,
         prv=prv[2] if prv else None,
+        probability_of_more=_probability_of_more(events, claim, relation),
     )
+
+
+def group_epsilons(
+    events: Sequence[SampledGaussian], delta: float, sizes: Sequence[int] = GROUP_SIZES
+) -> dict[int, float]:
+    """Epsilon for adding or removing several units at once, such as all rows of one person.
+
+    It is not `sizes` times epsilon at the same delta but far more. Where PLD cannot tell, the
+    closed form without sampling is the bound.
+
+    Args:
+        events: mechanisms on one private dataset, in any order.
+        delta: 1e-12 to 0.01, the same for all sizes.
+
+    Returns:
+        Upper bounds by size.
+    """
+    _require_inputs(delta, ADD_REMOVE, events)
+    bounds = {}
+    for size in sizes:
+        groups = [replace(event, rows_per_unit=size * event.rows_per_unit) for event in events]
+        grid = PLD_FINE if size == 1 else PLD_COARSE
+        bounds[size], _ = _upper_bound(_merged(groups), delta, ADD_REMOVE, grid)
+    return bounds
 
 
 def compute_delta(
@@ -170,7 +216,7 @@ def compute_delta(
         Delta, at most 1.
     """
     _require("epsilon", epsilon, 0, math.inf)
-    _require_inputs(MIN_DELTA, relation)
+    _require_inputs(MIN_DELTA, relation, events)
     events = _merged(events)
     if all(event.sampling_rate == 1 for event in events):
         return _gaussian_delta(_gaussian_mu(events, relation), epsilon)
@@ -185,6 +231,7 @@ def calibrate_noise_multiplier(
     steps: int,
     reserved: Sequence[SampledGaussian] = (),
     relation: str = ADD_REMOVE,
+    rows_per_unit: int = 1,
 ) -> float:
     """The least noise multiplier, rounded up to 3 decimals, that meets the target.
 
@@ -197,6 +244,7 @@ def calibrate_noise_multiplier(
         sampling_rate, steps: q and T of the mechanism to calibrate.
         reserved: mechanisms on the same data that the target also pays for.
         relation: ADD_REMOVE or REPLACE.
+        rows_per_unit: K of the mechanism to calibrate.
 
     Returns:
         Sigma; 0.3, the least that is supported, where that meets the target already.
@@ -206,10 +254,11 @@ def calibrate_noise_multiplier(
     """
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise UsageError(f"target epsilon {target_epsilon}: must be finite and above 0")
-    _require_inputs(delta, relation)
 
     def events(sigma: float) -> list[SampledGaussian]:
-        return [SampledGaussian(sampling_rate, sigma, steps), *reserved]
+        return [SampledGaussian(sampling_rate, sigma, steps, rows_per_unit), *reserved]
+
+    _require_inputs(delta, relation, events(MAX_NOISE))
 
     def excess(sigma: float) -> float:
         epsilon, _ = _upper_bound(_merged(events(sigma)), delta, relation, PLD_COARSE)
@@ -260,27 +309,34 @@ def _require(name: str, value: float, low: float, high: float) -> None:
         raise UsageError(f"{name} {value}: must be between {low:g} and {high:g}")
 
 
-def _require_inputs(delta: float, relation: str) -> None:
+def _require_inputs(delta: float, relation: str, events: Sequence[SampledGaussian]) -> None:
     _require("delta", delta, MIN_DELTA, MAX_DELTA)
     if relation not in (ADD_REMOVE, REPLACE):
         raise UsageError(
             f"neighbouring relation {relation!r}: must be {ADD_REMOVE!r} or {REPLACE!r}"
         )
+    most = max((event.rows_per_unit for event in events), default=1)
+    if relation == REPLACE and most > 1:
+        raise UsageError(
+            f"neighbouring relation {REPLACE!r}: no accountant has it for {most} sampled rows of a "
+            f"unit; use {ADD_REMOVE!r}"
+        )
 
 
 def _merged(events: Sequence[SampledGaussian]) -> list[SampledGaussian]:
     """The same composition with equal mechanisms counted together, in a fixed order."""
-    steps: Counter[tuple[float, float]] = Counter()
+    steps: Counter[SampledGaussian] = Counter()
     for event in events:
-        steps[event.sampling_rate, event.noise_multiplier] += event.steps
-    merged = [(rate, sigma, count) for (rate, sigma), count in sorted(steps.items()) if count]
-    return [SampledGaussian(*event) for event in merged]
+        steps[replace(event, steps=0)] += event.steps
+    merged = [replace(event, steps=count) for event, count in steps.items() if count]
+    return sorted(merged, key=astuple)
 
 
 def _describe(events: Sequence[SampledGaussian]) -> str:
     return " and ".join(
         f"{event.steps} steps of sampling rate {event.sampling_rate:g} and noise multiplier "
         f"{event.noise_multiplier:g}"
+        + (f" for units of {event.rows_per_unit} rows" if event.rows_per_unit > 1 else "")
         for event in events
     )
 
@@ -305,6 +361,9 @@ def _upper_bound(
     epsilon = _pld_epsilon(events, delta, relation, grid)
     if math.isfinite(epsilon):
         return epsilon, _dp_accounting("PLD")
+    if any(event.rows_per_unit > 1 for event in events):
+        # A mixture is dominated by its component of the largest shift.
+        return _gaussian_epsilon(_gaussian_mu(events, relation), delta), CLOSED_FORM_OF_ALL
     return _rdp_epsilon(events, delta, relation), _dp_accounting("RDP")
 
 
@@ -312,8 +371,10 @@ def _upper_bound(
 
 
 def _gaussian_mu(events: Sequence[SampledGaussian], relation: str) -> float:
-    """Sensitivity over deviation of the one Gaussian mechanism that all events amount to."""
-    mu = math.sqrt(sum(event.steps / event.noise_multiplier**2 for event in events))
+    """Sensitivity over deviation of the one Gaussian mechanism that all events amount to at q 1."""
+    mu = math.sqrt(
+        sum(event.steps * (event.rows_per_unit / event.noise_multiplier) ** 2 for event in events)
+    )
     return 2 * mu if relation == REPLACE else mu
 
 
@@ -363,6 +424,8 @@ def _prv_bounds(
     if delta_error < total * DOUBLE_ROUNDING:
         return None
     sampled, mu = _split(events)
+    if any(event.rows_per_unit > 1 for event in sampled):
+        return None
     variables = [
         PoissonSubsampledGaussianMechanism(event.sampling_rate, event.noise_multiplier)
         for event in sampled
@@ -409,55 +472,98 @@ def _pld_epsilon(
     return float(_pld(events, relation, grid).get_epsilon_for_delta(delta - slack))
 
 
-def _pld(events: Sequence[SampledGaussian], relation: str, grid: tuple[float, int]):
-    """A pessimistic dp_accounting distribution of the privacy loss of all events together."""
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
+def _pld(
+    events: Sequence[SampledGaussian], relation: str, grid: tuple[float, int]
+) -> "PrivacyLossDistribution":
+    """A pessimistic distribution of the privacy loss of all events together."""
     sampled, mu = _split(events)
-    parts = [(event.sampling_rate, event.noise_multiplier, event.steps) for event in sampled]
+    parts = [(_step_of(event, relation), event.steps) for event in sampled]
     if mu:
-        parts.append((1.0, 1 / mu, 1))
-    neighbours = NeighboringRelation[
-        "ADD_OR_REMOVE_ONE" if relation == ADD_REMOVE else "REPLACE_ONE"
-    ]
-    interval = _interval(parts, relation, *grid)
-    total = None
-    for rate, sigma, count in parts:
-        part = privacy_loss_distribution.from_gaussian_mechanism(
-            sigma,
+        parts.append((_SampledStep(1.0, 1 / mu, relation), 1))
+    interval = _interval([(*step.spread(), count) for step, count in parts], *grid)
+    composed = [step.distribution(interval).self_compose(count) for step, count in parts]
+    return reduce(lambda total, part: total.compose(part), composed)
+
+
+def _step_of(event: SampledGaussian, relation: str) -> "_SampledStep | MixtureStep":
+    """One step of a sampled event."""
+    if event.rows_per_unit == 1:
+        return _SampledStep(event.sampling_rate, event.noise_multiplier, relation)
+    from utils.privacy.mixtures import MixtureStep
+
+    return MixtureStep(event.sampling_rate, event.noise_multiplier, event.rows_per_unit)
+
+
+@dataclass(frozen=True)
+class _SampledStep:
+    """A Gaussian mechanism on a Poisson sample, about one example: the methods of `MixtureStep`."""
+
+    rate: float
+    sigma: float
+    relation: str
+
+    def spread(self) -> tuple[float, float]:
+        """Length of the range of losses, and their variance, both at most."""
+        shift = 2 if self.relation == REPLACE else 1
+        mu, rate = shift / self.sigma, self.rate
+        # The loss of a plain Gaussian at the outermost point that the discretisation keeps.
+        extreme = shift * (11 + mu) / self.sigma
+        top = math.log(rate) + extreme if extreme > 50 else math.log1p(rate * math.expm1(extreme))
+        width = top + min(extreme, -math.log1p(-rate) if rate < 1 else extreme)
+        return width, min(rate**2 * math.expm1(min(50.0, mu**2)), mu**2 + mu**4)
+
+    def distribution(self, interval: float) -> "PrivacyLossDistribution":
+        """The pessimistic distribution of the loss on a grid."""
+        from dp_accounting import NeighboringRelation
+        from dp_accounting.pld import privacy_loss_distribution
+
+        return privacy_loss_distribution.from_gaussian_mechanism(
+            self.sigma,
             value_discretization_interval=interval,
-            sampling_prob=rate,
-            neighboring_relation=neighbours,
-        ).self_compose(count)
-        total = part if total is None else total.compose(part)
-    return total
+            sampling_prob=self.rate,
+            neighboring_relation=NeighboringRelation[
+                "ADD_OR_REMOVE_ONE" if self.relation == ADD_REMOVE else "REPLACE_ONE"
+            ],
+        )
 
 
 def _interval(
-    parts: Sequence[tuple[float, float, int]], relation: str, widest: float, per_deviation: int
+    parts: Sequence[tuple[float, float, int]], widest: float, per_deviation: int
 ) -> float:
     """Discretisation of privacy losses: fine against their spread, coarse enough to afford.
 
     Any interval gives an upper bound; a wider one a looser bound in less time and memory.
+
+    Args:
+        parts: width, variance and number of each kind of step.
     """
-    shift = 2 if relation == REPLACE else 1
-    widths, variances = [], []
-    for rate, sigma, _ in parts:
-        # The loss of a plain Gaussian at the outermost point that the discretisation keeps.
-        extreme = shift * (11 + shift / sigma) / sigma
-        top = math.log(rate) + extreme if extreme > 50 else math.log1p(rate * math.expm1(extreme))
-        widths.append(top + min(extreme, -math.log1p(-rate) if rate < 1 else extreme))
-        mu = shift / sigma
-        variances.append(min(rate**2 * math.expm1(min(50.0, mu**2)), mu**2 + mu**4))
-    variance = sum(count * v for (_, _, count), v in zip(parts, variances))
+    variance = sum(count * each for _, each, count in parts)
     # Rounding a loss of deviation s to a grid of spacing h adds at most about h s to its variance.
-    added = sum(count * math.sqrt(v) for (_, _, count), v in zip(parts, variances))
+    added = sum(count * math.sqrt(each) for _, each, count in parts)
+    widths = [width for width, _, _ in parts]
     return max(
         min(widest, variance / added / per_deviation),
         max(widths) / PLD_STEP_CELLS,
         (sum(widths) + 20 * math.sqrt(variance)) / PLD_CELLS,
     )
+
+
+def _probability_of_more(
+    events: Sequence[SampledGaussian], claim: EpsilonClaim, relation: str
+) -> float | None:
+    """P(privacy loss > epsilon) of merged events; None where the claim is not of their own loss.
+
+    delta(eps) = E[(1 - e^(eps - L))+], so P(L > eps) = delta(eps) - delta'(eps).
+    """
+    epsilon = claim.upper
+    if claim.accountant == CLOSED_FORM:
+        mu = _gaussian_mu(events, relation)
+        return math.erfc((epsilon / mu - mu / 2) / math.sqrt(2)) / 2 if mu else 0.0
+    if claim.accountant != _dp_accounting("PLD"):
+        return None
+    loss, step = _pld(events, relation, PLD_FINE), 1e-6
+    delta, after = (float(loss.get_delta_for_epsilon(epsilon + gap)) for gap in (0, step))
+    return min(1.0, delta + (delta - after) / math.expm1(step) + _pld_rounding(events))
 
 
 # --- Renyi DP ------------------------------------------------------------------------------------

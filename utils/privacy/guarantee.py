@@ -11,14 +11,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from utils.files import write_atomic, write_json
-from utils.privacy.accounting import ADD_REMOVE, REPLACE, compute_epsilon, epsilon_bounds
-from utils.privacy.plan import PrivacyPlan
+from utils.privacy.accounting import (
+    ADD_REMOVE,
+    REPLACE,
+    SampledGaussian,
+    compute_epsilon,
+    epsilon_bounds,
+    group_epsilons,
+)
+from utils.privacy.plan import UNITS, PrivacyPlan
 
 UNIT = "one example: a row of the prepared train split"
 NEIGHBOURS = {
     ADD_REMOVE: "adding or removing one example",
     REPLACE: "replacing one example by another",
 }
+SEVERAL_ROWS = "several rows about one person: the unit is a row"
+BOUNDS = ("lower", "estimate", "upper", "pld", "prv", "probability_of_more")
 NOTHING_COVERED = "everything: treat the adapter and all its outputs as private data"
 COVERED = [
     "the adapter, every checkpoint of it, and whatever is computed from them: merged models, "
@@ -32,9 +41,56 @@ NOT_COVERED = [
     "the choice of hyper-parameters over several runs on the same data",
     "data-dependent preparation, such as deduplication: the guarantee is for the prepared set",
     "text that the base model had already seen",
-    "several rows about one person: the unit is a row",
+    SEVERAL_ROWS,
     "timing and other side channels of the machine that trains",
+    "somebody who can break ChaCha20, of which draws and noise are made: the guarantee is against "
+    "all others, whatever they compute",
 ]
+
+
+def unit_of(plan: PrivacyPlan) -> str:
+    """What one neighbour has and the other has not: "one NAME: ..."."""
+    if plan.unit_column is None:
+        return UNIT
+    used = (
+        f"{plan.max_rows_per_unit} of them, drawn afresh, used in a step"
+        if plan.unit_sampling == UNITS
+        else f"{plan.max_rows_per_unit} of them used"
+    )
+    return f"{person(plan.unit_column)}, at most {used}"
+
+
+def person(unit_column: str) -> str:
+    """The unit where a column says whose a row is, however many rows that are."""
+    return f"one person: all rows of the train split with the same value of {unit_column}"
+
+
+def for_unit(not_covered: list[str], unit_column: str | None) -> list[str]:
+    """What is not covered, as it reads where the unit is a row or a person."""
+    if unit_column is None:
+        return not_covered
+    whose = (
+        f"who is meant by a row but is not its {unit_column}, and whoever has several: a "
+        f"person is what {unit_column} tells apart"
+    )
+    return [whose if each == SEVERAL_ROWS else each for each in not_covered]
+
+
+def rows_of_one_person(
+    plan: PrivacyPlan, events: Sequence[SampledGaussian], delta: float
+) -> list[dict]:
+    """Epsilon for several rows of one person; empty where the unit is the person.
+
+    Args:
+        events: all that was done with the data, for which the rows come or go together.
+
+    Returns:
+        One {"rows", "epsilon"} a number of rows; upper bounds at `delta`.
+    """
+    if plan.unit_column is not None:
+        return []
+    bounds = group_epsilons(events, delta)
+    return [{"rows": rows, "epsilon": epsilon} for rows, epsilon in bounds.items()]
 
 
 def build_report(
@@ -51,8 +107,8 @@ def build_report(
     Args:
         plan: None for a run without privacy.
         steps_taken: logical steps in the released model.
-        steps_recorded: steps in the ledger; those beyond `steps_taken` were noised, then lost in
-            a crash, and never released.
+        steps_recorded: steps in the ledger, all of which epsilon counts; those beyond `steps_taken`
+            were noised and then lost in a crash, perhaps after a checkpoint with them was shared.
         insecure: noise came from a known seed.
         numerics: how far an example's gradient was its own: begins with "exact" where it was.
 
@@ -63,15 +119,20 @@ def build_report(
         return {
             "guarantee": False,
             "why": "trained without differential privacy",
-            "epsilon": dict.fromkeys(("target", "lower", "estimate", "upper", "pld", "prv")),
+            "epsilon": dict.fromkeys(("target", *BOUNDS)),
             "covered": [],
             "not_covered": [NOTHING_COVERED],
         }
     lost = steps_recorded - steps_taken
+    events = plan.events(steps_recorded)
+    drawn = "person" if plan.unit_sampling == UNITS else "example"
     return {
         "guarantee": not insecure,
         "why": "noise and sampling came from a known seed (a test)" if insecure else "",
-        "unit": UNIT,
+        "unit": unit_of(plan),
+        "unit_column": plan.unit_column,
+        "max_rows_per_unit": plan.max_rows_per_unit,
+        "unit_sampling": plan.unit_sampling,
         "neighbouring_relation": plan.neighbouring_relation,
         "num_examples": plan.num_examples,
         "sampling_rate": plan.sampling_rate,
@@ -84,12 +145,11 @@ def build_report(
         "clip_function": plan.clip_function,
         "loss_normalization": plan.loss_normalization,
         "delta": plan.delta,
-        "epsilon": _epsilons(plan, steps_taken, insecure),
-        "epsilon_if_lost_steps_were_seen": (
-            _epsilons(plan, steps_recorded, insecure) if lost else None
-        ),
+        "epsilon": _epsilons(plan, steps_recorded, insecure),
+        "epsilon_without_lost_steps": _epsilons(plan, steps_taken, insecure) if lost else None,
+        "rows_of_one_person": [] if insecure else rows_of_one_person(plan, events, plan.delta),
         "reserved_histogram_sigma": plan.reserved_histogram_sigma,
-        "sampler": "Poisson: every example independently with probability batch size / N",
+        "sampler": f"Poisson: every {drawn} independently with probability batch size / N",
         "noise_source": (
             "INSECURE: a fixed seed"
             if insecure
@@ -97,7 +157,10 @@ def build_report(
         ),
         "covered": [] if insecure else COVERED,
         "numerics": numerics,
-        "not_covered": [*NOT_COVERED, *([] if numerics.startswith("exact") else [INEXACT])],
+        "not_covered": [
+            *for_unit(NOT_COVERED, plan.unit_column),
+            *([] if numerics.startswith("exact") else [INEXACT]),
+        ],
         "plan_hash": plan.digest(),
         "ledger": ledger_head,
     }
@@ -105,9 +168,7 @@ def build_report(
 
 def _epsilons(plan: PrivacyPlan, steps: int, insecure: bool) -> dict:
     if insecure:
-        return {"target": plan.target_epsilon} | dict.fromkeys(
-            ("lower", "estimate", "upper", "pld", "prv", "with_reserved_histogram")
-        )
+        return {"target": plan.target_epsilon} | dict.fromkeys((*BOUNDS, "with_reserved_histogram"))
     events = plan.events(steps)
     return {
         "target": plan.target_epsilon,
@@ -146,8 +207,9 @@ def sections(report: dict) -> list[Section]:
         verdict = f"There is NO PRIVACY GUARANTEE for {subject}: {report['why']}."
         return [Section("Privacy report", [verdict]), *lists]
     figures = _composed_figures(report) if "mechanisms" in report else _own_figures(report)
+    several = [_several_rows(report)] if report["rows_of_one_person"] else []
     paragraphs = [*report.get("above_target", []), *promise(report)]
-    return [Section("Privacy report", paragraphs), *figures, *lists]
+    return [Section("Privacy report", paragraphs), *several, *figures, *lists]
 
 
 def promise(report: dict) -> list[str]:
@@ -156,26 +218,45 @@ def promise(report: dict) -> list[str]:
     subject = report.get("run", "The released model")
     if num_histograms := len(report.get("mechanisms", runs)) - len(runs):
         subject += f" with {num_histograms} histogram(s)"
+    several_relations = len(relations_of(report)) > 1
     verb = "is" if len(runs) == 1 else "are together"
     lines = [
         f"{subject} {verb} {claim(report, relation)} ({relation})."
         for relation in relations_of(report)
     ]
-    sizes, clip_norms = (
-        listed([run[name] for run in runs]) for name in ("num_examples", "clip_norm")
-    )
-    lines.append(
-        f"N = {sizes}, the sampling rate, the number of steps and the clip norm {clip_norms} are "
-        "public constants."
-    )
+    lines += [
+        f"Whatever somebody believed before, the odds that the {name_of_unit(report)} was in the "
+        "data change by a factor of at most e^epsilon, "
+        f"{exception(report, relation)}{f' ({relation})' if several_relations else ''}."
+        for relation in relations_of(report)
+    ]
     if probed := {run["numerics"]: None for run in runs if "numerics" in run}:
         lines.append(f"Numerics: {'; '.join(probed)}.")
     return lines + conditions(report)
 
 
+def name_of_unit(report: dict) -> str:
+    """What a neighbour has one more or less of: an example, or a person."""
+    return report["unit"].partition(":")[0].removeprefix("one ")
+
+
 def conditions(report: dict) -> list[str]:
     """What the promise holds under, and what of the plan was not done, or done and lost."""
-    lines = []
+    runs = report.get("runs", [report])
+    sizes, clip_norms = (
+        listed([run[name] for run in runs]) for name in ("num_examples", "clip_norm")
+    )
+    counted = " persons" if runs[0].get("unit_sampling") == UNITS else ""
+    lines = [
+        f"N = {sizes}{counted}, the sampling rate, the number of steps and the clip norm "
+        f"{clip_norms} are public constants. N is the published size: with one "
+        f"{name_of_unit(report)} more or less, sampling rate and divisor stay as they are."
+    ]
+    if canaries := sum(run.get("canaries", 0) for run in runs):
+        lines.append(
+            f"{canaries:,} of N are canaries: made-up rows that are nobody's, put in to measure "
+            "what is memorised."
+        )
     if "runs" in report:
         lines.append(
             "The runs are composed as if each read the same rows; where they read different ones, "
@@ -184,17 +265,31 @@ def conditions(report: dict) -> list[str]:
     if unfinished := report["steps_planned"] - report["steps_taken"]:
         lines.append(f"{unfinished} of {report['steps_planned']} planned steps are not taken.")
     if report["steps_lost"]:
-        seen = _by_relation(report, "epsilon_if_lost_steps_were_seen")
+        without = _by_relation(report, "epsilon_without_lost_steps")
         lines.append(
             f"{report['steps_lost']:,} further steps were noised and then lost in a crash; they "
-            "are in no released model. If somebody had watched them, epsilon would be "
+            "are in no released model. Epsilon counts them, since a checkpoint with them may have "
+            "been shared; if nobody saw one, it is "
             + " and ".join(
-                f"{bounds['upper']:.3f}" + (f" ({relation})" if len(seen) > 1 else "")
-                for relation, bounds in seen.items()
+                f"{bounds['upper']:.3f}" + (f" ({relation})" if len(without) > 1 else "")
+                for relation, bounds in without.items()
             )
             + "."
         )
     return lines
+
+
+def exception(report: dict, relation: str | None = None) -> str:
+    """With which probability odds change by more than e^epsilon, as the end of a sentence.
+
+    Args:
+        relation: the report's first if None.
+    """
+    bounds = _by_relation(report, "epsilon")[relation or relations_of(report)[0]]
+    more = bounds["probability_of_more"]
+    if more is None:
+        return "except with a probability that is above delta and not known more closely"
+    return f"except with probability about {more:.2g}, that of a privacy loss above epsilon"
 
 
 def claim(report: dict, relation: str | None = None) -> str:
@@ -205,9 +300,11 @@ def claim(report: dict, relation: str | None = None) -> str:
     """
     relation = relation or relations_of(report)[0]
     epsilon = _by_relation(report, "epsilon")[relation]["upper"]
+    unit = name_of_unit(report)
     return (
-        f"({epsilon:.3f}, {report['delta']:g})-differentially private for {NEIGHBOURS[relation]}, "
-        + report["unit"].removeprefix("one example: ")
+        f"({epsilon:.3f}, {report['delta']:g})-differentially private for "
+        f"{NEIGHBOURS[relation].replace('example', unit)}, "
+        + report["unit"].removeprefix(f"one {unit}: ")
     )
 
 
@@ -224,6 +321,18 @@ def listed(numbers: Sequence[float]) -> str:
 def _by_relation(report: dict, key: str) -> dict[str, dict]:
     relations = relations_of(report)
     return report[key] if "neighbouring_relations" in report else {relations[0]: report[key]}
+
+
+def _several_rows(report: dict) -> Section:
+    rows = [[f"{each['rows']}", f"{each['epsilon']:.2f}"] for each in report["rows_of_one_person"]]
+    return Section(
+        "Several rows of one person",
+        [
+            f"Epsilon at delta {report['delta']:g} for adding or removing all rows of a person, if "
+            "they all push the same way. It grows faster than their number."
+        ],
+        [["rows", "epsilon"], *rows],
+    )
 
 
 def _own_figures(report: dict) -> list[Section]:

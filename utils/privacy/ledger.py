@@ -6,8 +6,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from utils.cli import UsageError
-from utils.files import JsonlAppender, read_jsonl
+from utils.cli import UsageError, say
+from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.folders import locked, sibling_lock
 from utils.privacy.plan import PrivacyPlan
 
@@ -33,6 +33,11 @@ def _append(file: JsonlAppender, previous: str, content: dict) -> str:
     chain = _next_chain(previous, content)
     file.append([{**content, "chain": chain}])
     return chain
+
+
+def _head(records: list[dict]) -> dict:
+    """Number of lines and last chain value."""
+    return {"lines": len(records), "chain": records[-1]["chain"] if records else ""}
 
 
 def read_ledger(path: str | os.PathLike) -> list[dict]:
@@ -72,7 +77,7 @@ def adapter_in(records: list[dict]) -> str | None:
 def require_head(path: str | os.PathLike, records: list[dict], head: dict) -> None:
     """Raise a UsageError unless `records` of the ledger `path` continue the one that had `head`."""
     lines = head["lines"]
-    if len(records) < lines or records[lines - 1]["chain"] != head["chain"]:
+    if _head(records[:lines]) != {"lines": lines, "chain": head["chain"]}:
         raise UsageError(
             f"{path} was truncated, or is another run's: {lines} lines were recorded, "
             f"{len(records)} are there"
@@ -145,7 +150,7 @@ class Ledger:
     @property
     def head(self) -> dict:
         """Number of lines and last chain value, for checkpoints and reports to keep."""
-        return {"lines": len(self._records), "chain": self._records[-1]["chain"]}
+        return _head(self._records)
 
     def require_unchanged(self) -> None:
         """Raise a UsageError unless the file holds what this process recorded, and nothing more."""
@@ -163,20 +168,80 @@ class Ledger:
         self._file.close()
 
 
-def read_histograms(path: str | os.PathLike, num_examples: int) -> list[dict]:
-    """The lines of a ledger of histograms of a dataset of `num_examples`; none if there is none.
+def head_file(path: str | os.PathLike) -> Path:
+    """Where `record_histogram` keeps the head of a ledger: next to it."""
+    path = Path(path).resolve()
+    return path.with_name(f"{path.name}.head.json")
+
+
+def _kept_head(path: str | os.PathLike) -> dict | None:
+    file = head_file(path)
+    try:
+        head = json.loads(file.read_text())
+        return {"lines": int(head["lines"]), "chain": str(head["chain"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{file} is no head of a ledger; restore it from a backup") from None
+
+
+def counted(num_examples: int, unit_column: str | None) -> str:
+    """N in words, with what is counted."""
+    return f"{num_examples:,} " + (f"units of {unit_column!r}" if unit_column else "examples")
+
+
+def read_histograms(
+    path: str | os.PathLike, num_examples: int | None = None, unit_column: str | None = None
+) -> list[dict]:
+    """The lines of a ledger of histograms, checked against its head; none if there is none.
+
+    The head may be one line behind, where a kill fell between the two writes of
+    `record_histogram`. A ledger of an earlier version has none, which is said; the next histogram
+    makes one.
+
+    Args:
+        num_examples: N of the dataset that it must be of; of any if None.
+        unit_column: what N counts, see `record_histogram`. One ledger has one: a histogram of rows
+            says nothing for a unit, so their sum has no epsilon for it.
 
     Raises:
-        UsageError: the file was edited, is not a ledger of histograms, or is another dataset's.
+        UsageError: the file was edited or cut, lies without its head, is not a ledger of
+            histograms, or is another dataset's.
     """
-    records = read_ledger(path) if Path(path).exists() else []
+    while True:
+        head = _kept_head(path)
+        records = read_ledger(path) if Path(path).is_file() else []
+        if _kept_head(path) == head:  # no writer came between
+            break
     if records and records[0]["kind"] != HISTOGRAM:
-        raise UsageError(f"{path} is the ledger of a training run; use another file")
-    if records and records[0]["num_examples"] != num_examples:
         raise UsageError(
-            f"{path} is of a private dataset of {records[0]['num_examples']:,} examples, not of "
-            f"{num_examples:,}; each dataset has a ledger of its own"
+            f"{path} is the ledger of a training run and no ledger of histograms; use another file"
         )
+    if head is not None:
+        require_head(path, records, head)
+        if len(records) > head["lines"] + 1:
+            raise UsageError(
+                f"{path} has {len(records)} lines and {head_file(path).name} knows of "
+                f"{head['lines']}; restore both from one backup"
+            )
+    elif any("unit_column" in record for record in records):
+        raise UsageError(
+            f"{path} lies without its head, so that a cut would not be noticed; put "
+            f"{head_file(path).name} next to it"
+        )
+    elif records:
+        say(
+            f"warning: {path} has no head, since an earlier version wrote it: lines cut off its "
+            "end would not be noticed; the next histogram makes one"
+        )
+    for record in records:
+        theirs = (record["num_examples"], record.get("unit_column"))
+        if num_examples is not None and theirs != (num_examples, unit_column):
+            raise UsageError(
+                f"{path} is of a private dataset of {counted(*theirs)}, not of "
+                f"{counted(num_examples, unit_column)}; each dataset has a ledger of its own for "
+                "each unit"
+            )
     return records
 
 
@@ -186,36 +251,50 @@ def record_histogram(
     num_examples: int,
     noise_multiplier: float,
     num_bins: int,
+    unit_column: str | None = None,
     insecure: bool = False,
-) -> None:
+) -> dict:
     """Append a Gaussian histogram to a ledger of its own; call it before its noise is used.
 
-    Its sensitivity is 1: adding or removing one example moves one bin by 1.
+    Its sensitivity is 1: adding or removing one example moves one bin by 1, or one unit all bins
+    together by 1 in l2 norm.
 
     Args:
         path: a file of histograms of one private dataset; made where there is none.
-        num_examples: N of the private dataset, public.
+        num_examples: N of the private dataset, public; of units where there is a `unit_column`.
         noise_multiplier: deviation of the noise of every bin.
+        unit_column: the column that says whose a row is; None where the unit is a row.
         insecure: noise came from a known seed.
+
+    Returns:
+        The ledger's head with this line, to keep with what is released of the histogram.
 
     Raises:
         UsageError: see `read_histograms`.
     """
-    content = {
-        "kind": HISTOGRAM,
-        "run": os.urandom(16).hex(),
-        "num_examples": num_examples,
-        "noise_multiplier": noise_multiplier,
-        "sensitivity": 1,
-        "num_bins": num_bins,
-        "insecure": insecure,
-    }
     path = Path(path)
     # Two that read the same last line would both continue it, and break the chain.
     with locked(path, "use another --ledger", sibling_lock(path), wait=True):
-        records = read_histograms(path, num_examples)
+        records = read_histograms(path, num_examples, unit_column)
+        content = {
+            "kind": HISTOGRAM,
+            "run": os.urandom(16).hex(),
+            "num_examples": num_examples,
+            # A line with this entry, None or not, is never without a head, which is there first.
+            "unit_column": unit_column,
+            "noise_multiplier": noise_multiplier,
+            "sensitivity": 1,
+            "num_bins": num_bins,
+            "insecure": insecure,
+        }
+        before = _head(records)
+        # Again where a kill left it one line behind, or it would fall behind by two.
+        write_json(head_file(path), before)
         with JsonlAppender(path) as file:
-            _append(file, records[-1]["chain"] if records else "", content)
+            chain = _append(file, before["chain"], content)
+        head = {"lines": before["lines"] + 1, "chain": chain}
+        write_json(head_file(path), head)
+    return head
 
 
 def read_plan(ledger_path: str | os.PathLike) -> PrivacyPlan:

@@ -17,6 +17,14 @@ from utils.privacy.accounting import (
     compute_epsilon,
 )
 
+# What a step draws where a unit may have several rows.
+UNITS, ROWS = "units", "rows"
+
+
+def _sampled_rows(unit_sampling: str | None, max_rows_per_unit: int | None) -> int:
+    """Draws that may find a unit: of each of its rows where rows are drawn, else one."""
+    return max_rows_per_unit or 1 if unit_sampling == ROWS else 1
+
 
 def _histogram(sigma: float | None) -> list[SampledGaussian]:
     """A Gaussian histogram of sensitivity 1, as an accountant composes it."""
@@ -33,13 +41,18 @@ class PrivacyPlan:
     """All that decides the guarantee of a DP training run; every field is a public constant.
 
     Attributes:
-        num_examples: N.
+        num_examples: N, of what is sampled: units with UNITS, else rows.
         expected_batch_size: total_bs; the sampling rate is total_bs / N, and the divisor total_bs.
         steps: T, logical steps.
         clip_norm: C.
         noise_multiplier: sigma; the noise has deviation sigma · C per coordinate.
         delta, target_epsilon: the guarantee aimed at.
         reserved_histogram_sigma: noise of a histogram that the target also pays for, or None.
+        unit_column: the column that says whose a row is; None where every row is a unit of its own.
+        max_rows_per_unit: K, rows of a unit that may take part, in a step with UNITS or at all with
+            ROWS; None without a column.
+        unit_sampling: UNITS: a unit is drawn, and the mean gradient of its rows is clipped as one;
+            ROWS: rows are drawn and clipped one by one. None without a column.
     """
 
     num_examples: int
@@ -54,6 +67,9 @@ class PrivacyPlan:
     reserved_histogram_sigma: float | None = None
     neighbouring_relation: str = ADD_REMOVE
     sampler: str = "poisson"
+    unit_column: str | None = None
+    max_rows_per_unit: int | None = None
+    unit_sampling: str | None = None
 
     @property
     def sampling_rate(self) -> float:
@@ -66,11 +82,19 @@ class PrivacyPlan:
 
     def events(self, steps: int) -> list[SampledGaussian]:
         """The mechanisms of `steps` logical steps of training."""
-        return [SampledGaussian(self.sampling_rate, self.noise_multiplier, steps)]
+        rows = _sampled_rows(self.unit_sampling, self.max_rows_per_unit)
+        return [SampledGaussian(self.sampling_rate, self.noise_multiplier, steps, rows)]
 
     def digest(self) -> str:
         """A hash of every field, which ties ledger and checkpoints to this plan."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        # Left out where they are None, so that plans from before there were units keep their hash.
+        of_unit = ("unit_column", "max_rows_per_unit", "unit_sampling")
+        settings = {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None or name not in of_unit
+        }
+        text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def require_same(self, other: "PrivacyPlan", where: str) -> None:
@@ -95,6 +119,9 @@ def make_plan(
     delta: float,
     noise_multiplier: float | None = None,
     reserved_histogram_sigma: float | None = None,
+    unit_column: str | None = None,
+    max_rows_per_unit: int | None = None,
+    unit_sampling: str | None = None,
 ) -> tuple[PrivacyPlan, list[str]]:
     """Make the plan of a run; calibrate sigma where it is None.
 
@@ -119,7 +146,10 @@ def make_plan(
     if sigma is None:
         rate = expected_batch_size / num_examples
         reserved = _histogram(reserved_histogram_sigma)
-        sigma = calibrate_noise_multiplier(target_epsilon, delta, rate, steps, reserved)
+        rows = _sampled_rows(unit_sampling, max_rows_per_unit)
+        sigma = calibrate_noise_multiplier(
+            target_epsilon, delta, rate, steps, reserved, ADD_REMOVE, rows
+        )
     plan = PrivacyPlan(
         num_examples=num_examples,
         expected_batch_size=expected_batch_size,
@@ -131,6 +161,9 @@ def make_plan(
         delta=delta,
         target_epsilon=target_epsilon,
         reserved_histogram_sigma=reserved_histogram_sigma,
+        unit_column=unit_column,
+        max_rows_per_unit=max_rows_per_unit,
+        unit_sampling=unit_sampling,
     )
     if noise_multiplier is not None:
         spent = compute_epsilon(plan.events(steps) + plan.reserved, delta).upper

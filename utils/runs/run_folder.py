@@ -47,7 +47,8 @@ VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "d
 FREE_ON_RESUME = {
     "dataset_name", "model_name", "output_dir", "perdevice_bs", "gradient_checkpointing", "fsdp",
     "no_eval_at_start", "max_eval_examples", "save_steps", "keep_checkpoints", "resume",
-    "report_to", "report_private_metrics", "num_train_examples", "noise_multiplier",
+    "report_to", "report_private_metrics", "num_train_examples", "num_train_units",
+    "noise_multiplier",
 }  # fmt: skip
 
 

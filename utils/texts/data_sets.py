@@ -40,6 +40,23 @@ def tried_places(dataset_name: str) -> str:
     )
 
 
+def rows_fingerprint(texts: Iterable[str]) -> str:
+    """A SHA-256 of rows in their order, by which runs and histograms of one data set are known.
+
+    Every text goes in behind its length in bytes (8 bytes, little-endian), so that no other rows
+    run together to the same bytes. It tells who guesses the rows that the guess is right: of
+    private ones it is for `private/` alone.
+
+    Args:
+        texts: read once, so that they need not lie in memory.
+    """
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
 def count_train_examples(dataset_name: str) -> int | None:
     """Rows of the train split; None if it is not here.
 
@@ -57,6 +74,18 @@ def count_train_examples(dataset_name: str) -> int | None:
     if count == 0:
         raise UsageError(f"data set {str(path)!r} has no example in its train split")
     return count
+
+
+def train_files(dataset_name: str) -> list[Path]:
+    """The files of the train split of a data set that is here.
+
+    Raises:
+        UsageError: it is not here, or has no train split.
+    """
+    path = find_dataset(dataset_name)
+    if path is None:
+        raise UsageError(tried_places(dataset_name))
+    return _split_files(path, ("train",))
 
 
 def load_splits(dataset_name: str) -> dict[str, "Dataset"]:
@@ -79,19 +108,6 @@ def load_splits(dataset_name: str) -> dict[str, "Dataset"]:
     if len(splits["train"]) == 0:
         raise UsageError(f"data set {dataset_name!r} has no example in its train split")
     return splits
-
-
-def rows_fingerprint(texts: Iterable[str]) -> str:
-    """A hash of the instructions of a split and their order, whatever model reads them.
-
-    Answers do not count: what was done with the instructions alone was done with the same rows. Of
-    private texts: for `private/` alone.
-    """
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
 
 
 def load_split(dataset_name: str, split: str) -> "Dataset":

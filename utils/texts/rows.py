@@ -141,7 +141,7 @@ def pick(
     for column, alternatives in columns.items():
         name = next((name for name in alternatives if name in row), None)
         if name is None:
-            present = _names_of_table(file) or [str(name) for name in row]
+            present = names_of_table(file) or [str(name) for name in row]
             raise MissingColumn(
                 f"{file}, entry {number} has no column {' or '.join(map(repr, alternatives))}, "
                 f"only {', '.join(present)}",
@@ -202,7 +202,7 @@ def saved_files(folder: Path) -> list[Path]:
         ) from None
 
 
-def _names_of_table(file: Path) -> list[str]:
+def names_of_table(file: Path) -> list[str]:
     """Every column of a table; none for other files."""
     if form_of(file) == ".parquet":
         import pyarrow.parquet

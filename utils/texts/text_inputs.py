@@ -52,9 +52,29 @@ def read_entries(path: str, split: str | None = None) -> list[str | None]:
     entries: list[str | None] = []
     for file in files_of(path, split):
         for number, row in enumerate(raw_rows(file, names), start=1):
-            is_cut = isinstance(row, dict) and row.get("finish_reason", _FINISHED) != _FINISHED
+            is_cut = _is_cut(row)
             entries.append(None if is_cut else pick(file, number, row, COLUMNS)["instruction"])
     return entries
+
+
+def read_column(path: str, split: str | None, column: str) -> list[object]:
+    """What a column holds of each of the texts that `read_instructions` reads, in its order.
+
+    Raises:
+        UsageError: see `read_entries`; or an entry has no such column.
+    """
+    values = []
+    for file in files_of(path, split):
+        for number, row in enumerate(raw_rows(file, [column, "finish_reason"]), start=1):
+            if not isinstance(row, dict) or column not in row:
+                raise UsageError(f"{file}, entry {number} has no column {column!r}")
+            if not _is_cut(row):
+                values.append(row[column])
+    return values
+
+
+def _is_cut(row: object) -> bool:
+    return isinstance(row, dict) and row.get("finish_reason", _FINISHED) != _FINISHED
 
 
 def files_of(path: str, split: str | None = None) -> list[Path]:

@@ -1,0 +1,121 @@
+"""Whose a row is: the units of privacy, read from a column of the data. No torch.
+
+A unit is whatever the column tells apart: a person, a conversation, an organisation. What is added
+or removed in the guarantee is then all rows of one value.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.cli import UsageError
+from utils.texts.data_sets import train_files
+from utils.texts.rows import MissingColumn, names_of_table, raw_rows
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
+# Which of several owners of a row counts.
+OWNERS = ("first", "last")
+
+
+def read_units(
+    data: "str | Dataset | pyarrow.Table",
+    column: str,
+    *,
+    owner: str | None = None,
+    unowned_rows_are_units: bool = False,
+) -> np.ndarray:
+    """The unit of every row of a train split.
+
+    Args:
+        data: the name of a data set that is here (of its files, the column alone is read where
+            their form allows it), or rows in memory.
+        column: holds texts or whole numbers, of one kind throughout; equal ones are one unit.
+        owner: `first` or `last`: which one counts where the column holds lists; None refuses them.
+        unowned_rows_are_units: a row without an owner is a unit of its own; else it is refused.
+
+    Returns:
+        int64 [rows], units numbered from 0 in the order in which they appear.
+
+    Raises:
+        UsageError: no such data set or column, or a value that names no unit; names the row.
+    """
+    numbers: dict[object, int] = {}
+    units, kind = [], None
+    for row, value in enumerate(_owners(data, column), start=1):
+        if isinstance(value, list) and value:
+            if owner is None:
+                raise UsageError(
+                    f"--unit_column {column}: row {row} has a list of {len(value)} owners; say "
+                    "which of them counts with --owner first or --owner last"
+                )
+            value = value[0 if owner == "first" else -1]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # tables of numbers with gaps
+        if value is None or value == [] or value != value:
+            if not unowned_rows_are_units:
+                raise UsageError(
+                    f"--unit_column {column}: row {row} has no owner; leave such rows out of the "
+                    "data, or give --unowned_rows_are_units to take each as a unit of its own"
+                )
+            value = (row,)
+        elif isinstance(value, bool) or not isinstance(value, str | int):
+            raise UsageError(
+                f"--unit_column {column}: row {row} is of type {type(value).__name__}, neither a "
+                "text nor a whole number"
+            )
+        elif kind not in (None, type(value)):
+            raise UsageError(
+                f"--unit_column {column}: row {row} is of type {type(value).__name__} and rows "
+                f"before it of type {kind.__name__}, so one owner may pass for two; use one type"
+            )
+        else:
+            kind = type(value)
+        units.append(numbers.setdefault(value, len(numbers)))
+    return np.array(units, dtype=np.int64)
+
+
+def rows_to_keep(units: np.ndarray, max_rows_per_unit: int) -> np.ndarray:
+    """The first rows of every unit, as many as it may have at most.
+
+    A unit's own rows alone decide which of them stay.
+
+    Args:
+        units: int64 [rows], of `read_units`.
+
+    Returns:
+        int64 indices of rows, ascending.
+    """
+    order = np.argsort(units, kind="stable")
+    sorted_units = units[order]
+    firsts = np.searchsorted(sorted_units, sorted_units, side="left")
+    return np.sort(order[np.arange(len(units)) - firsts < max_rows_per_unit])
+
+
+def _owners(data: "str | Dataset | pyarrow.Table", column: str) -> Iterator[object]:
+    """Yield what the column holds."""
+    if not isinstance(data, str):
+        if column not in data.column_names:
+            raise _lacks(column, data.column_names)
+        values: Iterable[object] = data[column]
+        for value in values:
+            yield value.as_py() if hasattr(value, "as_py") else value
+        return
+    for file in train_files(data):
+        for row in raw_rows(file, [column]):
+            if not isinstance(row, dict) or column not in row:
+                names = names_of_table(file) or (list(row) if isinstance(row, dict) else [])
+                raise _lacks(column, names)
+            yield row[column]
+
+
+def _lacks(column: str, names: list[str]) -> MissingColumn:
+    return MissingColumn(
+        f"--unit_column {column}: the train split has no such column, only "
+        f"{', '.join(map(str, names)) or 'texts'}",
+        column,
+        names,
+    )
