@@ -12,6 +12,7 @@ everything that the guarantee does not cover. A stopped run goes on with --resum
 data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no kind.
 """
 
+import hashlib
 import os
 import sys
 import time
@@ -41,7 +42,7 @@ from utils.command_line.training_flags import (
     plan_of,
 )
 from utils.dp_utils import PerExampleGradients, assign_gradient
-from utils.files import write_atomic
+from utils.files import write_atomic, write_json
 from utils.folders import portable, whole_folder
 from utils.models.adapter_info import adapter_sha256, write_adapter_info
 from utils.models.independence import (
@@ -65,8 +66,9 @@ from utils.privacy.guarantee import write_report
 from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
 from utils.privacy.plan import PrivacyPlan, num_steps
+from utils.privacy.unit_sums import UNITS_AT_ONCE, Units
 from utils.row_dropout import RowMasks
-from utils.runs.batching import Microbatch, Shapes, cut_microbatches
+from utils.runs.batching import Microbatch, Shapes, cut_microbatches, deal_parts
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
     is_loss_of_a_rank,
@@ -90,9 +92,12 @@ from utils.runs.run_folder import (
 from utils.runs.stopping import StopRequest
 from utils.texts.data_sets import load_splits, rows_fingerprint
 from utils.texts.tokens import TokenisedExamples, tokenise_once
+from utils.texts.units import largest_units, read_units, rows_to_keep
 
 # Flags that may differ between the machines of a job; what they lead to is compared by itself.
 DIFFERS_BY_MACHINE = {"dataset_name", "model_name", "output_dir", "report_to"}
+# Rows of the largest unit, for every column that seems to say whose a row is.
+LARGEST_UNITS = "largest_units.json"
 # Padded tokens of a microbatch with a fixed number of rows, at least: fewer leave a device idle.
 LEAST_TOKENS_ON_AN_ACCELERATOR, LEAST_TOKENS = 512, {"cpu": 128}
 
@@ -190,9 +195,10 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     notices = check_training_settings(settings)
     folder = settings.folder
     require_usable(folder, settings.run_settings, settings.resume)
-    splits = read_splits(settings)
-    num_examples = len(splits["train"])
+    splits, units = read_splits(settings)
+    num_examples = len(splits["train"]) if units is None else len(units)
     plan, plan_notices = plan_to_follow(settings, num_examples)
+    largest = largest_units(settings.dataset_name) if plan and not settings.unit_column else {}
 
     # The processes of the job.
     tracker = None if settings.report_to == "none" else settings.report_to
@@ -206,7 +212,8 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     is_sharded = settings.fsdp and accelerator.num_processes > 1
     if settings.fsdp and not is_sharded:
         notices.append("--fsdp: a single process shards nothing")
-    for notice in notices + plan_notices if is_main else []:
+    notices += plan_notices + [several_rows_notice(column) for column in largest]
+    for notice in notices if is_main else []:
         say(f"warning: {notice}")
 
     # Data and model.
@@ -237,21 +244,16 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     parameters = gradients.parameters
     mechanism: Mechanism
     if plan:
-        known_seed = settings.insecure_fixed_noise_seed
-        mechanism = private(plan, gradients, masks, is_main=is_main, known_seed=known_seed)
-        require_coverage(gradients, language_model)
-        masks.rows = np.arange(2)
-        require_no_other_randomness(
-            model, lambda: language_model.example_losses(language_model.public_batch(2))
-        )
+        seed = settings.insecure_fixed_noise_seed
+        mechanism = private(plan, gradients, masks, units, is_main=is_main, known_seed=seed)
+        require_separate_examples(gradients, masks, language_model)
     else:
         total_bs, normalization = settings.total_bs, settings.loss_normalization
         mechanism = plain(parameters, num_examples, total_bs, normalization, settings.seed)
     steps = num_steps(settings.num_epochs, num_examples, settings.total_bs)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.wd)
-    scheduler = transformers.get_scheduler(
-        settings.lr_scheduler, optimizer, settings.warmup_steps, steps
-    )
+    warmup = settings.warmup_steps
+    scheduler = transformers.get_scheduler(settings.lr_scheduler, optimizer, warmup, steps)
     token_budget = settings.max_seq_len * sequences_at_once(mechanism, language_model, settings)
     shapes = None
     if plan:
@@ -264,10 +266,12 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         "base_model_fingerprint": fingerprint,
         "lora_target_modules": sorted(model.peft_config["default"].target_modules),
     }
-    private_identity = fingerprints(settings, splits["train"], data["train"])
+    private_identity = fingerprints(settings, splits["train"], data["train"], units)
     checkpoint = on_main_process(
         partial(begin_or_continue, settings, mechanism, steps, identity, private_identity)
     )
+    if largest and is_main:
+        write_json(folder / "private" / LARGEST_UNITS, largest)
     if checkpoint:
         restore_adapter(parameters, checkpoint.adapter)
         optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
@@ -297,24 +301,58 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     )
 
 
-def read_splits(settings: TrainingSettings) -> dict[str, Dataset]:
-    """The train split, with canaries, and the part of the validation split that is used.
+def read_splits(settings: TrainingSettings) -> tuple[dict[str, Dataset], Units | None]:
+    """The train split, with canaries, the part of the validation split that is used, and units.
+
+    Returns:
+        The splits; and whose each row is, where a step draws units: a canary is nobody's, so it is
+        a unit of its own.
 
     Raises:
         UsageError: the data set is not usable, or of another size than was stated.
     """
     splits = load_splits(settings.dataset_name)
-    num_rows = len(splits["train"])
-    if settings.num_train_examples not in (None, num_rows):
-        raise UsageError(
-            f"--num_train_examples {settings.num_train_examples}, but the train split of "
-            f"{settings.dataset_name} has {num_rows}: the guarantee was computed for another N"
+    units, most = None, settings.max_rows_per_unit
+    if settings.unit_column is not None and most is not None:
+        of_row = read_units(
+            settings.dataset_name,
+            settings.unit_column,
+            owner=settings.owner,
+            unowned_rows_are_units=settings.unowned_rows_are_units,
         )
+        if settings.draws_units:
+            canaries = of_row.max() + 1 + np.arange(settings.canaries.num_rows)
+            units = Units(np.concatenate([of_row, canaries]), most)
+            require_size(settings, "num_train_units", int(of_row.max()) + 1)
+        else:
+            splits["train"] = splits["train"].select(rows_to_keep(of_row, most))
+    if not settings.draws_units:
+        require_size(settings, "num_train_examples", len(splits["train"]))
     splits["train"] = settings.canaries.added_to(splits["train"], settings.dataset_name)
     if "val" in splits:
         used = min(len(splits["val"]), settings.max_eval_examples)
         splits["val"] = splits["val"].select(range(used))
-    return splits
+    return splits, units
+
+
+def require_size(settings: TrainingSettings, name: str, found: int) -> None:
+    """Refuse data of another size than was stated: the guarantee was computed for another N."""
+    stated = getattr(settings, name)
+    if stated not in (None, found):
+        what = "units" if name == "num_train_units" else "rows"
+        raise UsageError(
+            f"--{name} {stated}, but the train split of {settings.dataset_name} has {found} "
+            f"{what}: the guarantee was computed for another N"
+        )
+
+
+def several_rows_notice(column: str) -> str:
+    """For a run that protects rows, on data with a column that seems to say whose they are."""
+    return (
+        f"the data has a column {column!r}, and the guarantee is for one row, not for all rows of "
+        f"one {column}: --unit_column {column} --max_rows_per_unit K makes it so (the most rows "
+        f"that one has: private/{LARGEST_UNITS})"
+    )
 
 
 def plan_to_follow(
@@ -355,10 +393,13 @@ def require_one_job(
     require_same_on_every_rank(facts)
 
 
-def fingerprints(settings: TrainingSettings, rows: Dataset, tokens: TokenisedExamples) -> dict:
+def fingerprints(
+    settings: TrainingSettings, rows: Dataset, tokens: TokenisedExamples, units: Units | None
+) -> dict:
     """Of the training data as it is read, and as it was prepared: for `private/` alone."""
     prepared = len(rows) - settings.canaries.num_rows
-    return {
+    of_units = {} if units is None else {"units": hashlib.sha256(units.of_row.data).hexdigest()}
+    return of_units | {
         "training_data": tokens.fingerprint(),
         "rows_fingerprint": rows_fingerprint(islice(rows["instruction"], prepared)),
     }
@@ -388,6 +429,17 @@ def row_masks(model: PeftModel, settings: TrainingSettings) -> RowMasks:
     if settings.eps != -1:
         use_row_dropout(model, masks)
     return masks
+
+
+def require_separate_examples(
+    gradients: PerExampleGradients, masks: RowMasks, language_model: LanguageModel
+) -> None:
+    """Refuse a model whose adapters do not see examples apart, or that is random by itself."""
+    require_coverage(gradients, language_model)
+    masks.rows = np.arange(2)
+    require_no_other_randomness(
+        language_model.model, lambda: language_model.example_losses(language_model.public_batch(2))
+    )
 
 
 def begin_or_continue(
@@ -450,7 +502,10 @@ def fixed_shapes(settings: TrainingSettings, token_budget: int, device: torch.de
     may be the larger the larger the logical batch is; 3% of the tokens of 4,096 instructions.
     """
     least = LEAST_TOKENS.get(device.type, LEAST_TOKENS_ON_AN_ACCELERATOR)
-    return Shapes(settings.max_seq_len, token_budget, max(least, settings.total_bs // 4))
+    together = settings.total_bs
+    if settings.draws_units and settings.max_rows_per_unit:
+        together = min(together, UNITS_AT_ONCE) * settings.max_rows_per_unit
+    return Shapes(settings.max_seq_len, token_budget, max(least, together // 4))
 
 
 def largest_of_all(number: float) -> float:
@@ -490,7 +545,8 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
 
         # Draw: once for the whole job, then split over ranks and microbatches.
         indices = on_main_process(partial(mechanism.draw, step))
-        microbatches = own_microbatches(run, indices, lengths, run.shapes)
+        parts = mechanism.expect(indices, run.accelerator.num_processes)
+        microbatches = own_microbatches(run, indices, lengths, run.shapes, parts)
 
         # Sum of clipped per-example gradients (of plain ones in a run without privacy).
         total.zero_()
@@ -566,11 +622,18 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
 
 
 def own_microbatches(
-    run: Run, indices: np.ndarray, lengths: np.ndarray, shapes: Shapes | None = None
+    run: Run,
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    shapes: Shapes | None = None,
+    parts: list[np.ndarray] | None = None,
 ) -> list[Microbatch | None]:
     """This rank's share of a batch; with a sharded base all ranks have equally many, some None."""
     num_ranks = run.accelerator.num_processes
-    ranks = cut_microbatches(indices, lengths, run.token_budget, num_ranks, shapes)
+    if parts is None:
+        ranks = cut_microbatches(indices, lengths, run.token_budget, num_ranks, shapes)
+    else:
+        ranks = deal_parts(parts, lengths, run.token_budget, num_ranks, shapes)
     own = ranks[run.accelerator.process_index]
     idle = max(map(len, ranks)) - len(own) if run.is_sharded else 0
     return [*own, *[None] * idle]

@@ -202,6 +202,22 @@ class PerExampleGradients:
         return torch.cat([*(layer.of_example(place).flatten() for layer in captured), norms])
 
     @torch.no_grad()
+    def add_examples(self, sums: torch.Tensor, places: list[int]) -> None:
+        """Add the captured gradient of each example to a row of `sums`, in place.
+
+        Args:
+            sums: float32 [rows, parameters], in the order of `parameters`.
+            places: for each example its row; captured examples beyond them are left out.
+        """
+        offset = 0
+        for name, tensor in self.parameters.items():
+            gradients = self._captured.pop(name).instantiated()
+            part = sums[:, offset : offset + tensor.numel()]
+            for place, gradient in zip(places, gradients):
+                part[place] += gradient
+            offset += tensor.numel()
+
+    @torch.no_grad()
     def add_clipped_sum(
         self, total: torch.Tensor, clip_norm: float, clip_function: str
     ) -> torch.Tensor:
@@ -248,6 +264,9 @@ class _Instantiated:
     def of_example(self, place: int) -> torch.Tensor:
         return self.gradients[place]
 
+    def instantiated(self) -> torch.Tensor:
+        return self.gradients
+
     def silence(self, examples: torch.Tensor) -> None:
         self.gradients.masked_fill_(examples[:, None], 0.0)
 
@@ -272,6 +291,9 @@ class _Pair:
 
     def of_example(self, place: int) -> torch.Tensor:
         return self.output_gradients[place].t() @ self.inputs[place]
+
+    def instantiated(self) -> torch.Tensor:
+        return _Instantiated(self.inputs, self.output_gradients).gradients
 
     def silence(self, examples: torch.Tensor) -> None:
         # Both may be shared with the model's own backward pass, so these are copies.

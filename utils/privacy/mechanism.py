@@ -17,7 +17,8 @@ from torch import nn
 from utils.dp_utils import PerExampleGradients, add_noise
 from utils.privacy.guarantee import build_report
 from utils.privacy.ledger import LEDGER_FILE, Ledger
-from utils.privacy.plan import PrivacyPlan
+from utils.privacy.plan import UNITS, PrivacyPlan
+from utils.privacy.unit_sums import Units, UnitSums
 from utils.row_dropout import RowMasks
 from utils.secure_random import SecureRandom
 
@@ -78,6 +79,15 @@ class Mechanism(ABC):
     @abstractmethod
     def begin(self, step: int, rank: int) -> None:
         """Settle what else is random in step `step` of this process: its dropout masks."""
+
+    def expect(self, examples: np.ndarray, num_ranks: int) -> list[np.ndarray] | None:
+        """Learn what `draw` returned, on every process, before any of it passes.
+
+        Returns:
+            Parts of it, each of which has to pass as a whole on one of the processes, one part
+            after the other; None where examples may pass in any order.
+        """
+        return None
 
     @abstractmethod
     def capture(
@@ -163,6 +173,8 @@ class Private(Mechanism):
         gradients: of the model that is trained.
         masks: those of the model's dropout, see `row_dropout`.
         is_main: whether this is the process that draws, records and adds noise.
+        units: whose each row is, for a plan that draws units; their rows then count for what is
+            said of examples here.
         known_seed: for tests: all randomness follows from it, and there is no guarantee.
     """
 
@@ -171,6 +183,7 @@ class Private(Mechanism):
         plan: PrivacyPlan,
         gradients: PerExampleGradients,
         masks: RowMasks,
+        units: Units | None = None,
         *,
         is_main: bool = True,
         known_seed: int | None = None,
@@ -185,7 +198,9 @@ class Private(Mechanism):
         self._known_seed = known_seed
         self._streams = {name: SecureRandom() for name in ("sampling", "noise")}
         self._ledger: Ledger | None = None
-        self._num_captured = 0
+        self._captured = np.zeros(0, dtype=np.int64)
+        assert (units is not None) == (plan.unit_sampling == UNITS)
+        self._units = UnitSums(units) if units else None
 
     @property
     def ledger(self) -> Ledger:
@@ -200,28 +215,38 @@ class Private(Mechanism):
     def draw(self, step: int) -> np.ndarray:
         plan = self.plan
         random = self._random("sampling", step)
-        return poisson_batch(plan.num_examples, plan.expected_batch_size, random)
+        drawn = poisson_batch(plan.num_examples, plan.expected_batch_size, random)
+        return self._units.units.rows_of(drawn, random) if self._units else drawn
 
     def begin(self, step: int, rank: int) -> None:
         self._masks.step = step
 
+    def expect(self, examples: np.ndarray, num_ranks: int) -> list[np.ndarray] | None:
+        return self._units.expect(examples, num_ranks) if self._units else None
+
     def capture(
         self, examples: np.ndarray, rows: int | None = None
     ) -> AbstractContextManager[None]:
-        self._num_captured = len(examples)
+        self._captured = examples
         rows = rows or len(examples)
         # Beyond the last row there is nobody.
-        nobody = np.full(rows - len(examples), self.num_examples)
+        nobody = np.full(rows - len(examples), np.iinfo(np.int64).max)
         self._masks.rows = np.concatenate([examples, nobody])
         return self.gradients.capture(rows)
 
     def add(self, total: torch.Tensor) -> torch.Tensor:
         plan = self.plan
+        if self._units:
+            return self._units.add(
+                self.gradients, self._captured, total, plan.clip_norm, plan.clip_function
+            )
         norms = self.gradients.add_clipped_sum(total, plan.clip_norm, plan.clip_function)
-        return norms[: self._num_captured]
+        return norms[: len(self._captured)]
 
     def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
         """The sum with noise, float64, once its step is on record; zeros on other processes."""
+        if self._units:
+            self._units.require_whole()
         if not self._is_main:
             return torch.zeros_like(total, dtype=torch.float64)
         self.ledger.record_step(step + 1)

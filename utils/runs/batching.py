@@ -111,6 +111,24 @@ def cut_microbatches(
     return ranks
 
 
+def deal_parts(
+    parts: list[np.ndarray],
+    lengths: np.ndarray,
+    token_budget: int,
+    num_ranks: int,
+    shapes: Shapes | None,
+) -> list[list[Microbatch]]:
+    """`cut_microbatches` of each part of a logical batch, all of one part for the same rank."""
+    ranks: list[list[Microbatch]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for part in parts:
+        (cuts,) = cut_microbatches(part, lengths, token_budget, shapes=shapes)
+        rank = loads.index(min(loads))
+        ranks[rank] += cuts
+        loads[rank] += sum(cut.rows * cut.tokens for cut in cuts)
+    return ranks
+
+
 def _cuts_of_shapes(
     sizes: np.ndarray, token_budget: int, shapes: Shapes
 ) -> list[tuple[int, int, int, int]]:
