@@ -25,6 +25,7 @@ from benchmarks.figures import aligned
 from benchmarks.jobs import OURS, PEERS, Job
 from benchmarks.measuring import device, seconds_of
 from utils.cli import EXIT_OK, run_cli
+from utils.runs.batching import Shapes
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 
 PLANNED_EXAMPLES = 4096
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(lengths)} instructions, {real:,} real tokens a logical step, "
           f"{flops / 1e9:,.0f} GFLOP; matmul peak {peak / 1e9:,.0f} GFLOP/s")  # fmt: skip
     print(table(engines, real, flops / peak))
-    print_planning(many, settings.perdevice_bs * settings.max_seq_len)
+    max_seq_len = settings.max_seq_len
+    print_planning(many, max_seq_len, settings.perdevice_bs * max_seq_len)
     setting = {
         "arguments": settings.on_record(),
         "real_tokens": real,
@@ -138,11 +140,19 @@ def token_counts(job: Job, texts: list[str]) -> np.ndarray:
     return np.array([len(ids) for ids, _ in examples])
 
 
-def print_planning(lengths: np.ndarray, token_budget: int) -> None:
+def print_planning(lengths: np.ndarray, max_seq_len: int, token_budget: int) -> None:
     """What padding is left in a logical batch of these lengths, and how long cutting it takes."""
-    padded = workload.padded_tokens(lengths, token_budget)
     seconds = seconds_of(lambda: workload.padded_tokens(lengths, token_budget))
-    print(f"a logical batch of {len(lengths):,}: processed/real {padded / lengths.sum():.3f}, "
+    kinds = {
+        "without privacy": None,
+        "with it, any number of rows": Shapes(max_seq_len, token_budget, None),
+        "a fixed number": Shapes(max_seq_len, token_budget, len(lengths) // 4),
+    }
+    ratios = ", ".join(
+        f"{workload.padded_tokens(lengths, token_budget, shapes) / lengths.sum():.3f} {kind}"
+        for kind, shapes in kinds.items()
+    )
+    print(f"a logical batch of {len(lengths):,}: processed/real {ratios}; "
           f"cut in {1000 * seconds:.0f} ms")  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from data import prepare_quickstart
 from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.cli import UsageError
 from utils.command_line.parser import flag, read_flags
-from utils.runs.batching import cut_microbatches
+from utils.runs.batching import Shapes, cut_microbatches
 from utils.texts.data_sets import load_splits
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 
@@ -145,7 +145,7 @@ def measure(jobs: list[Job], rounds: int) -> dict[str, dict]:
     return summaries
 
 
-def padded_tokens(lengths: np.ndarray, token_budget: int) -> int:
+def padded_tokens(lengths: np.ndarray, token_budget: int, shapes: Shapes | None = None) -> int:
     """Tokens that a logical batch of these lengths is processed as, the padding included."""
-    (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, token_budget)
+    (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, token_budget, 1, shapes)
     return sum(cut.rows * cut.tokens for cut in cuts)

@@ -2,15 +2,18 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import train
 from benchmarks.jobs import Job
-from benchmarks.workload import padded_tokens
 from utils.models.memory import PeakMemory
 from utils.privacy.mechanism import Mechanism, Plain, Private
 
@@ -31,25 +34,47 @@ def run(job: Job) -> dict:
         "--target_modules", *job.targets, *(private if job.engine == "ours-dp" else ["--eps=-1"]),
     ]  # fmt: skip
     memory = PeakMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    private_kind = measured(Private, memory, job.steps)
-    if train.main(argv, private_kind, measured(Plain, memory, job.steps)):
-        raise RuntimeError("the run did not finish")
+    tokens: list[int] = []
+    private_kind = measured(Private, memory, tokens, job.steps)
+    plain_kind = measured(Plain, memory, tokens, job.steps)
+    with count_tokens(tokens):
+        if train.main(argv, private_kind, plain_kind):
+            raise RuntimeError("the run did not finish")
     lines = (output / "job" / "private" / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
     return {
         "seconds": seconds[1:],
-        "processed_tokens": padded_tokens(job.lengths(), job.perdevice_bs * job.max_seq_len),
+        "processed_tokens": tokens[-1],
         "peak_memory": memory.peak,
     }
 
 
-def measured(kind: type[Kind], memory: PeakMemory, last_step: int) -> type[Kind]:
+@contextmanager
+def count_tokens(tokens: list[int]) -> Iterator[None]:
+    """Add to the last of `tokens` what passes through the model's embedding in the block."""
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if tokens and isinstance(module, nn.Embedding):
+            tokens[-1] += inputs[0].numel()
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def measured(kind: type[Kind], memory: PeakMemory, tokens: list[int], last_step: int) -> type[Kind]:
     """A mechanism that watches memory from the first draw to the last release.
 
     Not before and after: an accountant takes memory too.
+
+    Args:
+        tokens: gets a zero at every step.
     """
 
     def draw(self: Kind, step: int) -> np.ndarray:
+        tokens.append(0)
         if step == 0:
             memory.__enter__()
         return kind.draw(self, step)
