@@ -485,7 +485,8 @@ def sequences_at_once(
 
     def step(sequences: int) -> None:
         batch = language_model.public_batch(sequences, max_seq_len)
-        examples = np.arange(sequences)
+        examples = np.zeros(sequences, dtype=np.int64)
+        mechanism.expect(examples, 1)
         add_microbatch(mechanism, language_model, max_seq_len, examples, batch, total)
 
     count = torch.tensor([fitting_sequences(step, state.device)], device=state.device)

@@ -11,7 +11,7 @@ from tests.resampling import save_embeddings, unit_vectors
 from tests.test_report import PAIRS, PAIRS_PLAN, TRAINING, make_run
 from utils.files import write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
-from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE, record_histogram
+from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE, head_file, record_histogram
 from utils.texts.data_sets import rows_fingerprint
 
 TEXTS = [f"text {number}" for number in range(500)]
@@ -96,6 +96,7 @@ def test_copies_are_no_other_runs_and_a_run_without_a_step_spent_nothing(run, tm
 def test_a_ledger_that_goes_on_after_the_named_copy_of_it_is_found(run):
     ledger = count_texts("resampling/mine")
     shutil.copy(ledger, "copied.jsonl")
+    shutil.copy(head_file(ledger), head_file(Path("copied.jsonl")))
     assert "left_out" not in written(run, "--histogram", "copied.jsonl")[0]
     record_histogram(ledger, num_examples=500, noise_multiplier=10.0, num_bins=9)
     told, _ = written(run, "--histogram", "copied.jsonl")

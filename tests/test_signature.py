@@ -33,10 +33,7 @@ def write_keys(folder, name="key", form=serialization.PrivateFormat.PKCS8, kind=
 
 @pytest.fixture
 def run(tmp_path):
-    folder = make_run(tmp_path / "job")
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    (folder / "adapter" / "adapter_config.json").write_text('{"r": 1}')
-    return folder
+    return make_run(tmp_path / "job")
 
 
 @pytest.fixture

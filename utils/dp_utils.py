@@ -236,7 +236,8 @@ class PerExampleGradients:
         captured = [self._captured.pop(name) for name in self.parameters]
         # The squares of all layers' norms add up to the square of the one norm over all of them.
         layer_norms = torch.stack([layer.norms for layer in captured])
-        norms = torch.linalg.vector_norm(layer_norms.double(), dim=0).float()
+        # Example by example, since a sum over the first axis rounds by the number of columns.
+        norms = torch.linalg.vector_norm(layer_norms.double().t().contiguous(), dim=1).float()
         factors = clip_factors(norms, clip_norm, clip_function)
         finite = torch.isfinite(norms)
         if not finite.all():

@@ -16,7 +16,8 @@ HISTOGRAM, ADAPTER = "gaussian_histogram", "adapter"
 # What kinds of line may follow one of a kind; "" is before the first line.
 FOLLOWERS = {
     "": ("plan", HISTOGRAM),
-    "plan": ("step",),
+    # A run without a step has an adapter all the same, as it began.
+    "plan": ("step", ADAPTER),
     "step": ("step", ADAPTER),
     ADAPTER: (),
     HISTOGRAM: (HISTOGRAM,),
