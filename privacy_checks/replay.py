@@ -53,11 +53,11 @@ DATASETS = {UNCONDITIONAL: "letters.jsonl", "vicuna": "labelled_letters.jsonl"}
 RESULTS = "moves.json"
 
 # A model so wide that its kernels change with the shape of a microbatch.
-WIDE = {
+WIDE: dict[str, object] = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
     "num_key_value_heads": 3,
 }  # fmt: skip
-WIDE_ROWS, WIDE_LONGEST, WIDE_CLIP_NORM = 64, 96, 1.0
+WIDE_ROWS, WIDE_LONGEST, WIDE_BETWEEN, WIDE_CLIP_NORM = 64, 96, 20, 1.0
 # So few steps where the wide model is replayed several times, and so many where a model is once.
 WIDE_STEPS, STEPS = 3, 4
 DTYPES, THREADS = ("float32", "bfloat16"), (1, 2)
@@ -148,17 +148,14 @@ def _all_cases(settings: Settings) -> list[tuple[dict, Moves]]:
 
 
 def _one_model(settings: Settings) -> list[tuple[dict, Moves]]:
-    facts = {
-        "model": settings.model or "576 features",
-        "dtype": settings.dtype or DTYPES[0],
-        "device": settings.device or "cpu",
-        "threads": settings.threads or 1,
-    }
+    dtype, device = settings.dtype or DTYPES[0], settings.device or "cpu"
+    threads = settings.threads or 1
     if settings.model:
-        moves = replay_rows(**facts)
+        moves = replay_rows(settings.model, dtype, threads, device=device)
     else:
-        others = {name: value for name, value in facts.items() if name != "model"}
-        moves = replay_wide(**others, steps=STEPS)
+        moves = replay_wide(dtype, threads, device=device, steps=STEPS)
+    name = settings.model or "576 features"
+    facts = {"model": name, "dtype": dtype, "device": device, "threads": threads}
     return [(facts, moves)]
 
 
@@ -290,15 +287,15 @@ def replay_wide(
     steps: int = WIDE_STEPS,
     changes: Sequence[type[Private]] = (),
     flags: Sequence[str] = (),
-    **overrides: object,
+    config: dict[str, object] | None = None,
 ) -> Moves:
     """`replay_rows` of a random model of 576 features.
 
     Args:
-        overrides: of the model's configuration.
+        config: what else its configuration says.
     """
     with tempfile.TemporaryDirectory() as name:
-        tiny_model.save_tiny_model(Path(name), **WIDE | overrides)
+        tiny_model.save_tiny_model(Path(name), **WIDE | (config or {}))
         return replay_rows(
             name, dtype, threads, device=device, steps=steps, changes=changes, flags=flags
         )
@@ -314,7 +311,7 @@ def replay_rows(
     changes: Sequence[type[Private]] = (),
     flags: Sequence[str] = (),
 ) -> Moves:
-    """What leaving out one of 64 rows of mixed lengths moves, the shortest and the longest first.
+    """What leaving out one of 64 rows of mixed lengths moves; see `_mixed_rows`.
 
     Args:
         model: folder or hub id.
@@ -341,10 +338,15 @@ def replay_rows(
 
 
 def _mixed_rows() -> list[dict[str, str]]:
-    """The shortest first, then the longest, which no other comes near, and any others."""
+    """First those that are left out: one between, the longest, the shortest, one between.
+
+    No other comes near the longest, and short ones have passed before it is left out, so that what
+    remembers the longest of all shows; those between stand before others of their microbatch.
+    """
     random = np.random.default_rng(0)
-    lengths = random.integers(3, WIDE_LONGEST * 3 // 4, WIDE_ROWS - 2)
-    return [{"instruction": _letters(random, n)} for n in (1, WIDE_LONGEST, *lengths)]
+    some = random.integers(3, WIDE_LONGEST * 3 // 4, WIDE_ROWS - 4)
+    lengths = [WIDE_BETWEEN, WIDE_LONGEST, 1, WIDE_BETWEEN, *some]
+    return [{"instruction": _letters(random, length)} for length in lengths]
 
 
 # ------------------------------------------------------------------------ a pair of runs
