@@ -8,9 +8,11 @@ coordinate of its own. What the optimizer is given says who was in; lower bounds
 from how well it does (Nasr et al. 2023, Steinke et al. 2023, Mahloujifar et al. 2024). It passes
 if the best of them is at most the claimed epsilon, and at least 0.6 of it, or the audit would
 have no power. Sums over steps cannot show a bad sampler or noise that repeats, so the batches and
-the noise of that run, and of a second one in another process, are tested apart. All randomness is
-real, so a sound run fails once in a thousand times. --break shows that a broken mechanism is
-caught. Exit code 0 if everything passes, else 1.
+the noise of that run, and of a second one in another process, are tested apart. Nor can they show
+that one example changes how others are computed, so a short replay of a model of 576 features in
+bfloat16 leaves out rows and asks that no other row's gradient moves. All other randomness is real,
+so a sound run fails once in a thousand times. --break shows that a broken mechanism is caught.
+Exit code 0 if everything passes, else 1.
 """
 
 import json
@@ -20,9 +22,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ import torch
 from privacy_checks import randomness
 from privacy_checks.estimators import correct_guesses, gaussian_pair, gdp, one_run, one_run_f_dp
 from privacy_checks.observed_run import NUM_PARAMETERS, Observation, observe, save_tiny_model
+from privacy_checks.replay import replay_wide
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, read_flags
 from utils.dp_utils import _Instantiated
@@ -38,6 +42,8 @@ from utils.privacy.accounting import SampledGaussian, compute_epsilon
 from utils.privacy.ledger import LEDGER_FILE, read_plan
 from utils.privacy.mechanism import Private, shuffled_batch
 from utils.privacy.plan import PrivacyPlan
+from utils.runs.batching import Shapes
+from utils.runs.probe import Numerics
 from utils.secure_random import SecureRandom, grid_spacing
 
 CONFIDENCE = 0.999
@@ -55,6 +61,8 @@ UPDATE_TOLERANCE = 1e-6
 THRESHOLDS = np.linspace(-0.5, 1.5, 9)
 # The one-run estimators guess the clearest fifth of the canaries.
 GUESSED = 5
+# Rows that the replay leaves out: one of a middle length, and the longest.
+REPLAYED_STEPS = 2
 # The second run: Poisson samples of a fifth of the examples.
 SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE = 100, 20, 100, 1.0
 
@@ -184,10 +192,67 @@ class Shuffle(Private):
         return shuffled_batch(self.num_examples, self.divisor, seed=0, step=step)
 
 
+class DropoutByPlace(Private):
+    """Dropout whose masks follow an example's place in its microbatch."""
+
+    def capture(
+        self, examples: np.ndarray, rows: int | None = None
+    ) -> AbstractContextManager[None]:
+        captured = super().capture(examples, rows)
+        self._masks.rows = np.arange(len(self._masks.rows))
+        return captured
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A way for examples to change how others are computed, as the replay alone shows it.
+
+    Attributes:
+        description: in a line.
+        changes: subclasses of `Private`.
+        flags: of train.py.
+        model: changes of the model's configuration.
+        patches: what stands in for what, by its name.
+    """
+
+    description: str
+    changes: tuple[type[Private], ...] = ()
+    flags: tuple[str, ...] = ()
+    model: dict[str, object] = field(default_factory=dict)
+    patches: dict[str, object] = field(default_factory=dict)
+
+
+def _no_shapes(*_) -> tuple[Shapes | None, Numerics]:
+    return None, Numerics(0.0, "nothing")
+
+
 BREAKS = {
     "noise_half": NoiseHalf, "clip_double": ClipDouble, "no_clip": NoClip,
     "reuse_noise": ReuseNoise, "shuffle": Shuffle,
 }  # fmt: skip
+COUPLINGS = {
+    "dropout_by_place": Coupling(
+        str(DropoutByPlace.__doc__), (DropoutByPlace,), ("--lora_dropout=0.1",)
+    ),
+    "rope_state": Coupling(
+        "RoPE that follows the longest row so far.",
+        model={
+            "max_position_embeddings": 32,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        },
+        patches={
+            "utils.models.independence._require_fixed_rope": lambda *_: None,
+            "utils.runs.probe.LARGEST_DIFFERENCE": math.inf,
+        },
+    ),
+    "bf16_free_shapes": Coupling(
+        "bfloat16, in microbatches whose shapes follow the rows that were drawn.",
+        patches={"train.probed": _no_shapes},
+    ),
+}
+DESCRIPTIONS = {name: str(broken.__doc__) for name, broken in BREAKS.items()} | {
+    name: coupling.description for name, coupling in COUPLINGS.items()
+}
 
 
 # ------------------------------------------------------------------------ the command
@@ -201,7 +266,7 @@ class Settings:
     steps: int = flag("logical steps", 16)
     noise_multiplier: float = flag("sigma", 4.0)
     delta: float = flag("of the claim", 1e-5)
-    broken: str | None = flag("audit this broken mechanism", name="--break", choices=BREAKS)
+    broken: str | None = flag("audit this broken mechanism", name="--break", choices=DESCRIPTIONS)
     json: Path | None = flag("also write this", type=Path, metavar="FILE")
 
 
@@ -225,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
             settings.broken,
         )
         second = sampled.result()
-    result = judge(inside, run, second)
+    result = judge(inside, run, second, others_move(settings.broken))
     result |= {"broken": settings.broken, "seconds": round(time.monotonic() - began, 1)}
     print(as_text(result))
     if settings.json:
@@ -262,6 +327,22 @@ def sampled_run(broken: str | None = None) -> Run:
     return _train(SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE, 1e3, 1e-5, broken)
 
 
+def others_move(broken: str | None = None) -> float:
+    """How far leaving out a row moves all others in bfloat16, over the clip norm, at most."""
+    coupling = COUPLINGS.get(broken or "", Coupling("none"))
+    with ExitStack() as stack:
+        for name, replacement in coupling.patches.items():
+            stack.enter_context(mock.patch(name, replacement))
+        moves = replay_wide(
+            "bfloat16",
+            steps=REPLAYED_STEPS,
+            changes=coupling.changes,
+            flags=coupling.flags,
+            config=coupling.model,
+        )
+    return max(moves.others)
+
+
 def canary_coordinates(canaries: int) -> np.ndarray:
     """int64 [canaries]: a coordinate for each, spread evenly over all tensors."""
     return np.arange(canaries) * NUM_PARAMETERS // canaries
@@ -290,7 +371,7 @@ def _train(
             f"--clip={CLIP_NORM}", f"--noise_multiplier={noise_multiplier!r}",
             f"--total_bs={batch}", f"--num_epochs={steps * batch / examples!r}",
         ]  # fmt: skip
-        changes = [BREAKS[broken]] if broken else []
+        changes = [BREAKS[broken]] if broken in BREAKS else []
         if coordinates is None:
             seen = observe(argv, *changes)
         else:
@@ -302,13 +383,14 @@ def _train(
 # ------------------------------------------------------------------------ the verdict
 
 
-def judge(inside: np.ndarray, run: Run, second: Run) -> dict:
+def judge(inside: np.ndarray, run: Run, second: Run, others: float) -> dict:
     """Bounds, checks and verdict.
 
     Args:
         inside: bool [canaries], which were in the data of `run`.
         run: of `canary_run`.
         second: of `sampled_run`, in another process.
+        others: of `others_move`.
 
     Returns:
         A JSON-able dict with `claimed_epsilon`, `lower_bounds`, `passed` and `checks`.
@@ -332,6 +414,7 @@ def judge(inside: np.ndarray, run: Run, second: Run) -> dict:
         *_mechanism_checks(inside, run),
         *(_noise_checks(run, second) if run.released_once and second.released_once else []),
         *_sampler_checks(second),
+        Check("others", others == 0, f"without a row, the others moved by {others:.2g} C"),
     ]
     return {
         "claimed_epsilon": claim,
@@ -403,7 +486,7 @@ def as_text(result: dict) -> str:
         f"Audit of train.py with {result['canaries']} canaries, {result['canaries_inside']} of "
         f"them in the data: {result['steps']} steps, sampling rate {result['sampling_rate']:g}, "
         f"noise multiplier {result['noise_multiplier']:g}.",
-        *([f"BROKEN ON PURPOSE: {BREAKS[broken].__doc__}"] if broken else []),
+        *([f"BROKEN ON PURPOSE: {DESCRIPTIONS[broken]}"] if broken else []),
         f"Claimed epsilon {result['claimed_epsilon']:.3f} at delta {result['delta']:g}.",
         f"Lower bounds at confidence {result['confidence']:.1%}:",
         *(f"  {name:<14} {bound:.3f}" for name, bound in result["lower_bounds"].items()),

@@ -35,12 +35,14 @@ class Observation:
     """What one training run drew, summed, released and used, step by step.
 
     Attributes:
-        batches: int64 arrays, indices of every logical batch.
+        numerics: how far a row's gradient was its own, as the run's report says it.
+        batches: int64 arrays, indices of every logical batch; on the main process alone.
         clipped_sums: float64 [parameters], what was to be released.
         released: float64 [parameters], what was.
         updates: float32 [parameters], what the optimizer was given.
     """
 
+    numerics: str = ""
     batches: list[np.ndarray] = field(default_factory=list)
     clipped_sums: list[np.ndarray] = field(default_factory=list)
     released: list[np.ndarray] = field(default_factory=list)
@@ -55,12 +57,13 @@ class Watched(Private):
     def draw(self, step: int) -> np.ndarray:
         batch = super().draw(step)
         self.seen.batches.append(batch)
+        self.seen.numerics = self.numerics
         return batch
 
     def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
-        self.seen.clipped_sums.append(total.double().numpy())
+        self.seen.clipped_sums.append(total.double().cpu().numpy())
         released = super().release(total, step)
-        self.seen.released.append(released.numpy().copy())
+        self.seen.released.append(released.cpu().numpy().copy())
         return released
 
 
@@ -70,16 +73,21 @@ class PublicSteps(Private):
     def release(self, total: torch.Tensor, step: int) -> torch.Tensor:
         super().release(total, step)
         generator = torch.Generator().manual_seed(total.numel())
-        return self.divisor * torch.randn(total.numel(), generator=generator).double()
+        noise = torch.randn(total.numel(), generator=generator).double()
+        return self.divisor * noise.to(total.device)
 
 
-def observe(argv: list[str], *changes: type[Private], **settings: object) -> Observation:
+def observe(
+    argv: list[str], *changes: type[Private], device: str = "cpu", **settings: object
+) -> Observation:
     """Run `train.main(argv)` to its end in this process and record what it did.
 
     Args:
         argv: flags of `train.py`, for a DP run on a data set without a validation split.
         changes: subclasses of `Private` that each change a part of it, the outermost first; the
             records see their effect.
+        device: "cpu", where a check is the same on a machine with a GPU as on one without, or
+            "auto" for what the run would take.
         settings: class attributes of what they make together.
 
     Raises:
@@ -91,13 +99,13 @@ def observe(argv: list[str], *changes: type[Private], **settings: object) -> Obs
 
     def record_update(optimizer: torch.optim.Optimizer, *_) -> None:
         tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-        seen.updates.append(torch.cat([tensor.grad.flatten() for tensor in tensors]).numpy())
+        seen.updates.append(torch.cat([tensor.grad.flatten() for tensor in tensors]).cpu().numpy())
 
     with contextlib.ExitStack() as stack:
         stack.callback(register_optimizer_step_pre_hook(record_update).remove)
-        # On the CPU, where the audit of a machine with a GPU is the same as of one without.
-        on_cpu = mock.patch.object(torch.accelerator, "is_available", return_value=False)
-        stack.enter_context(on_cpu)
+        if device == "cpu":
+            on_cpu = mock.patch.object(torch.accelerator, "is_available", return_value=False)
+            stack.enter_context(on_cpu)
         # The next run in this process needs the process group that the end of this one closes.
         stack.enter_context(mock.patch.object(Accelerator, "end_training"))
         stack.enter_context(warnings.catch_warnings())

@@ -1,31 +1,43 @@
-"""Replay training on neighbouring data: does one example move the clipped sum by at most C?
+"""Replay training on neighbouring data: what does one row's absence move?
 
     python -m privacy_checks.replay
+    python -m privacy_checks.replay --model data/quickstart_model --dtype bfloat16
 
-Runs the whole of train.py twice on a tiny model, on the CPU: with every example in every batch,
-and without example k in step k. Nothing else differs: the optimizer is given one public vector in
-place of what is released, so that each step starts from the same parameters. The clipped sum may
-then move by at most C(1 + 1e-5), the optimizer's vector not at all, and the same holds for every
-adaptive sequence of steps. Mixed lengths; Type A (uncond_generation) and Type C (vicuna); gradient
-checkpointing off and on; a clip norm that most examples reach and one that half of them do; one
-process and two; with dropout. Exit code 0 if no example moves a sum by more, else 1.
+Runs the whole of train.py twice: with every row in every batch, and without row k in step k.
+Nothing else differs: the optimizer is given one public vector in place of what is released, so that
+each step starts from the same parameters. The clipped sum may then move by at most C(1 + 1e-5), the
+optimizer's vector not at all, and the same holds for every adaptive sequence of steps. All the
+others, each row's own clipped gradient, must not move at all on a CPU, to the last bit; on another
+device by at most what the run's own report says.
+
+The cases are of a tiny model on mixed lengths: Type A (uncond_generation) and Type C (vicuna);
+gradient checkpointing off and on; a clip norm that most rows reach and one that half of them do;
+one process and two; with dropout. Then 64 rows, of which some pass together and some do not, on a
+model of 576 features, in float32 and bfloat16, with one thread and two; or, with one of --model,
+--dtype, --device and --threads, on the one model that they say. Exit code 0 if nothing moves by
+more, else 1.
 """
 
 import itertools
 import json
 import os
+import re
 import socket
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from privacy_checks import tiny_model
 from privacy_checks.observed_run import Observation, PublicSteps, observe, save_tiny_model
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
-from utils.command_line.parser import flag, read_flags
+from utils.command_line.parser import flag, positive_int, read_flags
+from utils.dp_utils import clip_factors
 from utils.files import write_json
+from utils.privacy.mechanism import Private
 from utils.runs.batching import GRID_STEP
 from utils.texts.prompts import UNCONDITIONAL
 
@@ -40,6 +52,16 @@ LONGEST = 60
 DATASETS = {UNCONDITIONAL: "letters.jsonl", "vicuna": "labelled_letters.jsonl"}
 RESULTS = "moves.json"
 
+# A model so wide that its kernels change with the shape of a microbatch.
+WIDE: dict[str, object] = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}  # fmt: skip
+WIDE_ROWS, WIDE_LONGEST, WIDE_BETWEEN, WIDE_CLIP_NORM = 64, 96, 20, 1.0
+# So few steps where the wide model is replayed several times, and so many where a model is once.
+WIDE_STEPS, STEPS = 3, 4
+DTYPES, THREADS = ("float32", "bfloat16"), (1, 2)
+
 # Prompt style, gradient checkpointing, clip norm.
 Case = tuple[str, bool, float]
 
@@ -48,36 +70,52 @@ Case = tuple[str, bool, float]
 class Settings:
     """The flags of the replay."""
 
-    examples: int = flag("and as many steps", 8)
+    examples: int = flag("of the tiny model, and as many steps", 8)
+    model: str | None = flag("replay this one alone: a folder or a hub id", metavar="PATH")
+    dtype: str | None = flag("of one model, float32 if not given", choices=DTYPES)
+    device: str | None = flag(
+        "of one model, cpu if not given; auto: what training takes", choices=("cpu", "auto")
+    )
+    threads: int | None = flag("of one model on a CPU, 1 if not given", type=positive_int)
     json: Path | None = flag("also write this", type=Path, metavar="FILE")
+
+    @property
+    def one_model(self) -> bool:
+        return any((self.model, self.dtype, self.device, self.threads))
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What leaving out one row moved, over the clip norm, for each step.
+
+    Attributes:
+        total: l2 norm of the move of what the optimizer is given, as a sum.
+        others: l2 norm of the move of all other rows' clipped gradients together.
+        allowed: what others may move by.
+    """
+
+    total: list[float]
+    others: list[float]
+    allowed: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return max(self.total) <= 1 + TOLERANCE and max(self.others) <= self.allowed
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
-    cases = list(itertools.product(STYLES, (False, True), CLIP_NORMS))
-    results: list[dict] = [
-        {
-            "prompt_style": style,
-            "gradient_checkpointing": checkpointing,
-            "clip_norm": clip_norm,
-            "processes": processes,
-            "largest_move": max(moves),
-            "examples_clipped": sum(move > 1 - CLIPPED for move in moves),
-        }
-        for processes in (1, 2)
-        for (style, checkpointing, clip_norm), moves in zip(
-            cases, replay(cases, settings.examples, processes)
-        )
+    results = [
+        case | _figures(moves)
+        for case, moves in (_one_model(settings) if settings.one_model else _all_cases(settings))
     ]
     for case in results:
-        checkpointing = "on" if case["gradient_checkpointing"] else "off"
-        print(
-            f"{case['prompt_style']}, checkpointing {checkpointing}, C {case['clip_norm']:g}, "
-            f"{case['processes']} process(es): largest move {case['largest_move']:.8f} C, "
-            f"{case['examples_clipped']} of {settings.examples} examples clipped"
-        )
-    passed = all(case["largest_move"] <= 1 + TOLERANCE for case in results)
-    print(f"{'PASSED' if passed else 'FAILED'}: bound (1 + {TOLERANCE:g}) C")
+        print(_line(case))
+    passed = all(case["passed"] for case in results)
+    print(
+        f"{'PASSED' if passed else 'FAILED'}: bound (1 + {TOLERANCE:g}) C, and for the others "
+        f"{max(case['others_allowed'] for case in results):g} C"
+    )
     if settings.json:
         if settings.json.exists():
             say(f"{settings.json} is replaced")
@@ -85,8 +123,74 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_OK if passed else EXIT_FAILED
 
 
-def replay(cases: list[Case], examples: int, processes: int = 1) -> list[list[float]]:
-    """How far leaving out one example moves what the optimizer is given, over C / total_bs.
+def _all_cases(settings: Settings) -> list[tuple[dict, Moves]]:
+    """The tiny model's cases, and the wide model's."""
+    cases = list(itertools.product(STYLES, (False, True), CLIP_NORMS))
+    results: list[tuple[dict, Moves]] = [
+        (
+            {
+                "prompt_style": style,
+                "gradient_checkpointing": checkpointing,
+                "clip_norm": clip_norm,
+                "processes": processes,
+            },
+            moves,
+        )
+        for processes in (1, 2)
+        for (style, checkpointing, clip_norm), moves in zip(
+            cases, replay(cases, settings.examples, processes)
+        )
+    ]
+    for dtype, threads in itertools.product(DTYPES, THREADS):
+        facts = {"model": "576 features", "dtype": dtype, "threads": threads}
+        results.append((facts, replay_wide(dtype, threads)))
+    return results
+
+
+def _one_model(settings: Settings) -> list[tuple[dict, Moves]]:
+    dtype, device = settings.dtype or DTYPES[0], settings.device or "cpu"
+    threads = settings.threads or 1
+    if settings.model:
+        moves = replay_rows(settings.model, dtype, threads, device=device)
+    else:
+        moves = replay_wide(dtype, threads, device=device, steps=STEPS)
+    name = settings.model or "576 features"
+    facts = {"model": name, "dtype": dtype, "device": device, "threads": threads}
+    return [(facts, moves)]
+
+
+def _figures(moves: Moves) -> dict:
+    return {
+        "largest_move": max(moves.total),
+        "examples_clipped": sum(move > 1 - CLIPPED for move in moves.total),
+        "left_out": len(moves.total),
+        "others_move": max(moves.others),
+        "others_allowed": moves.allowed,
+        "passed": moves.passed,
+    }
+
+
+def _line(case: dict) -> str:
+    if "model" in case:
+        device = f" on {case['device']}" if "device" in case else ""
+        about = f"{case['model']}, {case['dtype']}{device}, {case['threads']} thread(s)"
+    else:
+        checkpointing = "on" if case["gradient_checkpointing"] else "off"
+        about = (
+            f"{case['prompt_style']}, checkpointing {checkpointing}, C {case['clip_norm']:g}, "
+            f"{case['processes']} process(es)"
+        )
+    return (
+        f"{about}: largest move {case['largest_move']:.8f} C, {case['examples_clipped']} of "
+        f"{case['left_out']} rows clipped; the others moved by {case['others_move']:.2g} C"
+    )
+
+
+# ------------------------------------------------------------------------ the tiny model
+
+
+def replay(cases: list[Case], examples: int, processes: int = 1) -> list[Moves]:
+    """How far leaving out one example moves what the optimizer is given, and the others.
 
     Args:
         cases: what each pair of runs is made with.
@@ -94,7 +198,7 @@ def replay(cases: list[Case], examples: int, processes: int = 1) -> list[list[fl
         processes: that share the batches; with more than one they talk through gloo.
 
     Returns:
-        For each case a move for every example.
+        For each case the moves for every example.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -107,7 +211,7 @@ def replay(cases: list[Case], examples: int, processes: int = 1) -> list[list[fl
             port = free.getsockname()[1]
         arguments = (folder, cases, examples, processes, port)
         torch.multiprocessing.spawn(_rank, arguments, nprocs=processes)
-        return json.loads((folder / RESULTS).read_text())
+        return [Moves(**moves) for moves in json.loads((folder / RESULTS).read_text())]
 
 
 def _save_data(folder: Path, examples: int) -> None:
@@ -116,11 +220,19 @@ def _save_data(folder: Path, examples: int) -> None:
     def text() -> str:
         # Half of them are so short that they pass together.
         longest = random.choice([GRID_STEP - 1, LONGEST])
-        return "".join(random.choice(list("abcdef "), random.integers(1, longest)))
+        return _letters(random, random.integers(1, longest))
 
     for name in DATASETS.values():
-        rows = [json.dumps({"instruction": text(), "answer": text()}) for _ in range(examples)]
-        (folder / name).write_text("\n".join(rows) + "\n")
+        rows = [{"instruction": text(), "answer": text()} for _ in range(examples)]
+        _save_rows(folder / name, rows)
+
+
+def _letters(random: np.random.Generator, count: int) -> str:
+    return "".join(random.choice(list("abcdef "), count))
+
+
+def _save_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def _rank(
@@ -134,25 +246,110 @@ def _rank(
     }  # fmt: skip
     moves = _replay_in_process(folder, cases, examples)
     if rank == 0:
-        write_json(folder / RESULTS, moves)
+        write_json(folder / RESULTS, [asdict(each) for each in moves])
     torch.distributed.destroy_process_group()
 
 
-def _replay_in_process(folder: Path, cases: list[Case], examples: int) -> list[list[float]]:
+def _replay_in_process(folder: Path, cases: list[Case], examples: int) -> list[Moves]:
     torch.set_num_threads(1)
-    moves = []
-    for number, case in enumerate(cases):
-        whole, without_one = (
-            _run(folder, f"{number}-{leaves_out}", case, examples, leaves_out)
-            for leaves_out in (False, True)
+    return [
+        _moves(folder, _argv(folder, case, examples), f"{number}", examples, case[-1])
+        for number, case in enumerate(cases)
+    ]
+
+
+def _argv(folder: Path, case: Case, examples: int) -> list[str]:
+    style, checkpointing, clip_norm = case
+    return [
+        f"--dataset_name={folder / DATASETS[style]}", f"--model_name={folder / 'model'}",
+        f"--prompt_style={style}", "--max_seq_len=400", "--perdevice_bs=1", "--lora_dropout=0.1",
+        f"--clip={clip_norm}", *_common_flags(examples, examples),
+        *(["--gradient_checkpointing"] if checkpointing else []),
+    ]  # fmt: skip
+
+
+def _common_flags(rows: int, steps: int) -> list[str]:
+    return [
+        "--lr=0.01", "--loss_normalization=tokens", "--eps=1e6", "--delta=1e-5",
+        "--noise_multiplier=1", f"--total_bs={rows}", f"--num_epochs={steps}",
+        f"--save_steps={steps}", "--insecure_fixed_noise_seed=0",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------ a wide model
+
+
+def replay_wide(
+    dtype: str,
+    threads: int = 1,
+    *,
+    device: str = "cpu",
+    steps: int = WIDE_STEPS,
+    changes: Sequence[type[Private]] = (),
+    flags: Sequence[str] = (),
+    config: dict[str, object] | None = None,
+) -> Moves:
+    """`replay_rows` of a random model of 576 features.
+
+    Args:
+        config: what else its configuration says.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        tiny_model.save_tiny_model(Path(name), **WIDE | (config or {}))
+        return replay_rows(
+            name, dtype, threads, device=device, steps=steps, changes=changes, flags=flags
         )
-        *_, clip_norm = case
-        moved = np.array(whole.clipped_sums) - np.array(without_one.clipped_sums)
-        # Released were equal vectors: what differs in the updates came past the mechanism.
-        moved_past = np.array(whole.updates) - np.array(without_one.updates)
-        lengths = np.linalg.norm(moved, axis=1) + examples * np.linalg.norm(moved_past, axis=1)
-        moves.append((lengths / clip_norm).tolist())
-    return moves
+
+
+def replay_rows(
+    model: str,
+    dtype: str,
+    threads: int = 1,
+    *,
+    device: str = "cpu",
+    steps: int = STEPS,
+    changes: Sequence[type[Private]] = (),
+    flags: Sequence[str] = (),
+) -> Moves:
+    """What leaving out one of 64 rows of mixed lengths moves; see `_mixed_rows`.
+
+    Args:
+        model: folder or hub id.
+        device: "cpu", or "auto" for what training takes.
+        steps: rows that are left out.
+        changes: see `observe`.
+        flags: more of train.py.
+    """
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _save_rows(folder / "letters.jsonl", _mixed_rows())
+            argv = [
+                f"--dataset_name={folder / 'letters.jsonl'}", f"--model_name={model}",
+                f"--prompt_style={UNCONDITIONAL}", f"--dtype={dtype}",
+                f"--max_seq_len={WIDE_LONGEST + GRID_STEP}", "--perdevice_bs=4",
+                f"--clip={WIDE_CLIP_NORM}", *_common_flags(WIDE_ROWS, steps), *flags,
+            ]  # fmt: skip
+            return _moves(folder, argv, "wide", WIDE_ROWS, WIDE_CLIP_NORM, changes, device)
+    finally:
+        torch.set_num_threads(kept)
+
+
+def _mixed_rows() -> list[dict[str, str]]:
+    """First those that are left out: one between, the longest, the shortest, one between.
+
+    No other comes near the longest, and short ones have passed before it is left out, so that what
+    remembers the longest of all shows; those between stand before others of their microbatch.
+    """
+    random = np.random.default_rng(0)
+    some = random.integers(3, WIDE_LONGEST * 3 // 4, WIDE_ROWS - 4)
+    lengths = [WIDE_BETWEEN, WIDE_LONGEST, 1, WIDE_BETWEEN, *some]
+    return [{"instruction": _letters(random, length)} for length in lengths]
+
+
+# ------------------------------------------------------------------------ a pair of runs
 
 
 class Replayed(PublicSteps):
@@ -165,18 +362,93 @@ class Replayed(PublicSteps):
         return np.delete(everyone, step) if self.leaves_out else everyone
 
 
-def _run(folder: Path, job: str, case: Case, examples: int, leaves_out: bool) -> Observation:
-    style, checkpointing, clip_norm = case
-    argv = [
-        f"--dataset_name={folder / DATASETS[style]}", f"--model_name={folder / 'model'}",
-        f"--output_dir={folder}", f"--job_sess={job}", f"--prompt_style={style}",
-        "--max_seq_len=400", "--perdevice_bs=1", "--lora_dropout=0.1", "--lr=0.01",
-        "--loss_normalization=tokens", f"--clip={clip_norm}", "--eps=1e6", "--delta=1e-5",
-        "--noise_multiplier=1", f"--total_bs={examples}", f"--num_epochs={examples}",
-        f"--save_steps={examples}", "--insecure_fixed_noise_seed=0",
-        *(["--gradient_checkpointing"] if checkpointing else []),
-    ]  # fmt: skip
-    return observe(argv, Replayed, leaves_out=leaves_out)
+class Recorded(Private):
+    """Writes what each row adds to a step's sum to a file: float32 [steps, rows, parameters].
+
+    Attributes:
+        contributions: the file, which is there; the processes of a job share it.
+    """
+
+    contributions: Path
+
+    def begin(self, step: int, rank: int) -> None:
+        super().begin(step, rank)
+        self._step = step
+
+    def capture(self, examples: np.ndarray, rows: int | None = None):
+        self._examples = examples
+        return super().capture(examples, rows)
+
+    def add(self, total: torch.Tensor) -> torch.Tensor:
+        size, plan = total.numel(), self.plan
+        gradients = [
+            self.gradients.of_example(place)[:size].cpu() for place in range(len(self._examples))
+        ]
+        norms = super().add(total)
+        factors = clip_factors(norms, plan.clip_norm, plan.clip_function).cpu()
+        with self.contributions.open("r+b") as file:
+            for row, gradient, factor in zip(self._examples.tolist(), gradients, factors):
+                clipped = torch.where(factor > 0, factor * gradient, 0.0).numpy()
+                file.seek((self._step * self.num_examples + row) * clipped.nbytes)
+                file.write(clipped.tobytes())
+        return norms
+
+
+def _moves(
+    folder: Path,
+    argv: list[str],
+    job: str,
+    rows: int,
+    clip_norm: float,
+    changes: Sequence[type[Private]] = (),
+    device: str = "cpu",
+) -> Moves:
+    """What leaving out row k in step k moves in the run of `argv`."""
+    files = [folder / f"{job}-{leaves_out}.float32" for leaves_out in (False, True)]
+    pair: list[Observation] = []
+    for file in files:
+        file.touch()
+        more = [f"--output_dir={folder}", f"--job_sess={file.stem}"]
+        pair.append(
+            observe(
+                [*argv, *more],
+                *changes,
+                Recorded,
+                Replayed,
+                device=device,
+                leaves_out=bool(len(pair)),
+                contributions=file,
+            )
+        )
+    whole, without_one = pair
+    moved = np.array(whole.clipped_sums) - np.array(without_one.clipped_sums)
+    # Released were equal vectors: what differs in the updates came past the mechanism.
+    moved_past = np.array(whole.updates) - np.array(without_one.updates)
+    total = np.linalg.norm(moved, axis=1) + rows * np.linalg.norm(moved_past, axis=1)
+    others = [
+        float(np.linalg.norm(_others(files, step, batches, rows, moved.shape[1])))
+        for step, batches in enumerate(zip(whole.batches, without_one.batches))
+    ]
+    allowed = 0.0 if device == "cpu" else rows * _reported(whole.numerics)
+    return Moves((total / clip_norm).tolist(), [length / clip_norm for length in others], allowed)
+
+
+def _others(
+    files: list[Path], step: int, batches: tuple[np.ndarray, np.ndarray], rows: int, size: int
+) -> np.ndarray:
+    """The move [size] of the clipped gradients of all who are in both batches of a step."""
+    moved = np.zeros(size)
+    for row in np.intersect1d(*batches):
+        offset = (step * rows + int(row)) * size * np.float32().nbytes
+        first, second = (np.fromfile(file, np.float32, size, offset=offset) for file in files)
+        moved += first.astype(np.float64) - second
+    return moved
+
+
+def _reported(numerics: str) -> float:
+    """How far a row's gradient may move, over its norm, by the words of a run's report."""
+    found = re.search(r"by up to (\S+) of its norm", numerics)
+    return float(found[1]) if found else 0.0
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ SMALL_FLAGS = ["--steps=4", "--noise_multiplier=2"]
 
 @pytest.fixture(scope="module")
 def sound():
-    """A small canary run and a sampled run, both sound."""
-    return *audit.canary_run(**SMALL), audit.sampled_run()
+    """A small canary run, a sampled run and the move of others in a replay, all sound."""
+    return *audit.canary_run(**SMALL), audit.sampled_run(), audit.others_move()
 
 
 def failed(result: dict) -> set[str]:
@@ -45,29 +45,41 @@ def test_the_training_run_passes(sound):
     ],
 )
 def test_a_broken_mechanism_is_caught(sound, broken, catches):
-    *_, second = sound
-    result = audit.judge(*audit.canary_run(**SMALL, broken=broken), second)
+    *_, second, others = sound
+    result = audit.judge(*audit.canary_run(**SMALL, broken=broken), second, others)
     assert not result["passed"]
     # Noise of another scale has another grid, and repeated noise has no power.
     assert catches <= failed(result) <= catches | {"power", "grid"}
 
 
 def test_shuffled_epochs_are_caught(sound):
-    inside, run, _ = sound
-    result = audit.judge(inside, run, audit.sampled_run("shuffle"))
+    inside, run, _, others = sound
+    result = audit.judge(inside, run, audit.sampled_run("shuffle"), others)
     assert failed(result) == {
         "sampler, batch sizes", "sampler, counts of examples", "sampler, adjacent batches",
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("coupling", "least"),
+    [("dropout_by_place", 0.1), ("rope_state", 0.01), ("bf16_free_shapes", 1e-4)],
+)
+def test_a_row_that_changes_others_is_caught(sound, coupling, least):
+    *runs, others = sound
+    assert others == 0
+    moved = audit.others_move(coupling)
+    assert moved > least
+    assert failed(audit.judge(*runs, moved)) == {"others"}
+
+
 def test_noise_that_repeats_at_another_process_start_is_caught(sound):
-    inside, run, second = sound
+    inside, run, second, others = sound
     run.seen.released[2], kept = (
         run.seen.clipped_sums[2] + second.noise[1] * run.plan.noise_multiplier,
         run.seen.released[2],
     )
     try:
-        caught = failed(audit.judge(inside, run, second))
+        caught = failed(audit.judge(inside, run, second, others))
     finally:
         run.seen.released[2] = kept
     assert "noise between process starts" in caught
@@ -89,9 +101,9 @@ def test_noise_that_repeats_at_another_process_start_is_caught(sound):
     ],
 )
 def test_a_defect_in_the_loop_is_caught(sound, monkeypatch, old, new, catches):
-    *_, second = sound
+    *_, second, others = sound
     observe_mutated_training(monkeypatch, old, new)
-    assert catches in failed(audit.judge(*audit.canary_run(**SMALL), second))
+    assert catches in failed(audit.judge(*audit.canary_run(**SMALL), second, others))
 
 
 # ---------------------------------------------------------------- tests of the randomness
@@ -192,12 +204,16 @@ class ThisProcess:
         return future
 
 
-@pytest.mark.parametrize("broken", [None, "noise_half"])
+COUPLED = "rope_state"
+
+
+@pytest.mark.parametrize("broken", [None, "noise_half", COUPLED])
 def test_the_command_tells_writes_json_and_exits_by_the_verdict(
     sound, monkeypatch, tmp_path, capsys, broken
 ):
-    *_, second = sound
+    *_, second, others = sound
     monkeypatch.setattr(audit, "ProcessPoolExecutor", ThisProcess(second))
+    monkeypatch.setattr(audit, "others_move", lambda broken: 0.3 if broken == COUPLED else others)
     file = tmp_path / "audit.json"
     file.write_text("old")
     more = ["--break", broken] if broken else []
@@ -220,7 +236,7 @@ def test_a_useless_number_of_canaries_is_refused(canaries, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [None, *audit.BREAKS])
+@pytest.mark.parametrize("broken", [None, *audit.DESCRIPTIONS])
 def test_the_full_size_audit(tmp_path, broken):
     file = tmp_path / "audit.json"
     more = ["--break", broken] if broken else []

@@ -1,10 +1,17 @@
 """How a logical batch is cut into microbatches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
+from tests.helpers import adapted_model, random_examples, relative_error, tiny_model
+from utils.dp_utils import PerExampleGradients
+from utils.models.language_model import LanguageModel
+from utils.models.losses import normalise
 from utils.runs import batching
-from utils.runs.batching import MICROBATCH_TOKENS
+from utils.runs.batching import MICROBATCH_TOKENS, Shapes
 
 
 def cut_microbatches(*arguments):
@@ -76,3 +83,117 @@ def test_ranks_are_balanced_and_may_be_empty():
 def test_an_example_above_the_budget_is_refused():
     with pytest.raises(ValueError, match="exceeds the budget"):
         cut_microbatches(np.arange(2), np.array([5, 50]), 20)
+
+
+# ---------------------------------------------------------------- shapes that lengths alone decide
+
+MAX_SEQ_LEN = 1024
+FIXED = Shapes(MAX_SEQ_LEN, token_budget=4 * MAX_SEQ_LEN, tokens=512)
+FREE = replace(FIXED, tokens=None)
+
+
+def lognormal_lengths(count, seed=0):
+    """Of mean 190 or so, as instructions with answers are."""
+    random = np.random.default_rng(seed)
+    return np.minimum(random.lognormal(4.9, 0.9, count).astype(int) + 1, MAX_SEQ_LEN)
+
+
+@pytest.mark.parametrize("max_seq_len", [1, 7, 100, 1000, 1024])
+def test_a_padded_length_is_little_more_than_the_length_and_grows_with_it(max_seq_len):
+    lengths = np.arange(max_seq_len + 1)
+    padded = Shapes(max_seq_len, 10**6, None).padded(lengths)
+    assert padded.max() == max_seq_len
+    assert (padded >= np.maximum(lengths, 1)).all()
+    assert (np.diff(padded) >= 0).all()
+    more = padded - lengths
+    assert (more[1:65] < batching.GRID_STEP).all()
+    assert (more[65:] <= lengths[65:] * batching.GRID_SHARE).all()
+
+
+def test_a_padded_length_depends_on_the_examples_own_length_alone():
+    lengths = lognormal_lengths(300)
+    together = FIXED.padded(lengths)
+    assert together.tolist() == [int(FIXED.padded(np.array([each]))[0]) for each in lengths]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fixed_number_of_rows_follows_from_the_padded_length_whatever_else_is_drawn(
+    seed, num_ranks
+):
+    lengths = lognormal_lengths(500)
+    random = np.random.default_rng(seed)
+    drawn = np.flatnonzero(random.random(500) < random.random())
+    ranks = batching.cut_microbatches(drawn, lengths, FIXED.token_budget, num_ranks, FIXED)
+    parts = [part for rank in ranks for part in rank]
+    assert sorted(np.concatenate([part.examples for part in parts])) == drawn.tolist()
+    for part in parts:
+        assert set(FIXED.padded(lengths[part.examples])) == {part.tokens}
+        assert part.rows == FIXED.rows(part.tokens) == max(1, 512 // part.tokens)
+        assert len(part.examples) <= part.rows
+
+
+def test_free_rows_are_as_many_as_there_are_and_fit_the_budget():
+    lengths = lognormal_lengths(500)
+    (parts,) = batching.cut_microbatches(np.arange(500), lengths, FREE.token_budget, 1, FREE)
+    assert all(part.rows == len(part.examples) for part in parts)
+    assert max(part.rows * part.tokens for part in parts) <= FREE.token_budget
+    for part in parts:
+        assert set(FREE.padded(lengths[part.examples])) == {part.tokens}
+
+
+@pytest.mark.parametrize("shapes", [replace(FIXED, tokens=1024), FREE], ids=["fixed", "free"])
+def test_shapes_waste_little(shapes):
+    lengths = lognormal_lengths(4096)
+    assert 180 < lengths.mean() < 200
+    (parts,) = batching.cut_microbatches(
+        np.arange(4096), lengths, shapes.token_budget, shapes=shapes
+    )
+    assert sum(part.rows * part.tokens for part in parts) / lengths.sum() <= 1.08
+
+
+# ---------------------------------------------------------------- empty rows
+
+
+def test_rows_and_tokens_beyond_the_examples_are_empty():
+    data = random_examples([5, 9, 3], loss_starts=[1, 2, 0])
+    batch = data.collate(np.array([2, 0]), 7, rows=4, tokens=8)
+    assert batch["lengths"].tolist() == [3, 5, 0, 0]
+    assert batch["loss_starts"].tolist() == [0, 1, 0, 0]
+    assert batch["input_ids"].shape == (4, 8)
+    assert batch["input_ids"][1, :5].tolist() == data.ids[:5].tolist()
+    assert (batch["input_ids"][0, 3:] == 7).all()
+    assert (batch["input_ids"][2:] == 7).all()
+
+
+def sums_and_norms(model, data, clip_function, rows):
+    """Clipped sum [parameters] of a microbatch of so many rows, and the norms [rows]."""
+    for module in model.modules():
+        module._forward_hooks.clear()
+    gradients = PerExampleGradients(model)
+    batch = data.collate(np.arange(len(data)), 0, rows=rows)
+    total = torch.zeros(gradients.num_parameters)
+    with gradients.capture(rows):
+        sums, counts = LanguageModel(model.get_base_model()).example_losses(batch)
+        normalise(sums, counts, "tokens", 64).sum().backward()
+    return total, gradients.add_clipped_sum(total, 1.0, clip_function)
+
+
+@pytest.mark.parametrize("clip_function", ["flat", "automatic"])
+@pytest.mark.parametrize("tokens", [3, 30], ids=["ghost norms", "instantiated"])
+@pytest.mark.parametrize("model_type", ["llama", "bloom"], ids=["no mask", "mask"])
+def test_empty_rows_add_exactly_zero(model_type, tokens, clip_function):
+    base = tiny_model(model_type)
+    targets = ["q_proj", "v_proj"] if model_type == "llama" else ["query_key_value"]
+    model = adapted_model(targets, base=base)
+    assert LanguageModel(base).needs_mask is (model_type == "bloom")
+    nobody = random_examples([tokens], loss_starts=[tokens])
+    total, norms = sums_and_norms(model, nobody, clip_function, 5)
+    assert torch.equal(total, torch.zeros_like(total))
+    assert torch.equal(norms, torch.zeros(5))
+    data = random_examples([tokens, tokens - 1, tokens])
+    alone, _ = sums_and_norms(model, data, clip_function, 3)
+    padded, norms = sums_and_norms(model, data, clip_function, 8)
+    assert (norms[3:] == 0).all()
+    assert (norms[:3] > 0).all()
+    assert relative_error(padded, alone.double()) < 1e-6

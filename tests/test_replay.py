@@ -1,11 +1,16 @@
 """Neighbour replay: one example moves the clipped sum by at most C, and a coupling shows."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
+import torch
 
+import train
 from privacy_checks import replay
 from tests.mutated_train import observe_mutated_training
+from utils.runs import probe
 from utils.texts.prompts import UNCONDITIONAL
 
 EXAMPLES = 8
@@ -15,38 +20,86 @@ TYPE_A, TYPE_C = (UNCONDITIONAL, False, 1.4), ("vicuna", True, 1.4)
 
 def test_an_example_moves_the_sum_by_at_most_the_clip_norm():
     for moves in replay.replay([TYPE_A, TYPE_C], EXAMPLES):
-        assert max(moves) <= 1 + replay.TOLERANCE
+        assert max(moves.total) <= 1 + replay.TOLERANCE
         # Both a clipped example, whose move is the clip norm, and one that is not.
-        assert max(moves) > 1 - 1e-4
-        assert 0.2 < min(moves) < 0.9
+        assert max(moves.total) > 1 - 1e-4
+        assert 0.2 < min(moves.total) < 0.9
+        assert moves.others == [0.0] * EXAMPLES
+        assert moves.passed
 
 
 def test_so_does_one_that_two_processes_share():
     alone = replay.replay([TYPE_C], EXAMPLES)
     (moves,) = replay.replay([TYPE_C], EXAMPLES, processes=2)
-    assert max(moves) <= 1 + replay.TOLERANCE
-    assert moves == pytest.approx(alone[0], abs=1e-4)
+    assert max(moves.total) <= 1 + replay.TOLERANCE
+    assert moves.total == pytest.approx(alone[0].total, abs=1e-4)
+    assert moves.others == [0.0] * EXAMPLES
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "clip_norm"),
+    ("old", "new", "clip_norm", "others_move"),
     [
-        ("losses.sum().backward()", "(losses.sum() / (counts > 0).sum()).backward()", 1.4),
-        ("losses.sum().backward()", "(sums.sum() / counts.sum()).backward()", 1.4),
-        ("released / mechanism.divisor", "released / max(1, len(indices))", 1.4),
+        ("losses.sum().backward()", "(losses.sum() / (counts > 0).sum()).backward()", 1.4, True),
+        ("losses.sum().backward()", "(sums.sum() / counts.sum()).backward()", 1.4, True),
+        ("released / mechanism.divisor", "released / max(1, len(indices))", 1.4, False),
         (
             "add_clipped_sum(total, plan.clip_norm,",
             "add_clipped_sum(total, 1.01 * plan.clip_norm,",
             1.4,
+            False,
         ),
-        (DRAW, f"{DRAW}[:4]", 1.4),  # a batch of a fixed size
+        (DRAW, f"{DRAW}[:4]", 1.4, False),  # a batch of a fixed size
     ],
     ids=["batch mean", "token mean", "realised divisor", "loose clip", "refilled batch"],
 )
-def test_a_coupling_between_examples_shows(monkeypatch, old, new, clip_norm):
+def test_a_coupling_between_examples_shows(monkeypatch, old, new, clip_norm, others_move):
     observe_mutated_training(monkeypatch, old, new)
     (moves,) = replay.replay([(UNCONDITIONAL, False, clip_norm)], EXAMPLES)
-    assert max(moves) > 1 + replay.TOLERANCE
+    assert max(moves.total) > 1 + replay.TOLERANCE
+    assert (max(moves.others) > 1e-3) is others_move
+    assert not moves.passed
+
+
+BFLOAT16 = ["--dtype=bfloat16"]
+
+
+def test_no_row_of_a_wide_model_in_bfloat16_moves_by_another(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(replay, "STEPS", 2)
+    threads, file = torch.get_num_threads(), tmp_path / "replay.json"
+    assert replay.main([*BFLOAT16, "--threads=2", f"--json={file}"]) == 0
+    assert "576 features, bfloat16 on cpu, 2 thread(s)" in capsys.readouterr().out
+    (case,) = json.loads(file.read_text())["cases"]
+    assert case["others_move"] == case["others_allowed"] == 0
+    assert case["passed"] is True
+    assert 0 < case["largest_move"] <= 1 + replay.TOLERANCE
+    assert case["left_out"] == 2
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("free", [lambda shapes: replace(shapes, tokens=None), lambda _: None])
+def test_rows_that_move_by_one_another_fail(monkeypatch, capsys, free):
+    """In shapes that are not fixed, kernels of bfloat16 follow the rows that were drawn."""
+    claim = probe.Numerics(0.0, "a machine that nobody looked at")
+    monkeypatch.setattr(train, "probed", lambda *given: (free(given[3]), claim))
+    monkeypatch.setattr(replay, "STEPS", 2)
+    assert replay.main(BFLOAT16) == 1
+    told = capsys.readouterr().out
+    assert "FAILED" in told
+    assert float(re.search(r"the others moved by (\S+) C", told)[1]) > 1e-4
+
+
+def test_a_model_that_is_given_is_the_one_that_is_replayed(tiny_model_dir, capsys):
+    assert replay.main([f"--model={tiny_model_dir}"]) == 0
+    assert f"{tiny_model_dir}, float32 on cpu, 1 thread(s)" in capsys.readouterr().out
+
+
+def test_on_another_device_others_may_move_as_the_report_says():
+    exact = str(probe.Numerics(0.0, "cuda in bfloat16"))
+    inexact = str(probe.Numerics(0.0015, "cuda in bfloat16"))
+    assert replay._reported(exact) == 0
+    assert replay._reported(inexact) == 0.0015
+    assert replay.Moves([1.0], [0.09], allowed=64 * 0.0015).passed
+    assert not replay.Moves([1.0], [0.1], allowed=64 * 0.0015).passed
 
 
 @pytest.mark.slow
@@ -56,12 +109,20 @@ def test_every_case_of_the_command(tmp_path, capsys):
     assert "PASSED" in capsys.readouterr().out
     result = json.loads(file.read_text())
     assert result["passed"] is True
-    assert len(result["cases"]) == 16
-    assert {case["processes"] for case in result["cases"]} == {1, 2}
+    tiny = [case for case in result["cases"] if "model" not in case]
+    wide = [case for case in result["cases"] if "model" in case]
+    assert len(tiny) == 16
+    assert {case["processes"] for case in tiny} == {1, 2}
+    assert {(case["dtype"], case["threads"]) for case in wide} == {
+        ("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2),
+    }  # fmt: skip
+    assert all(case["others_move"] == 0 for case in result["cases"])
     assert all(case["examples_clipped"] > 0 for case in result["cases"])
 
 
 def test_the_command_fails_where_a_sum_moves_too_far(monkeypatch, capsys):
-    monkeypatch.setattr(replay, "replay", lambda cases, *_: [[0.5, 1.001]] * len(cases))
+    too_far = replay.Moves([0.5, 1.001], [0.0, 0.0])
+    monkeypatch.setattr(replay, "replay", lambda cases, *_: [too_far] * len(cases))
+    monkeypatch.setattr(replay, "replay_wide", lambda *_: replay.Moves([1.0], [0.0]))
     assert replay.main([]) == 1
     assert "FAILED" in capsys.readouterr().out
