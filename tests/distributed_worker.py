@@ -32,9 +32,9 @@ class OwnShare(Private):
     own: list
     count = 0
 
-    def capture(self, examples):
+    def capture(self, examples, rows=None):
         self.count += len(examples)
-        return super().capture(examples)
+        return super().capture(examples, rows)
 
     def release(self, total, step):
         self.own.append(self.count)

@@ -4,6 +4,7 @@ The unit is a person, a conversation, or whatever a column of the data tells apa
 to the sum of a step follows from its own rows, the parameters and the step.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -40,6 +41,10 @@ class Units:
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def fingerprint(self) -> str:
+        """A hash of whose each row is, made of private data."""
+        return hashlib.sha256(self.of_row.data).hexdigest()
 
     def rows_of(self, units: np.ndarray, random: SecureRandom) -> np.ndarray:
         """At most K rows of each unit, any K with equal probability.
