@@ -8,7 +8,8 @@ place of what is released, so that each step starts from the same parameters. Th
 then move by at most C(1 + 1e-5), the optimizer's vector not at all, and the same holds for every
 adaptive sequence of steps. Mixed lengths; Type A (uncond_generation) and Type C (vicuna); gradient
 checkpointing off and on; a clip norm that most examples reach and one that half of them do; one
-process and two; with dropout. Exit code 0 if no example moves a sum by more, else 1.
+process and two; with dropout. With --unit it is person k, of one to six rows, that is left out of
+step k. Exit code 0 if none moves a sum by more, else 1.
 """
 
 import itertools
@@ -23,6 +24,13 @@ import numpy as np
 import torch
 
 from privacy_checks.observed_run import Observation, PublicSteps, observe, save_tiny_model
+from privacy_checks.persons import (
+    ROWS_IN_A_STEP,
+    ReplayedPersons,
+    replayed_owners,
+    save_rows,
+    unit_flags,
+)
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
 from utils.command_line.parser import flag, read_flags
 from utils.files import write_json
@@ -38,6 +46,7 @@ STYLES = (UNCONDITIONAL, "vicuna")
 CLIP_NORMS = (0.25, 1.4)
 LONGEST = 60
 DATASETS = {UNCONDITIONAL: "letters.jsonl", "vicuna": "labelled_letters.jsonl"}
+WHAT = {False: "examples", True: "persons"}
 RESULTS = "moves.json"
 
 # Prompt style, gradient checkpointing, clip norm.
@@ -49,6 +58,7 @@ class Settings:
     """The flags of the replay."""
 
     examples: int = flag("and as many steps", 8)
+    unit: bool = flag("leave out persons of several rows, in a run that protects them", False)
     json: Path | None = flag("also write this", type=Path, metavar="FILE")
 
 
@@ -66,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         for processes in (1, 2)
         for (style, checkpointing, clip_norm), moves in zip(
-            cases, replay(cases, settings.examples, processes)
+            cases, replay(cases, settings.examples, processes, settings.unit)
         )
     ]
     for case in results:
@@ -74,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{case['prompt_style']}, checkpointing {checkpointing}, C {case['clip_norm']:g}, "
             f"{case['processes']} process(es): largest move {case['largest_move']:.8f} C, "
-            f"{case['examples_clipped']} of {settings.examples} examples clipped"
+            f"{case['examples_clipped']} of {settings.examples} {WHAT[settings.unit]} clipped"
         )
     passed = all(case["largest_move"] <= 1 + TOLERANCE for case in results)
     print(f"{'PASSED' if passed else 'FAILED'}: bound (1 + {TOLERANCE:g}) C")
@@ -85,12 +95,15 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_OK if passed else EXIT_FAILED
 
 
-def replay(cases: list[Case], examples: int, processes: int = 1) -> list[list[float]]:
+def replay(
+    cases: list[Case], examples: int, processes: int = 1, unit: bool = False
+) -> list[list[float]]:
     """How far leaving out one example moves what the optimizer is given, over C / total_bs.
 
     Args:
         cases: what each pair of runs is made with.
         examples: in the data; each is left out in one step.
+        unit: whether it is persons of several rows that are counted, left out and protected.
         processes: that share the batches; with more than one they talk through gloo.
 
     Returns:
@@ -99,18 +112,18 @@ def replay(cases: list[Case], examples: int, processes: int = 1) -> list[list[fl
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tiny_model(folder / "model")
-        _save_data(folder, examples)
+        _save_data(folder, replayed_owners(examples) if unit else np.arange(examples))
         if processes == 1:
-            return _replay_in_process(folder, cases, examples)
+            return _replay_in_process(folder, cases, examples, unit)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        arguments = (folder, cases, examples, processes, port)
+        arguments = (folder, cases, examples, unit, processes, port)
         torch.multiprocessing.spawn(_rank, arguments, nprocs=processes)
         return json.loads((folder / RESULTS).read_text())
 
 
-def _save_data(folder: Path, examples: int) -> None:
+def _save_data(folder: Path, owners: np.ndarray) -> None:
     random = np.random.default_rng(0)
 
     def text() -> str:
@@ -119,12 +132,17 @@ def _save_data(folder: Path, examples: int) -> None:
         return "".join(random.choice(list("abcdef "), random.integers(1, longest)))
 
     for name in DATASETS.values():
-        rows = [json.dumps({"instruction": text(), "answer": text()}) for _ in range(examples)]
-        (folder / name).write_text("\n".join(rows) + "\n")
+        save_rows(folder / name, owners, text)
 
 
 def _rank(
-    rank: int, folder: Path, cases: list[Case], examples: int, processes: int, port: int
+    rank: int,
+    folder: Path,
+    cases: list[Case],
+    examples: int,
+    unit: bool,
+    processes: int,
+    port: int,
 ) -> None:
     """One of several processes."""
     os.environ |= {
@@ -132,18 +150,20 @@ def _rank(
         "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    moves = _replay_in_process(folder, cases, examples)
+    moves = _replay_in_process(folder, cases, examples, unit)
     if rank == 0:
         write_json(folder / RESULTS, moves)
     torch.distributed.destroy_process_group()
 
 
-def _replay_in_process(folder: Path, cases: list[Case], examples: int) -> list[list[float]]:
+def _replay_in_process(
+    folder: Path, cases: list[Case], examples: int, unit: bool
+) -> list[list[float]]:
     torch.set_num_threads(1)
     moves = []
     for number, case in enumerate(cases):
         whole, without_one = (
-            _run(folder, f"{number}-{leaves_out}", case, examples, leaves_out)
+            _run(folder, f"{number}-{leaves_out}", case, examples, unit, leaves_out)
             for leaves_out in (False, True)
         )
         *_, clip_norm = case
@@ -165,7 +185,9 @@ class Replayed(PublicSteps):
         return np.delete(everyone, step) if self.leaves_out else everyone
 
 
-def _run(folder: Path, job: str, case: Case, examples: int, leaves_out: bool) -> Observation:
+def _run(
+    folder: Path, job: str, case: Case, examples: int, unit: bool, leaves_out: bool
+) -> Observation:
     style, checkpointing, clip_norm = case
     argv = [
         f"--dataset_name={folder / DATASETS[style]}", f"--model_name={folder / 'model'}",
@@ -175,8 +197,9 @@ def _run(folder: Path, job: str, case: Case, examples: int, leaves_out: bool) ->
         "--noise_multiplier=1", f"--total_bs={examples}", f"--num_epochs={examples}",
         f"--save_steps={examples}", "--insecure_fixed_noise_seed=0",
         *(["--gradient_checkpointing"] if checkpointing else []),
+        *(unit_flags(ROWS_IN_A_STEP) if unit else []),
     ]  # fmt: skip
-    return observe(argv, Replayed, leaves_out=leaves_out)
+    return observe(argv, ReplayedPersons if unit else Replayed, leaves_out=leaves_out)
 
 
 if __name__ == "__main__":
