@@ -213,6 +213,24 @@ def test_a_unit_is_the_same_to_the_last_bit_whatever_other_units_there_are(unit)
     assert with_all.norm() > 0
 
 
+@pytest.mark.parametrize("clip_norm", [0.5, 1e4])
+def test_the_norm_of_a_million_numbers_is_exact(clip_norm):
+    parameters, values = 1_000_000, torch.tensor([0.1, 3.0])
+
+    class Constant:
+        def add_examples(self, sums, places):
+            sums[places] += values[:, None]
+
+    sums = UnitSums(Units(np.arange(2), 1))
+    sums.expect(np.arange(2), 1)
+    total = torch.zeros(parameters)
+    norms = sums.add(Constant(), np.arange(2), total, clip_norm, "flat")
+    true = values.double() * parameters**0.5
+    assert torch.allclose(norms.double(), true, rtol=1e-6)
+    expected = true.clamp(max=clip_norm).sum().item()
+    assert total.double().norm().item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_more_units_at_once_than_have_room_at_first():
     owners = np.tile(np.arange(UNITS_AT_ONCE + 9), 2)  # second rows come after all first ones
     lengths = np.random.default_rng(0).integers(2, 20, len(owners)).tolist()
