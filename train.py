@@ -12,7 +12,6 @@ everything that the guarantee does not cover. A stopped run goes on with --resum
 data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no kind.
 """
 
-import hashlib
 import os
 import sys
 import time
@@ -225,7 +224,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     dtype = resolve_dtype(settings.dtype, device)
     base = load_base_model(settings.model_name, dtype)
     fingerprint = model_fingerprint(base)
-    require_one_job(settings, plan, fingerprint, data)
+    require_one_job(settings, plan, fingerprint, data, units)
     if bits := settings.quantised_bits:
         base = load_quantised_model(settings.model_name, dtype, bits, device)
     if plan:
@@ -380,6 +379,7 @@ def require_one_job(
     plan: PrivacyPlan | None,
     fingerprint: str,
     data: dict[str, TokenisedExamples],
+    units: Units | None,
 ) -> None:
     """Refuse a job whose processes would not train the same model on the same data."""
     facts: dict[str, object] = {
@@ -387,6 +387,7 @@ def require_one_job(
         "training data": data["train"].fingerprint(),
         "validation data": data["val"].fingerprint() if "val" in data else None,
         "privacy plan": plan and plan.digest(),
+        "unit of some row": units and units.fingerprint(),
     }
     flags = settings.run_settings
     facts |= {f"--{name}": flags[name] for name in flags.keys() - DIFFERS_BY_MACHINE}
@@ -398,7 +399,7 @@ def fingerprints(
 ) -> dict:
     """Of the training data as it is read, and as it was prepared: for `private/` alone."""
     prepared = len(rows) - settings.canaries.num_rows
-    of_units = {} if units is None else {"units": hashlib.sha256(units.of_row.data).hexdigest()}
+    of_units = {} if units is None else {"units": units.fingerprint()}
     return of_units | {
         "training_data": tokens.fingerprint(),
         "rows_fingerprint": rows_fingerprint(islice(rows["instruction"], prepared)),

@@ -11,8 +11,10 @@ have no power. Sums over steps cannot show a bad sampler or noise that repeats, 
 the noise of that run, and of a second one in another process, are tested apart. Nor can they show
 that one example changes how others are computed, so a short replay of a model of 576 features in
 bfloat16 leaves out rows and asks that no other row's gradient moves. All other randomness is real,
-so a sound run fails once in a thousand times. --break shows that a broken mechanism is caught.
-Exit code 0 if everything passes, else 1.
+so a sound run fails once in a thousand times. With --unit each canary is a person with four
+identical rows, in a run that protects persons; another run on the same data, with the same noise,
+protects rows, and shows that a person is lost in it. --break shows that a broken mechanism is
+caught. Exit code 0 if everything passes, else 1.
 """
 
 import json
@@ -33,6 +35,8 @@ import torch
 from privacy_checks import randomness
 from privacy_checks.estimators import correct_guesses, gaussian_pair, gdp, one_run, one_run_f_dp
 from privacy_checks.observed_run import NUM_PARAMETERS, Observation, observe, save_tiny_model
+from privacy_checks.persons import BREAKS as BREAKS_OF_PERSONS
+from privacy_checks.persons import CANARY_CAP, CANARY_ROWS, of_persons, save_rows, unit_flags
 from privacy_checks.replay import replay_wide
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, read_flags
@@ -65,6 +69,10 @@ GUESSED = 5
 REPLAYED_STEPS = 2
 # The second run: Poisson samples of a fifth of the examples.
 SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE = 100, 20, 100, 1.0
+
+
+# Canaries, steps and sigma: with and without --unit, where a canary has several rows.
+SIZES = {False: (4000, 16, 4.0), True: (2000, 4, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -226,10 +234,11 @@ def _no_shapes(*_) -> tuple[Shapes | None, Numerics]:
     return None, Numerics(0.0, "nothing")
 
 
-BREAKS = {
+BREAKS: dict[str, type[Private]] = {
     "noise_half": NoiseHalf, "clip_double": ClipDouble, "no_clip": NoClip,
     "reuse_noise": ReuseNoise, "shuffle": Shuffle,
 }  # fmt: skip
+BREAKS |= BREAKS_OF_PERSONS
 COUPLINGS = {
     "dropout_by_place": Coupling(
         str(DropoutByPlace.__doc__), (DropoutByPlace,), ("--lora_dropout=0.1",)
@@ -262,16 +271,19 @@ DESCRIPTIONS = {name: str(broken.__doc__) for name, broken in BREAKS.items()} | 
 class Settings:
     """The flags of the audit."""
 
-    canaries: int = flag("in and out together", 4000)
-    steps: int = flag("logical steps", 16)
-    noise_multiplier: float = flag("sigma", 4.0)
+    unit: bool = flag("canaries are persons of several rows, in a run that protects them", False)
+    canaries: int = flag("in and out together (default 4000; 2000 with --unit)", None)
+    steps: int = flag("logical steps (default 16; 4 with --unit)", None)
+    noise_multiplier: float = flag("sigma (default 4; 2 with --unit)", None)
     delta: float = flag("of the claim", 1e-5)
     broken: str | None = flag("audit this broken mechanism", name="--break", choices=DESCRIPTIONS)
     json: Path | None = flag("also write this", type=Path, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = read_flags(Settings, __doc__, argv)
+    settings = with_sizes(read_flags(Settings, __doc__, argv))
+    if settings.broken in BREAKS_OF_PERSONS and not settings.unit:
+        raise UsageError(f"--break {settings.broken} needs --unit: it breaks what protects persons")
     if not 100 <= settings.canaries <= NUM_PARAMETERS:
         raise UsageError(
             f"--canaries {settings.canaries}: must be between 100 and {NUM_PARAMETERS}, one for "
@@ -281,16 +293,17 @@ def main(argv: list[str] | None = None) -> int:
     # The second run is in a process of its own, so that its keys come from another start.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
-        sampled = pool.submit(sampled_run, settings.broken)
-        inside, run = canary_run(
-            settings.canaries,
-            settings.steps,
-            settings.noise_multiplier,
-            settings.delta,
-            settings.broken,
-        )
+        sampled = pool.submit(sampled_run, settings.broken, settings.unit)
+        sizes = (settings.canaries, settings.steps, settings.noise_multiplier, settings.delta)
+        of_rows = pool.submit(canary_run, *sizes, None, ROWS_OF_PERSONS) if settings.unit else None
+        protects = PERSONS if settings.unit else EXAMPLES
+        inside, run = canary_run(*sizes, settings.broken, protects)
         second = sampled.result()
-    result = judge(inside, run, second, others_move(settings.broken))
+        others = others_move(settings.broken)
+        if of_rows:
+            result = judge_persons(inside, run, second, others, *of_rows.result())
+        else:
+            result = judge(inside, run, second, others)
     result |= {"broken": settings.broken, "seconds": round(time.monotonic() - began, 1)}
     print(as_text(result))
     if settings.json:
@@ -300,13 +313,35 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_OK if result["passed"] else EXIT_FAILED
 
 
+def with_sizes(settings: Settings) -> Settings:
+    """The sizes that go with the kind of canary, where they are not given."""
+    names = ("canaries", "steps", "noise_multiplier")
+    sizes = dict(zip(names, SIZES[settings.unit]))
+    given = {name: getattr(settings, name) for name in names}
+    return replace(
+        settings, **sizes | {n: value for n, value in given.items() if value is not None}
+    )
+
+
 # ------------------------------------------------------------------------ the runs
+
+# What is a canary, and what does its run protect: an example, that; a person with several rows,
+# that; or such a person, one row.
+EXAMPLES, PERSONS, ROWS_OF_PERSONS = "examples", "persons", "rows of persons"
 
 
 def canary_run(
-    canaries: int, steps: int, noise_multiplier: float, delta: float, broken: str | None = None
+    canaries: int,
+    steps: int,
+    noise_multiplier: float,
+    delta: float,
+    broken: str | None = None,
+    protects: str = EXAMPLES,
 ) -> tuple[np.ndarray, Run]:
     """Train on the canaries that a fair coin put in, all of them in every step.
+
+    Args:
+        protects: EXAMPLES, PERSONS or ROWS_OF_PERSONS.
 
     Returns:
         bool [canaries], which were in, and the run.
@@ -315,16 +350,19 @@ def canary_run(
     inside[SecureRandom().bernoulli_indices(1, 2, canaries)] = True
     coordinates = canary_coordinates(canaries)[inside]
     claim = compute_epsilon([SampledGaussian(1.0, noise_multiplier, steps)], delta).upper
+    rows = np.repeat(coordinates, 1 if protects == EXAMPLES else CANARY_ROWS)
+    drawn = len(rows) if protects == ROWS_OF_PERSONS else len(coordinates)
     run = _train(
-        len(coordinates), len(coordinates), steps, noise_multiplier, claim, delta, broken,
-        coordinates,
-    )  # fmt: skip
+        drawn, drawn, steps, noise_multiplier, claim, delta, broken, rows, protects == PERSONS
+    )
     return inside, run
 
 
-def sampled_run(broken: str | None = None) -> Run:
+def sampled_run(broken: str | None = None, unit: bool = False) -> Run:
     """Train without canaries on Poisson samples, for tests of the batches and of the noise."""
-    return _train(SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE, 1e3, 1e-5, broken)
+    return _train(
+        SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE, 1e3, 1e-5, broken, unit=unit
+    )
 
 
 def others_move(broken: str | None = None) -> float:
@@ -357,19 +395,25 @@ def _train(
     delta: float,
     broken: str | None,
     coordinates: np.ndarray | None = None,
+    unit: bool = False,
 ) -> Run:
+    """Train on equal rows, one for each of the coordinates or, without them, what is drawn."""
+    if unit:
+        more, each = unit_flags(CANARY_CAP), CANARY_ROWS
+    else:
+        more, each = [], 1
+    rows = examples * each if coordinates is None else len(coordinates)
     torch.set_num_threads(1)  # a tiny model's threads would wait for one another
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tiny_model(folder / "model")
-        rows = [json.dumps({"instruction": "canary"})] * examples
-        (folder / "canaries.jsonl").write_text("\n".join(rows) + "\n")
+        save_rows(folder / "canaries.jsonl", np.arange(rows) // CANARY_ROWS, lambda: "canary")
         argv = [
             f"--dataset_name={folder / 'canaries.jsonl'}", f"--model_name={folder / 'model'}",
             f"--output_dir={folder}", "--job_sess=audited", "--prompt_style=uncond_generation",
             "--max_seq_len=8", "--perdevice_bs=500", f"--eps={epsilon!r}", f"--delta={delta!r}",
             f"--clip={CLIP_NORM}", f"--noise_multiplier={noise_multiplier!r}",
-            f"--total_bs={batch}", f"--num_epochs={steps * batch / examples!r}",
+            f"--total_bs={batch}", f"--num_epochs={steps * batch / examples!r}", *more,
         ]  # fmt: skip
         changes = [BREAKS[broken]] if broken in BREAKS else []
         if coordinates is None:
@@ -396,16 +440,7 @@ def judge(inside: np.ndarray, run: Run, second: Run, others: float) -> dict:
         A JSON-able dict with `claimed_epsilon`, `lower_bounds`, `passed` and `checks`.
     """
     claim, delta = run.report["epsilon"]["upper"], run.plan.delta
-    scores = run.updates[:, canary_coordinates(len(inside))].mean(axis=0) / run.plan.clip_norm
-    groups = scores[inside], scores[~inside]
-    guesses = len(inside) // GUESSED
-    one_run_arguments = (correct_guesses(*groups, guesses), guesses, len(inside))
-    bounds = {
-        "gaussian_pair": gaussian_pair(*groups, delta, CONFIDENCE),
-        "gdp": gdp(*groups, THRESHOLDS, delta, CONFIDENCE),
-        "one_run": one_run(*one_run_arguments, delta, CONFIDENCE),
-        "one_run_f_dp": one_run_f_dp(*one_run_arguments, delta, CONFIDENCE),
-    }
+    bounds = _lower_bounds(inside, run)
     best = max(bounds, key=lambda name: bounds[name])
     found = f"{bounds[best]:.3f} ({best})"
     checks = [
@@ -428,6 +463,60 @@ def judge(inside: np.ndarray, run: Run, second: Run, others: float) -> dict:
         "lower_bounds": bounds,
         "passed": all(check.passed for check in checks),
         "checks": [asdict(check) for check in checks],
+    }
+
+
+def judge_persons(
+    inside: np.ndarray,
+    run: Run,
+    second: Run,
+    others: float,
+    inside_rows: np.ndarray,
+    of_rows: Run,
+) -> dict:
+    """`judge` where the canaries are persons, and what a run that protects rows does to them.
+
+    Args:
+        inside, run, second, others: see `judge`; of runs that protect persons.
+        inside_rows, of_rows: of `canary_run` with ROWS_OF_PERSONS.
+    """
+    taken = [of_persons(each.seen.batches) for each in (run, second)]
+    persons, _ = taken[1]
+    of_second = replace(second, seen=replace(second.seen, batches=persons))
+    result = judge(inside, run, of_second, others)
+    claim = of_rows.report["epsilon"]["upper"]
+    bounds = _lower_bounds(inside_rows, of_rows, CANARY_ROWS)
+    lost, most = max(bounds.values()), max(rows for _, rows in taken)
+    checks = [
+        Check("cap", most <= CANARY_CAP, f"{most} rows of a person in a step, of {CANARY_CAP}"),
+        Check(
+            "rows are no persons",
+            lost > CANARY_ROWS * claim,
+            f"where a row has epsilon {claim:.3f}, a person of {CANARY_ROWS} rows has at least "
+            f"{lost:.3f}, above {CANARY_ROWS} x {claim:.3f} = {CANARY_ROWS * claim:.3f}",
+        ),
+    ]
+    return result | {
+        "rows_of_a_person": CANARY_ROWS,
+        "claimed_epsilon_of_a_row": claim,
+        "lower_bounds_where_rows_are_protected": bounds,
+        "passed": result["passed"] and all(check.passed for check in checks),
+        "checks": result["checks"] + [asdict(check) for check in checks],
+    }
+
+
+def _lower_bounds(inside: np.ndarray, run: Run, rows: int = 1) -> dict[str, float]:
+    """Lower bounds on epsilon of a canary that so many rows push, by the name of the estimator."""
+    delta, push = run.plan.delta, rows * run.plan.clip_norm
+    scores = run.updates[:, canary_coordinates(len(inside))].mean(axis=0) / push
+    groups = scores[inside], scores[~inside]
+    guesses = len(inside) // GUESSED
+    one_run_arguments = (correct_guesses(*groups, guesses), guesses, len(inside))
+    return {
+        "gaussian_pair": gaussian_pair(*groups, delta, CONFIDENCE),
+        "gdp": gdp(*groups, THRESHOLDS, delta, CONFIDENCE),
+        "one_run": one_run(*one_run_arguments, delta, CONFIDENCE),
+        "one_run_f_dp": one_run_f_dp(*one_run_arguments, delta, CONFIDENCE),
     }
 
 
@@ -481,9 +570,10 @@ def _statistical(name: str, p_value: float) -> Check:
 
 def as_text(result: dict) -> str:
     """The result for a terminal."""
-    broken = result["broken"]
+    broken, rows = result["broken"], result.get("rows_of_a_person")
+    kind = f"persons of {rows} rows as canaries" if rows else "canaries"
     lines = [
-        f"Audit of train.py with {result['canaries']} canaries, {result['canaries_inside']} of "
+        f"Audit of train.py with {result['canaries']} {kind}, {result['canaries_inside']} of "
         f"them in the data: {result['steps']} steps, sampling rate {result['sampling_rate']:g}, "
         f"noise multiplier {result['noise_multiplier']:g}.",
         *([f"BROKEN ON PURPOSE: {DESCRIPTIONS[broken]}"] if broken else []),

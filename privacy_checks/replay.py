@@ -14,7 +14,8 @@ The cases are of a tiny model on mixed lengths: Type A (uncond_generation) and T
 gradient checkpointing off and on; a clip norm that most rows reach and one that half of them do;
 one process and two; with dropout. Then 64 rows, of which some pass together and some do not, on a
 model of 576 features, in float32 and bfloat16, with one thread and two; or, with one of --model,
---dtype, --device and --threads, on the one model that they say. Exit code 0 if nothing moves by
+--dtype, --device and --threads, on the one model that they say. With --unit it is person k, of one
+to six rows, that is left out of step k of the tiny model's cases. Exit code 0 if nothing moves by
 more, else 1.
 """
 
@@ -33,7 +34,14 @@ import torch
 
 from privacy_checks import tiny_model
 from privacy_checks.observed_run import Observation, PublicSteps, observe, save_tiny_model
-from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
+from privacy_checks.persons import (
+    ROWS_IN_A_STEP,
+    ReplayedPersons,
+    replayed_owners,
+    save_rows,
+    unit_flags,
+)
+from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_int, read_flags
 from utils.dp_utils import clip_factors
 from utils.files import write_json
@@ -71,6 +79,7 @@ class Settings:
     """The flags of the replay."""
 
     examples: int = flag("of the tiny model, and as many steps", 8)
+    unit: bool = flag("leave out persons of several rows, in a run that protects them", False)
     model: str | None = flag("replay this one alone: a folder or a hub id", metavar="PATH")
     dtype: str | None = flag("of one model, float32 if not given", choices=DTYPES)
     device: str | None = flag(
@@ -105,6 +114,8 @@ class Moves:
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
+    if settings.unit and settings.one_model:
+        raise UsageError("--unit is of the tiny model: leave the flags of one model out")
     results = [
         case | _figures(moves)
         for case, moves in (_one_model(settings) if settings.one_model else _all_cases(settings))
@@ -138,9 +149,11 @@ def _all_cases(settings: Settings) -> list[tuple[dict, Moves]]:
         )
         for processes in (1, 2)
         for (style, checkpointing, clip_norm), moves in zip(
-            cases, replay(cases, settings.examples, processes)
+            cases, replay(cases, settings.examples, processes, settings.unit)
         )
     ]
+    if settings.unit:
+        return results
     for dtype, threads in itertools.product(DTYPES, THREADS):
         facts = {"model": "576 features", "dtype": dtype, "threads": threads}
         results.append((facts, replay_wide(dtype, threads)))
@@ -182,19 +195,21 @@ def _line(case: dict) -> str:
         )
     return (
         f"{about}: largest move {case['largest_move']:.8f} C, {case['examples_clipped']} of "
-        f"{case['left_out']} rows clipped; the others moved by {case['others_move']:.2g} C"
+        f"{case['left_out']} rows or persons clipped; "
+        f"the others moved by {case['others_move']:.2g} C"
     )
 
 
 # ------------------------------------------------------------------------ the tiny model
 
 
-def replay(cases: list[Case], examples: int, processes: int = 1) -> list[Moves]:
+def replay(cases: list[Case], examples: int, processes: int = 1, unit: bool = False) -> list[Moves]:
     """How far leaving out one example moves what the optimizer is given, and the others.
 
     Args:
         cases: what each pair of runs is made with.
         examples: in the data; each is left out in one step.
+        unit: whether it is persons of several rows that are counted, left out and protected.
         processes: that share the batches; with more than one they talk through gloo.
 
     Returns:
@@ -203,18 +218,22 @@ def replay(cases: list[Case], examples: int, processes: int = 1) -> list[Moves]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tiny_model(folder / "model")
-        _save_data(folder, examples)
+        _save_data(folder, _owners(examples, unit))
         if processes == 1:
-            return _replay_in_process(folder, cases, examples)
+            return _replay_in_process(folder, cases, examples, unit)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        arguments = (folder, cases, examples, processes, port)
+        arguments = (folder, cases, examples, unit, processes, port)
         torch.multiprocessing.spawn(_rank, arguments, nprocs=processes)
         return [Moves(**moves) for moves in json.loads((folder / RESULTS).read_text())]
 
 
-def _save_data(folder: Path, examples: int) -> None:
+def _owners(examples: int, unit: bool) -> np.ndarray:
+    return replayed_owners(examples) if unit else np.arange(examples)
+
+
+def _save_data(folder: Path, owners: np.ndarray) -> None:
     random = np.random.default_rng(0)
 
     def text() -> str:
@@ -223,8 +242,7 @@ def _save_data(folder: Path, examples: int) -> None:
         return _letters(random, random.integers(1, longest))
 
     for name in DATASETS.values():
-        rows = [{"instruction": text(), "answer": text()} for _ in range(examples)]
-        _save_rows(folder / name, rows)
+        save_rows(folder / name, owners, text)
 
 
 def _letters(random: np.random.Generator, count: int) -> str:
@@ -236,7 +254,13 @@ def _save_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _rank(
-    rank: int, folder: Path, cases: list[Case], examples: int, processes: int, port: int
+    rank: int,
+    folder: Path,
+    cases: list[Case],
+    examples: int,
+    unit: bool,
+    processes: int,
+    port: int,
 ) -> None:
     """One of several processes."""
     os.environ |= {
@@ -244,18 +268,23 @@ def _rank(
         "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    moves = _replay_in_process(folder, cases, examples)
+    moves = _replay_in_process(folder, cases, examples, unit)
     if rank == 0:
         write_json(folder / RESULTS, [asdict(each) for each in moves])
     torch.distributed.destroy_process_group()
 
 
-def _replay_in_process(folder: Path, cases: list[Case], examples: int) -> list[Moves]:
+def _replay_in_process(folder: Path, cases: list[Case], examples: int, unit: bool) -> list[Moves]:
     torch.set_num_threads(1)
+    rows, replayed = len(_owners(examples, unit)), ReplayedPersons if unit else Replayed
+    more = unit_flags(ROWS_IN_A_STEP) if unit else []
     return [
-        _moves(folder, _argv(folder, case, examples), f"{number}", examples, case[-1])
+        _moves(
+            folder, [*_argv(folder, case, examples), *more], f"{number}", examples, rows, case[-1],
+            replayed,
+        )
         for number, case in enumerate(cases)
-    ]
+    ]  # fmt: skip
 
 
 def _argv(folder: Path, case: Case, examples: int) -> list[str]:
@@ -332,7 +361,8 @@ def replay_rows(
                 f"--max_seq_len={WIDE_LONGEST + GRID_STEP}", "--perdevice_bs=4",
                 f"--clip={WIDE_CLIP_NORM}", *_common_flags(WIDE_ROWS, steps), *flags,
             ]  # fmt: skip
-            return _moves(folder, argv, "wide", WIDE_ROWS, WIDE_CLIP_NORM, changes, device)
+            sizes = (WIDE_ROWS, WIDE_ROWS, WIDE_CLIP_NORM)
+            return _moves(folder, argv, "wide", *sizes, Replayed, changes, device)
     finally:
         torch.set_num_threads(kept)
 
@@ -363,13 +393,17 @@ class Replayed(PublicSteps):
 
 
 class Recorded(Private):
-    """Writes what each row adds to a step's sum to a file: float32 [steps, rows, parameters].
+    """Writes each row's own gradient to a file: float32 [steps, rows, parameters].
+
+    Clipped, as the row adds it to a step's sum; as it is where it is its person's that is clipped.
 
     Attributes:
         contributions: the file, which is there; the processes of a job share it.
+        num_rows: of the data.
     """
 
     contributions: Path
+    num_rows: int
 
     def begin(self, step: int, rank: int) -> None:
         super().begin(step, rank)
@@ -385,11 +419,13 @@ class Recorded(Private):
             self.gradients.of_example(place)[:size].cpu() for place in range(len(self._examples))
         ]
         norms = super().add(total)
-        factors = clip_factors(norms, plan.clip_norm, plan.clip_function).cpu()
+        factors = torch.ones(len(gradients))
+        if plan.unit_sampling is None:
+            factors = clip_factors(norms, plan.clip_norm, plan.clip_function).cpu()
         with self.contributions.open("r+b") as file:
             for row, gradient, factor in zip(self._examples.tolist(), gradients, factors):
                 clipped = torch.where(factor > 0, factor * gradient, 0.0).numpy()
-                file.seek((self._step * self.num_examples + row) * clipped.nbytes)
+                file.seek((self._step * self.num_rows + row) * clipped.nbytes)
                 file.write(clipped.tobytes())
         return norms
 
@@ -398,12 +434,19 @@ def _moves(
     folder: Path,
     argv: list[str],
     job: str,
+    examples: int,
     rows: int,
     clip_norm: float,
+    replayed: type[PublicSteps],
     changes: Sequence[type[Private]] = (),
     device: str = "cpu",
 ) -> Moves:
-    """What leaving out row k in step k moves in the run of `argv`."""
+    """What leaving out example k in step k moves in the run of `argv`.
+
+    Args:
+        examples: that are counted: rows, or the persons whose they are.
+        replayed: who is drawn.
+    """
     files = [folder / f"{job}-{leaves_out}.float32" for leaves_out in (False, True)]
     pair: list[Observation] = []
     for file in files:
@@ -414,17 +457,18 @@ def _moves(
                 [*argv, *more],
                 *changes,
                 Recorded,
-                Replayed,
+                replayed,
                 device=device,
                 leaves_out=bool(len(pair)),
                 contributions=file,
+                num_rows=rows,
             )
         )
     whole, without_one = pair
     moved = np.array(whole.clipped_sums) - np.array(without_one.clipped_sums)
     # Released were equal vectors: what differs in the updates came past the mechanism.
     moved_past = np.array(whole.updates) - np.array(without_one.updates)
-    total = np.linalg.norm(moved, axis=1) + rows * np.linalg.norm(moved_past, axis=1)
+    total = np.linalg.norm(moved, axis=1) + examples * np.linalg.norm(moved_past, axis=1)
     others = [
         float(np.linalg.norm(_others(files, step, batches, rows, moved.shape[1])))
         for step, batches in enumerate(zip(whole.batches, without_one.batches))

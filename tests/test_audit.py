@@ -2,11 +2,13 @@
 
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from privacy_checks import audit, randomness
+from privacy_checks.persons import CANARY_ROWS
 from tests.mutated_train import observe_mutated_training
 from utils.secure_random import SecureRandom
 
@@ -84,6 +86,65 @@ def test_noise_that_repeats_at_another_process_start_is_caught(sound):
         run.seen.released[2] = kept
     assert "noise between process starts" in caught
     assert "noise between and within steps" not in caught
+
+
+# ---------------------------------------------------------------- persons
+
+# With other sizes the full audit of persons is the small one of examples.
+PERSONS = SMALL | {"canaries": 2000, "protects": audit.PERSONS}
+
+
+@pytest.fixture(scope="module")
+def persons():
+    """Runs as in `sound`, whose canaries are persons, and one that protects their rows."""
+    rows = audit.canary_run(**PERSONS | {"protects": audit.ROWS_OF_PERSONS})
+    return audit.canary_run(**PERSONS), audit.sampled_run(unit=True), rows
+
+
+def test_persons_are_protected_where_rows_are_not(persons):
+    run, second, rows = persons
+    result = audit.judge_persons(*run, second, *rows)
+    assert failed(result) == set()
+    assert result["passed"]
+    claim = result["claimed_epsilon"]
+    assert claim == result["claimed_epsilon_of_a_row"] == pytest.approx(4.377, abs=1e-3)
+    assert 0.6 * claim <= max(result["lower_bounds"].values()) <= claim
+    assert max(result["lower_bounds_where_rows_are_protected"].values()) > CANARY_ROWS * claim
+    # The run that protects persons is no example of one that does not.
+    swapped = audit.judge_persons(*run, second, *run)
+    assert failed(swapped) == {"rows are no persons"}
+    assert not swapped["passed"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "catches"),
+    [
+        ("cap_ignored", {"cap"}),
+        ("mean_by_row_clip", {"claim", "clip"}),
+        ("noise_half", {"claim", "noise scale"}),
+        ("clip_double", {"claim", "clip"}),
+    ],
+)
+def test_a_broken_protection_of_persons_is_caught(persons, broken, catches):
+    _, second, rows = persons
+    result = audit.judge_persons(*audit.canary_run(**PERSONS, broken=broken), second, *rows)
+    assert not result["passed"]
+    assert catches <= failed(result) <= catches | {"power", "grid"}
+
+
+def test_a_person_who_is_drawn_for_each_row_is_caught(persons):
+    run, second, rows = persons
+    # As a sampler of rows would: each row by itself.
+    batches = [np.flatnonzero(taken) for taken in bernoulli(examples=100 * CANARY_ROWS)]
+    by_row = replace(second, seen=replace(second.seen, batches=batches))
+    assert {"sampler, batch sizes", "sampler, counts of examples"} <= failed(
+        audit.judge_persons(*run, by_row, *rows)
+    )
+
+
+def test_a_break_of_persons_needs_persons():
+    with pytest.raises(audit.UsageError, match="--break cap_ignored needs --unit"):
+        audit.main(["--break=cap_ignored"])
 
 
 # ---------------------------------------------------------------- defects in train.py itself
@@ -236,10 +297,14 @@ def test_a_useless_number_of_canaries_is_refused(canaries, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [None, *audit.DESCRIPTIONS])
-def test_the_full_size_audit(tmp_path, broken):
+@pytest.mark.parametrize(
+    ("unit", "broken"),
+    [(unit, broken) for unit in (False, True) for broken in (None, *audit.DESCRIPTIONS)
+     if unit or broken not in audit.BREAKS_OF_PERSONS],
+)  # fmt: skip
+def test_the_full_size_audit(tmp_path, unit, broken):
     file = tmp_path / "audit.json"
-    more = ["--break", broken] if broken else []
+    more = [*(["--break", broken] if broken else []), *(["--unit"] if unit else [])]
     assert audit.main([f"--json={file}", *more]) == (1 if broken else 0)
     result = json.loads(file.read_text())
     assert result["passed"] is (broken is None)

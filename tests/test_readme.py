@@ -109,6 +109,10 @@ def clone(tmp_path_factory, tiny_model_dir):
         parts = {"train": range(64), "val": range(64, 68), "test": range(68, 92)}
         datasets.DatasetDict({part: split.select(those) for part, those in parts.items()}
                              ).save_to_disk(data / name)  # fmt: skip
+    persons = [f"user {row // 2}" for row in range(92)]
+    datasets.Dataset.from_dict({"instruction": rows["instruction"], "user_id": persons}).to_json(
+        data / "chats.jsonl"
+    )
     for file in ("data/quickstart_questions.txt", "utils/alpaca_eval_instructions.txt"):
         write_instruction_file(folder / file, ["say hello", "say bye"])
     return folder
@@ -261,3 +265,27 @@ def test_epsilon_of_a_person_with_two_rows():
     assert results == [pytest.approx(epsilons[2], abs=0.03)]
     alone = compute_epsilon([SampledGaussian(4096 / 180_000, 1.125, 439)], 5e-7)
     assert epsilons[1] == pytest.approx(alone.upper, abs=0.01)
+
+
+def test_noise_of_persons():
+    """Sigma of the table is the least that meets epsilon, to the third decimal."""
+    page, persons, rows = PAGES["unit_of_privacy.md"], 60_000, 180_000
+    sigmas = [
+        [float(sigma) for sigma in re.findall(r"([\d.]+) \(\d\.\de-\d\)", line)]
+        for line in page.splitlines()
+        if re.match(r"\| `(units|rows)` \|", line)
+    ]
+    runs = {
+        (0, 0): (persons, 4096, 146, 1), (1, 0): (persons, 1365, 439, 1),
+        (2, 0): (persons, 4096, 146, 1), (2, 1): (rows, 4096, 439, 4),
+        (2, 2): (rows, 4096, 439, 16),
+    }  # fmt: skip
+    assert [len(set(line)) for line in sigmas] == [1, 1, 3]
+    for (line, column), (n, batch, steps, most) in runs.items():
+        sigma = sigmas[line][column]
+        assert f"{sigma} ({float(f'{sigma / batch:.1e}'):.1e}".replace("e-0", "e-") in page
+        found = [
+            compute_epsilon([SampledGaussian(batch / n, noise, steps, most)], 5e-7).upper
+            for noise in (sigma, sigma - 0.001)
+        ]
+        assert found[0] <= 5.94 < found[1]

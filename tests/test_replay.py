@@ -4,16 +4,19 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from privacy_checks import replay
+from privacy_checks.persons import MOST_ROWS, ROWS_IN_A_STEP, replayed_owners, unit_flags
 from tests.mutated_train import observe_mutated_training
 from utils.runs import probe
 from utils.texts.prompts import UNCONDITIONAL
 
 EXAMPLES = 8
+ADD = "plan = self.plan\n        "
 DRAW = "on_main_process(partial(mechanism.draw, step))"
 TYPE_A, TYPE_C = (UNCONDITIONAL, False, 1.4), ("vicuna", True, 1.4)
 
@@ -100,6 +103,75 @@ def test_on_another_device_others_may_move_as_the_report_says():
     assert replay._reported(inexact) == 0.0015
     assert replay.Moves([1.0], [0.09], allowed=64 * 0.0015).passed
     assert not replay.Moves([1.0], [0.1], allowed=64 * 0.0015).passed
+
+
+# ---------------------------------------------------------------- persons
+
+
+def test_a_person_moves_the_sum_by_at_most_the_clip_norm():
+    for moves in replay.replay([TYPE_A, TYPE_C], EXAMPLES, unit=True):
+        assert max(moves.others) == 0
+        moves = moves.total
+        assert max(moves) <= 1 + replay.TOLERANCE
+        assert max(moves) > 1 - 1e-4
+        assert min(moves) < 0.9
+
+
+def test_so_does_one_where_two_processes_share_the_persons():
+    alone = replay.replay([TYPE_A], EXAMPLES, unit=True)
+    (moves,) = replay.replay([TYPE_A], EXAMPLES, processes=2, unit=True)
+    assert max(moves.total) <= 1 + replay.TOLERANCE
+    assert max(moves.others) == 0
+    assert moves.total == pytest.approx(alone[0].total, abs=1e-4)
+
+
+def test_so_does_one_in_bfloat16(monkeypatch):
+    in_float32 = replay.replay([TYPE_A], EXAMPLES, unit=True)
+    monkeypatch.setattr(replay, "unit_flags", lambda k: [*unit_flags(k), "--dtype=bfloat16"])
+    (moves,) = replay.replay([TYPE_A], EXAMPLES, unit=True)
+    assert max(moves.total) <= 1 + replay.TOLERANCE
+    assert max(moves.others) == 0
+    assert moves.total != pytest.approx(in_float32[0].total, abs=1e-4)
+
+
+def test_persons_have_more_rows_than_a_step_takes_and_lie_between_one_another():
+    owners = replayed_owners(EXAMPLES)
+    sizes = np.bincount(owners)
+    assert (sizes.min(), sizes.max()) == (1, MOST_ROWS)
+    assert MOST_ROWS > ROWS_IN_A_STEP
+    assert (np.diff(owners) < 0).sum() > 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (DRAW, f"{DRAW}[:9]"),
+        ("released / mechanism.divisor", "released / max(1, len(indices))"),
+        ("self._captured, total, plan.clip_norm", "self._captured, total, 1.01 * plan.clip_norm"),
+        (f"{ADD}if self._units:", f"{ADD}if False:"),  # rows are clipped
+    ],
+    ids=["refilled batch", "realised divisor", "loose clip", "rows are clipped"],
+)  # fmt: skip
+def test_a_coupling_between_persons_shows(monkeypatch, old, new):
+    observe_mutated_training(monkeypatch, old, new)
+    (moves,) = replay.replay([TYPE_A], EXAMPLES, unit=True)
+    assert max(moves.total) > 1 + replay.TOLERANCE
+
+
+def test_the_command_says_that_it_is_persons(monkeypatch, capsys):
+    asked = []
+
+    def replayed(cases, examples, processes, unit):
+        asked.append((examples, processes, unit))
+        return [replay.Moves([0.5, 1.0], [0.0])] * len(cases)
+
+    monkeypatch.setattr(replay, "replay", replayed)
+    assert replay.main(["--unit", "--examples=2"]) == 0
+    assert asked == [(2, 1, True), (2, 2, True)]
+    assert "1 of 2 rows or persons clipped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the command
 
 
 @pytest.mark.slow
