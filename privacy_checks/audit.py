@@ -207,7 +207,9 @@ class Settings:
     """The flags of the audit."""
 
     unit: bool = flag("canaries are persons of several rows, in a run that protects them", False)
-    canaries: int | None = flag("in and out together (default 4000; 2000 with --unit)", type=positive_int)
+    canaries: int | None = flag(
+        "in and out together (default 4000; 2000 with --unit)", type=positive_int
+    )
     steps: int | None = flag("logical steps (default 16; 4 with --unit)", type=positive_int)
     noise_multiplier: float | None = flag("sigma (default 4; 2 with --unit)", type=positive_float)
     delta: float = flag("of the claim", 1e-5)
