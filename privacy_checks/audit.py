@@ -39,7 +39,7 @@ from privacy_checks.persons import BREAKS as BREAKS_OF_PERSONS
 from privacy_checks.persons import CANARY_CAP, CANARY_ROWS, of_persons, save_rows, unit_flags
 from privacy_checks.replay import replay_wide
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import flag, read_flags
+from utils.command_line.parser import flag, positive_float, positive_int, read_flags
 from utils.dp_utils import _Instantiated
 from utils.files import write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
@@ -272,21 +272,24 @@ class Settings:
     """The flags of the audit."""
 
     unit: bool = flag("canaries are persons of several rows, in a run that protects them", False)
-    canaries: int = flag("in and out together (default 4000; 2000 with --unit)", None)
-    steps: int = flag("logical steps (default 16; 4 with --unit)", None)
-    noise_multiplier: float = flag("sigma (default 4; 2 with --unit)", None)
+    canaries: int | None = flag(
+        "in and out together (default 4000; 2000 with --unit)", type=positive_int
+    )
+    steps: int | None = flag("logical steps (default 16; 4 with --unit)", type=positive_int)
+    noise_multiplier: float | None = flag("sigma (default 4; 2 with --unit)", type=positive_float)
     delta: float = flag("of the claim", 1e-5)
     broken: str | None = flag("audit this broken mechanism", name="--break", choices=DESCRIPTIONS)
     json: Path | None = flag("also write this", type=Path, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = with_sizes(read_flags(Settings, __doc__, argv))
+    settings = read_flags(Settings, __doc__, argv)
+    canaries, steps, noise_multiplier = sizes_of(settings)
     if settings.broken in BREAKS_OF_PERSONS and not settings.unit:
         raise UsageError(f"--break {settings.broken} needs --unit: it breaks what protects persons")
-    if not 100 <= settings.canaries <= NUM_PARAMETERS:
+    if not 100 <= canaries <= NUM_PARAMETERS:
         raise UsageError(
-            f"--canaries {settings.canaries}: must be between 100 and {NUM_PARAMETERS}, one for "
+            f"--canaries {canaries}: must be between 100 and {NUM_PARAMETERS}, one for "
             "each parameter of the tiny model's adapter at most"
         )
     began = time.monotonic()
@@ -294,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
         sampled = pool.submit(sampled_run, settings.broken, settings.unit)
-        sizes = (settings.canaries, settings.steps, settings.noise_multiplier, settings.delta)
+        sizes = (canaries, steps, noise_multiplier, settings.delta)
         of_rows = pool.submit(canary_run, *sizes, None, ROWS_OF_PERSONS) if settings.unit else None
         protects = PERSONS if settings.unit else EXAMPLES
         inside, run = canary_run(*sizes, settings.broken, protects)
@@ -313,13 +316,13 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_OK if result["passed"] else EXIT_FAILED
 
 
-def with_sizes(settings: Settings) -> Settings:
-    """The sizes that go with the kind of canary, where they are not given."""
-    names = ("canaries", "steps", "noise_multiplier")
-    sizes = dict(zip(names, SIZES[settings.unit]))
-    given = {name: getattr(settings, name) for name in names}
-    return replace(
-        settings, **sizes | {n: value for n, value in given.items() if value is not None}
+def sizes_of(settings: Settings) -> tuple[int, int, float]:
+    """Canaries, steps and sigma; those that go with the kind of canary where they are not given."""
+    canaries, steps, sigma = SIZES[settings.unit]
+    return (
+        canaries if settings.canaries is None else settings.canaries,
+        steps if settings.steps is None else settings.steps,
+        sigma if settings.noise_multiplier is None else settings.noise_multiplier,
     )
 
 
@@ -398,11 +401,9 @@ def _train(
     unit: bool = False,
 ) -> Run:
     """Train on equal rows, one for each of the coordinates or, without them, what is drawn."""
-    if unit:
-        more, each = unit_flags(CANARY_CAP), CANARY_ROWS
-    else:
-        more, each = [], 1
-    rows = examples * each if coordinates is None else len(coordinates)
+    more = unit_flags(CANARY_CAP) if unit else []
+    drawn_rows = examples * (CANARY_ROWS if unit else 1)
+    rows = drawn_rows if coordinates is None else len(coordinates)
     torch.set_num_threads(1)  # a tiny model's threads would wait for one another
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

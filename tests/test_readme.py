@@ -240,7 +240,7 @@ def test_names_of_files_on_a_page_are_those_of_files(page):
     assert [link for link in links if not (folder / link).exists()] == []
     folders = "utils|tests|evaluation|privacy_checks|benchmarks|data|docs"
     names = re.findall(rf"`((?:{folders})/[\w/.-]+)`", text)
-    made = re.compile(r"data/(quickstart_|labelled_|NAME)|utils/alpaca_eval")
+    made = re.compile(r"data/(quickstart_|labelled_|chats|NAME)|utils/alpaca_eval")
     assert [n for n in names if not made.match(n) and not (ROOT / n).exists()] == []
 
 
