@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 import utils.dp_utils
 from tests.helpers import (
@@ -276,3 +277,18 @@ def test_flat_gradients_are_cut_back_into_place():
     assign_gradient(parameters, torch.arange(10.0))
     assert parameters["a"].grad.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert parameters["b"].grad.tolist() == [6, 7, 8, 9]
+
+
+def test_the_norm_of_a_long_gradient_is_exact():
+    """A float32 sum over two million squares is off by more than the bound on an example allows."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(2048, 1024, bias=False)
+    gradients = PerExampleGradients(layer)
+    inputs = torch.randn(2, 4096, 2048, generator=generator)
+    outputs = torch.randn(2, 4096, 1024, generator=generator)
+    with gradients.capture(2):
+        layer(inputs).backward(outputs)
+    flat = (outputs.transpose(1, 2) @ inputs).flatten(1).double()
+    total = torch.zeros(gradients.num_parameters)
+    norms = gradients.add_clipped_sum(total, 1.0, "flat")
+    assert torch.allclose(norms.double(), flat.norm(dim=1), rtol=1e-6)
