@@ -12,6 +12,7 @@ everything that the guarantee does not cover. A stopped run goes on with --resum
 data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no kind.
 """
 
+import json
 import os
 import sys
 import time
@@ -95,6 +96,8 @@ from utils.texts.units import largest_units, read_units, rows_to_keep
 
 # Flags that may differ between the machines of a job; what they lead to is compared by itself.
 DIFFERS_BY_MACHINE = {"dataset_name", "model_name", "output_dir", "report_to"}
+# What the probe found at each start of a run.
+NUMERICS = "numerics.json"
 # Rows of the largest unit, for every column that seems to say whose a row is.
 LARGEST_UNITS = "largest_units.json"
 # Padded tokens of a microbatch with a fixed number of rows, at least: fewer leave a device idle.
@@ -399,6 +402,10 @@ def fingerprints(
 ) -> dict:
     """Of the training data as it is read, and as it was prepared: for `private/` alone."""
     prepared = len(rows) - settings.canaries.num_rows
+    if settings.unit_column is not None and units is None:
+        # Those that the cap left out are of the same data set.
+        rows = load_splits(settings.dataset_name)["train"]
+        prepared = len(rows)
     of_units = {} if units is None else {"units": units.fingerprint()}
     return of_units | {
         "training_data": tokens.fingerprint(),
@@ -459,6 +466,7 @@ def begin_or_continue(
     checkpoint = load_last_good(folder / "checkpoints") if holds_run(folder) else None
     begin(folder, settings.run_settings, identity, private_identity)
     mechanism.open(folder)
+    mechanism.numerics = with_earlier(folder, mechanism.numerics)
     if checkpoint:
         mechanism.require_head(checkpoint.state["ledger"])
         if not 0 <= checkpoint.state["step"] <= steps:
@@ -724,6 +732,16 @@ def require_movement(before: list[torch.Tensor], parameters: dict[str, torch.Ten
             raise RuntimeError(f"{name} did not move in the first step: it is not being trained")
     if not any(tensor.grad.any() for tensor in parameters.values()):
         raise RuntimeError("every gradient of the first step is zero: nothing is being trained")
+
+
+def with_earlier(folder: Path, numerics: str) -> str:
+    """What the probe found now and at earlier starts of the run, which may have been elsewhere."""
+    file = folder / "private" / NUMERICS
+    found = json.loads(file.read_text()) if file.exists() else []
+    if numerics not in found:
+        found.append(numerics)
+        write_json(file, found)
+    return "; ".join(found)
 
 
 def write_checkpoint(run: Run, step: int) -> None:

@@ -18,10 +18,10 @@ from utils.privacy.accounting import (
 )
 from utils.privacy.guarantee import (
     COVERED,
-    NOT_COVERED,
+    NOT_PROBED,
     NOTHING_COVERED,
-    for_unit,
     listed,
+    not_covered_of,
     rows_of_one_person,
     unit_of,
 )
@@ -94,7 +94,7 @@ def composed_report(
     released = [run.mechanism(run.steps, len(read) > 1) for run in read]
     facts = [run.facts() for run in read]
     not_covered = [
-        *for_unit(NOT_COVERED, plan.unit_column),
+        *not_covered_of(plan.unit_column, "; ".join(each["numerics"] for each in facts)),
         "other runs and histograms of the same private dataset, whose ledgers are not named here: "
         "every one of them adds to epsilon",
     ]
@@ -179,6 +179,7 @@ class _Run:
             "unit_sampling": self.plan.unit_sampling,
             "canaries": self.num_canary_rows,
             "clip_norm": self.plan.clip_norm,
+            "numerics": self.own_report.get("numerics", NOT_PROBED),
             "steps_planned": self.plan.steps,
             "steps_taken": self.steps,
             "steps_lost": self.steps_recorded - self.steps,

@@ -469,6 +469,9 @@ def _moves(
     # Released were equal vectors: what differs in the updates came past the mechanism.
     moved_past = np.array(whole.updates) - np.array(without_one.updates)
     total = np.linalg.norm(moved, axis=1) + examples * np.linalg.norm(moved_past, axis=1)
+    for file in files:
+        # Who was drawn and did not take part added zero.
+        os.truncate(file, len(moved) * rows * moved.shape[1] * np.float32().nbytes)
     others = [
         float(np.linalg.norm(_others(files, step, batches, rows, moved.shape[1])))
         for step, batches in enumerate(zip(whole.batches, without_one.batches))

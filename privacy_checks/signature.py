@@ -21,6 +21,7 @@ SIGNATURE_FILE = "composed_report.sig.json"
 # Of each run, next to its ledger's head: what the guarantee is of, and the claim about it.
 SIGNED_OF_RUN = (
     "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "privacy_report.json",
+    "run_config.json",
 )  # fmt: skip
 OTHERS_MAY = 0o077
 
@@ -102,7 +103,8 @@ def head_of(ledger: Path) -> dict[str, object]:
     if not ledger.is_file():
         return {}
     records = read_ledger(ledger)
-    return {"ledger": {"lines": len(records), "chain": records[-1]["chain"]}}
+    chain = records[-1]["chain"] if records else ""
+    return {"ledger": {"lines": len(records), "chain": chain}}
 
 
 def as_bytes(statement: dict) -> bytes:

@@ -51,7 +51,7 @@ def test_so_does_one_that_two_processes_share():
             1.4,
             False,
         ),
-        (DRAW, f"{DRAW}[:4]", 1.4, False),  # a batch of a fixed size
+        (DRAW, f"{DRAW}[:4]", 1.4, True),  # a batch of a fixed size
     ],
     ids=["batch mean", "token mean", "realised divisor", "loose clip", "refilled batch"],
 )

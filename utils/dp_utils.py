@@ -211,10 +211,11 @@ class PerExampleGradients:
         """
         offset = 0
         for name, tensor in self.parameters.items():
-            gradients = self._captured.pop(name).instantiated()
+            # One example at a time: those of a pair are not made for all of them at once.
+            layer = self._captured.pop(name)
             part = sums[:, offset : offset + tensor.numel()]
-            for place, gradient in zip(places, gradients):
-                part[place] += gradient
+            for example, place in enumerate(places):
+                part[place] += layer.of_example(example).flatten()
             offset += tensor.numel()
 
     @torch.no_grad()
@@ -267,9 +268,6 @@ class _Instantiated:
     def of_example(self, place: int) -> torch.Tensor:
         return self.gradients[place]
 
-    def instantiated(self) -> torch.Tensor:
-        return self.gradients
-
     def silence(self, examples: torch.Tensor) -> None:
         self.gradients.masked_fill_(examples[:, None], 0.0)
 
@@ -294,9 +292,6 @@ class _Pair:
 
     def of_example(self, place: int) -> torch.Tensor:
         return self.output_gradients[place].t() @ self.inputs[place]
-
-    def instantiated(self) -> torch.Tensor:
-        return _Instantiated(self.inputs, self.output_gradients).gradients
 
     def silence(self, examples: torch.Tensor) -> None:
         # Both may be shared with the model's own backward pass, so these are copies.

@@ -405,6 +405,7 @@ def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan 
         unit_column=settings.unit_column,
         max_rows_per_unit=settings.max_rows_per_unit,
         unit_sampling=settings.unit_sampling if settings.unit_column else None,
+        owner=settings.owner,
     )
 
 

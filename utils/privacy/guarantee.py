@@ -34,6 +34,7 @@ COVERED = [
     "synthetic instructions, answers",
     "the number of steps, the learning rate and every other value of run_config.json",
 ]
+NOT_PROBED = "not probed"
 INEXACT = "what kernels change in a row's gradient with the rows next to it"
 NOT_COVERED = [
     "everything under private/: training and validation losses, gradient norms, clip fractions, "
@@ -57,12 +58,23 @@ def unit_of(plan: PrivacyPlan) -> str:
         if plan.unit_sampling == UNITS
         else f"{plan.max_rows_per_unit} of them used"
     )
-    return f"{person(plan.unit_column)}, at most {used}"
+    counts = f", of which the {plan.owner} counts" if plan.owner else ""
+    return f"{person(plan.unit_column)}{counts}, at most {used}"
 
 
 def person(unit_column: str) -> str:
     """The unit where a column says whose a row is, however many rows that are."""
     return f"one person: all rows of the train split with the same value of {unit_column}"
+
+
+def not_covered_of(unit_column: str | None, numerics: str) -> list[str]:
+    """What is not covered where the unit is a row or a person.
+
+    Args:
+        numerics: what probes found, parted by "; ".
+    """
+    exact = all(found.startswith("exact") for found in numerics.split("; "))
+    return for_unit(NOT_COVERED, unit_column) + ([] if exact else [INEXACT])
 
 
 def for_unit(not_covered: list[str], unit_column: str | None) -> list[str]:
@@ -100,7 +112,7 @@ def build_report(
     steps_recorded: int = 0,
     ledger_head: dict | None = None,
     insecure: bool = False,
-    numerics: str = "not probed",
+    numerics: str = NOT_PROBED,
 ) -> dict:
     """The privacy report of a run.
 
@@ -157,10 +169,7 @@ def build_report(
         ),
         "covered": [] if insecure else COVERED,
         "numerics": numerics,
-        "not_covered": [
-            *for_unit(NOT_COVERED, plan.unit_column),
-            *([] if numerics.startswith("exact") else [INEXACT]),
-        ],
+        "not_covered": not_covered_of(plan.unit_column, numerics),
         "plan_hash": plan.digest(),
         "ledger": ledger_head,
     }

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from utils.dp_utils import PerExampleGradients, add_noise
-from utils.privacy.guarantee import build_report
+from utils.privacy.guarantee import NOT_PROBED, build_report
 from utils.privacy.ledger import LEDGER_FILE, Ledger
 from utils.privacy.plan import UNITS, PrivacyPlan
 from utils.privacy.unit_sums import Units, UnitSums
@@ -66,7 +66,7 @@ class Mechanism(ABC):
     num_examples: int
     divisor: int
     loss_normalization: str
-    numerics: str = "not probed"
+    numerics: str = NOT_PROBED
 
     @abstractmethod
     def open(self, folder: Path) -> None:

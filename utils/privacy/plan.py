@@ -53,6 +53,7 @@ class PrivacyPlan:
             ROWS; None without a column.
         unit_sampling: UNITS: a unit is drawn, and the mean gradient of its rows is clipped as one;
             ROWS: rows are drawn and clipped one by one. None without a column.
+        owner: which of several owners of a row counts, `first` or `last`; None where a row has one.
     """
 
     num_examples: int
@@ -70,6 +71,7 @@ class PrivacyPlan:
     unit_column: str | None = None
     max_rows_per_unit: int | None = None
     unit_sampling: str | None = None
+    owner: str | None = None
 
     @property
     def sampling_rate(self) -> float:
@@ -88,7 +90,7 @@ class PrivacyPlan:
     def digest(self) -> str:
         """A hash of every field, which ties ledger and checkpoints to this plan."""
         # Left out where they are None, so that plans from before there were units keep their hash.
-        of_unit = ("unit_column", "max_rows_per_unit", "unit_sampling")
+        of_unit = ("unit_column", "max_rows_per_unit", "unit_sampling", "owner")
         settings = {
             name: value
             for name, value in asdict(self).items()
@@ -122,6 +124,7 @@ def make_plan(
     unit_column: str | None = None,
     max_rows_per_unit: int | None = None,
     unit_sampling: str | None = None,
+    owner: str | None = None,
 ) -> tuple[PrivacyPlan, list[str]]:
     """Make the plan of a run; calibrate sigma where it is None.
 
@@ -164,6 +167,7 @@ def make_plan(
         unit_column=unit_column,
         max_rows_per_unit=max_rows_per_unit,
         unit_sampling=unit_sampling,
+        owner=owner,
     )
     if noise_multiplier is not None:
         spent = compute_epsilon(plan.events(steps) + plan.reserved, delta).upper

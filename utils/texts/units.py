@@ -61,7 +61,7 @@ def read_units(
             value = value[0 if owner == "first" else -1]
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # tables of numbers with gaps
-        if value is None or value == [] or value != value:
+        if value is None or value in ([], "") or value != value:
             if not unowned_rows_are_units:
                 raise UsageError(
                     f"--unit_column {column}: row {row} has no owner; leave such rows out of the "
