@@ -103,7 +103,7 @@ def persons():
 
 def test_persons_are_protected_where_rows_are_not(persons):
     run, second, rows = persons
-    result = audit.judge_persons(*run, second, *rows)
+    result = audit.judge_persons(*run, second, 0.0, *rows)
     assert failed(result) == set()
     assert result["passed"]
     claim = result["claimed_epsilon"]
@@ -111,7 +111,7 @@ def test_persons_are_protected_where_rows_are_not(persons):
     assert 0.6 * claim <= max(result["lower_bounds"].values()) <= claim
     assert max(result["lower_bounds_where_rows_are_protected"].values()) > CANARY_ROWS * claim
     # The run that protects persons is no example of one that does not.
-    swapped = audit.judge_persons(*run, second, *run)
+    swapped = audit.judge_persons(*run, second, 0.0, *run)
     assert failed(swapped) == {"rows are no persons"}
     assert not swapped["passed"]
 
@@ -127,7 +127,7 @@ def test_persons_are_protected_where_rows_are_not(persons):
 )
 def test_a_broken_protection_of_persons_is_caught(persons, broken, catches):
     _, second, rows = persons
-    result = audit.judge_persons(*audit.canary_run(**PERSONS, broken=broken), second, *rows)
+    result = audit.judge_persons(*audit.canary_run(**PERSONS, broken=broken), second, 0.0, *rows)
     assert not result["passed"]
     assert catches <= failed(result) <= catches | {"power", "grid"}
 
@@ -138,7 +138,7 @@ def test_a_person_who_is_drawn_for_each_row_is_caught(persons):
     batches = [np.flatnonzero(taken) for taken in bernoulli(examples=100 * CANARY_ROWS)]
     by_row = replace(second, seen=replace(second.seen, batches=batches))
     assert {"sampler, batch sizes", "sampler, counts of examples"} <= failed(
-        audit.judge_persons(*run, by_row, *rows)
+        audit.judge_persons(*run, by_row, 0.0, *rows)
     )
 
 

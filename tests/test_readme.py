@@ -131,6 +131,7 @@ def endpoint():
         yield server
 
 
+@pytest.mark.timeout(900)
 def test_every_command_runs(clone, endpoint, monkeypatch, capsys):
     monkeypatch.chdir(clone)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")

@@ -71,7 +71,7 @@ def test_what_was_signed_is_verified(words, tmp_path, capsys, form):
         ("job/adapter/adapter_config.json", "run 1: adapter/adapter_config.json is not what"),
         ("job/privacy_report.json", "run 1: privacy_report.json is not what was signed"),
         (f"job/{LEDGER_FILE}", "this ledger was edited"),
-        ("histogram.jsonl", "this ledger was edited"),
+        ("histogram.jsonl", "histogram.jsonl, line 1 "),
         ("out/composed_report.sig.json", "signed by another key, or changed afterwards"),
     ],
 )
