@@ -101,7 +101,7 @@ NUMERICS = "numerics.json"
 # Rows of the largest unit, for every column that seems to say whose a row is.
 LARGEST_UNITS = "largest_units.json"
 # Padded tokens of a microbatch with a fixed number of rows, at least: fewer leave a device idle.
-LEAST_TOKENS_ON_AN_ACCELERATOR, LEAST_TOKENS = 512, {"cpu": 128}
+LEAST_TOKENS, LEAST_TOKENS_ON_A_CPU = 512, 128
 
 
 @dataclass(frozen=True)
@@ -511,7 +511,7 @@ def fixed_shapes(settings: TrainingSettings, token_budget: int, device: torch.de
     The rows that fill up cost at most half of a microbatch for each padded length, so a microbatch
     may be the larger the larger the logical batch is; 3% of the tokens of 4,096 instructions.
     """
-    least = LEAST_TOKENS.get(device.type, LEAST_TOKENS_ON_AN_ACCELERATOR)
+    least = LEAST_TOKENS_ON_A_CPU if device.type == "cpu" else LEAST_TOKENS
     together = settings.total_bs
     if settings.draws_units and settings.max_rows_per_unit:
         together = min(together, UNITS_AT_ONCE) * settings.max_rows_per_unit

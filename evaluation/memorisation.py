@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             TOOL,
             title,
             False,
-            f"{BOOTSTRAP}; {EXACT}",
+            RELEASED_INTERVAL,
             released,
             released_control,
             notes=released_notes,

@@ -126,14 +126,8 @@ class Pushed(Private):
 
     coordinates: np.ndarray
 
-    def capture(
-        self, examples: np.ndarray, rows: int | None = None
-    ) -> AbstractContextManager[None]:
-        self._examples = examples
-        return super().capture(examples, rows)
-
     def add(self, total: torch.Tensor) -> torch.Tensor:
-        coordinates = torch.from_numpy(self.coordinates[self._examples])
+        coordinates = torch.from_numpy(self.coordinates[self._captured])
         offset = 0
         for name, tensor in self.gradients.parameters.items():
             ours = (coordinates >= offset) & (coordinates < offset + tensor.numel())

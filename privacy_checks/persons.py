@@ -34,11 +34,15 @@ def replayed_owners(persons: int) -> np.ndarray:
 
 def save_rows(file: Path, owners: Iterable[int], text: Callable[[], str]) -> None:
     """Write a data set of a row for each of `owners`; with `text` called twice for each."""
-    rows = [
-        json.dumps({"instruction": text(), "answer": text(), COLUMN: f"person {owner}"})
-        for owner in owners
-    ]
-    file.write_text("\n".join(rows) + "\n")
+    write_rows(
+        file,
+        [{"instruction": text(), "answer": text(), COLUMN: f"person {owner}"} for owner in owners],
+    )
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write a data set, an object a line."""
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 class ReplayedPersons(PublicSteps):

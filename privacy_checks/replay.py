@@ -40,6 +40,7 @@ from privacy_checks.persons import (
     replayed_owners,
     save_rows,
     unit_flags,
+    write_rows,
 )
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_int, read_flags
@@ -249,10 +250,6 @@ def _letters(random: np.random.Generator, count: int) -> str:
     return "".join(random.choice(list("abcdef "), count))
 
 
-def _save_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
 def _rank(
     rank: int,
     folder: Path,
@@ -354,7 +351,7 @@ def replay_rows(
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            _save_rows(folder / "letters.jsonl", _mixed_rows())
+            write_rows(folder / "letters.jsonl", _mixed_rows())
             argv = [
                 f"--dataset_name={folder / 'letters.jsonl'}", f"--model_name={model}",
                 f"--prompt_style={UNCONDITIONAL}", f"--dtype={dtype}",
@@ -409,21 +406,17 @@ class Recorded(Private):
         super().begin(step, rank)
         self._step = step
 
-    def capture(self, examples: np.ndarray, rows: int | None = None):
-        self._examples = examples
-        return super().capture(examples, rows)
-
     def add(self, total: torch.Tensor) -> torch.Tensor:
         size, plan = total.numel(), self.plan
         gradients = [
-            self.gradients.of_example(place)[:size].cpu() for place in range(len(self._examples))
+            self.gradients.of_example(place)[:size].cpu() for place in range(len(self._captured))
         ]
         norms = super().add(total)
         factors = torch.ones(len(gradients))
         if plan.unit_sampling is None:
             factors = clip_factors(norms, plan.clip_norm, plan.clip_function).cpu()
         with self.contributions.open("r+b") as file:
-            for row, gradient, factor in zip(self._examples.tolist(), gradients, factors):
+            for row, gradient, factor in zip(self._captured.tolist(), gradients, factors):
                 clipped = torch.where(factor > 0, factor * gradient, 0.0).numpy()
                 file.seek((self._step * self.num_rows + row) * clipped.nbytes)
                 file.write(clipped.tobytes())

@@ -6,7 +6,7 @@ to be.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -118,14 +118,12 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     Raises:
         UsageError: none is there, it has a passphrase, or it is of another kind.
     """
-    try:
-        content = path.read_bytes()
-        if b"BEGIN OPENSSH" in content:
-            key: object = serialization.load_ssh_private_key(content, None)
-        else:
-            key = serialization.load_pem_private_key(content, None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
+    key = _read_key(
+        path,
+        b"BEGIN OPENSSH",
+        lambda content: serialization.load_ssh_private_key(content, None),
+        lambda content: serialization.load_pem_private_key(content, None),
+    )
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(
             f"--sign {path}: no Ed25519 private key without a passphrase; make one with "
@@ -143,17 +141,30 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     Raises:
         UsageError: none is there, or it is of another kind.
     """
-    try:
-        content = path.read_bytes()
-        if content.startswith(b"ssh-"):
-            key: object = serialization.load_ssh_public_key(content)
-        else:
-            key = serialization.load_pem_public_key(content)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
+    key = _read_key(
+        path, b"ssh-", serialization.load_ssh_public_key, serialization.load_pem_public_key
+    )
     if not isinstance(key, Ed25519PublicKey):
         raise UsageError(
             f"--verify_key {path}: no Ed25519 public key; make it of the private one with "
             "openssl pkey -in KEYFILE -pubout -out PUBLIC_KEY"
         )
     return key
+
+
+def _read_key(
+    path: Path,
+    openssh: bytes,
+    load_openssh: Callable[[bytes], object],
+    load_pem: Callable[[bytes], object],
+) -> object:
+    """The key in a file of either format, of whatever kind; None if there is none.
+
+    Args:
+        openssh: what stands in files of OpenSSH's format alone.
+    """
+    try:
+        content = path.read_bytes()
+        return (load_openssh if openssh in content else load_pem)(content)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        return None

@@ -122,7 +122,8 @@ class UnitSums:
         """
         owners = self.units.of_row[examples].tolist()
         # In the order of the rows, which a unit's own rows decide among themselves.
-        gradients.add_examples(self._slots_of(owners, total), self._places(owners))
+        sums = self._sums_of(owners, total)
+        gradients.add_examples(sums, [self._slots[owner] for owner in owners])
         norms = []
         for owner in owners:
             self._left[owner] -= 1
@@ -135,7 +136,7 @@ class UnitSums:
         if self._slots:
             raise RuntimeError(f"{len(self._slots)} units have not all of their rows in the sum")
 
-    def _slots_of(self, owners: list[int], total: torch.Tensor) -> torch.Tensor:
+    def _sums_of(self, owners: list[int], total: torch.Tensor) -> torch.Tensor:
         """The kept sums, with room for every owner: float32 [slots, parameters]."""
         if self._sums is None:
             self._sums = total.new_zeros(UNITS_AT_ONCE, len(total))
@@ -148,9 +149,6 @@ class UnitSums:
                 self._slots[owner] = free
                 self._left[owner] = int(self.counts[owner])
         return self._sums
-
-    def _places(self, owners: list[int]) -> list[int]:
-        return [self._slots[owner] for owner in owners]
 
     def _finish(
         self, owner: int, total: torch.Tensor, clip_norm: float, clip_function: str
