@@ -124,7 +124,7 @@ ALLOWED = [
     r"privacy_report\.(json|md)",
     r"privacy_ledger\.jsonl",
     r"run_config\.json",
-    r"private/(README\.md|identity\.json|metrics\.jsonl)",
+    r"private/(README\.md|identity\.json|metrics\.jsonl|numerics\.json)",
 ]
 METRICS = {
     "step", "train_loss", "validation_loss", "learning_rate", "batch_size", "real_tokens",
