@@ -22,6 +22,8 @@ class Job:
         targets: LoRA's target modules; `all-linear` alone for all.
         dtype: of the frozen base.
         steps: logical steps that are timed, after a warm-up.
+        rows_per_unit: successive instructions are of one person; `ours-dp` clips persons if it is
+            more than 1.
     """
 
     engine: str
@@ -33,6 +35,7 @@ class Job:
     targets: list[str]
     dtype: str
     steps: int
+    rows_per_unit: int = 1
 
     @property
     def model(self) -> str:

@@ -14,15 +14,8 @@ change either size.
 """
 
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import sched_getaffinity, sched_setaffinity
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from prv_accountant import PRVAccountant
@@ -32,25 +25,28 @@ from prv_accountant.privacy_random_variables import (
 )
 from scipy.optimize import brentq
 
-from benchmarks import figures
-from benchmarks.environments import ROOT
+from benchmarks import studies
 from benchmarks.figures import markdown
+from benchmarks.studies import (
+    fitting_instructions,
+    losses_by_model,
+    require_same_settings,
+    run_once,
+    side_by_side,
+)
 from evaluation.measures.intervals import plus_minus
 from evaluation.measures.mauve import mauve
-from evaluation.results import read_results
 from privacy_checks.composition import composed_report
 from resample_with_dp_histogram.embeddings import open_embeddings
-from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, distinct_instructions
-from utils.cli import UsageError, run_cli, say
+from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
+from utils.cli import UsageError, run_cli
 from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import read_jsonl, write_json
 from utils.folders import save_dataset
-from utils.models.loading import load_tokenizer
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
 from utils.privacy.plan import num_steps
 from utils.sampling.shards import read_samples
-from utils.texts.prompts import UNCONDITIONAL, training_ids
-from utils.texts.text_inputs import FORMATS, read_entries
+from utils.texts.prompts import UNCONDITIONAL
 from utils.versions import versions_of
 
 BEFORE, AFTER = "before", "after"
@@ -68,27 +64,18 @@ PAPER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(figures.Settings):
+class Settings(studies.Settings):
     """The flags."""
 
-    instructions: str = flag(f"real instructions: {FORMATS}", required=True, metavar="PATH")
-    split: str | None = flag("the split to read where --instructions is a saved DatasetDict")
-    work_dir: Path = flag("everything stays here", required=True, type=Path, metavar="DIR")
-    model_name: str = flag("base model: a hub id or a folder", "data/quickstart_model")
     embedder: str = flag("sentence-transformers model", "data/quickstart_embedder")
-    dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
     epsilons: list[float] = flag(
         "targets, histogram included", [2.86, 5.94], type=positive_float, nargs="+"
     )
     num_seeds: int = flag("synthetic sets of each kind", 3)
-    jobs: int = flag("commands at once; each gets its share of the cores", 1)
-    perdevice_bs: int = flag("sequences of max_seq_len on a device at once", 32)
     size: str = flag(
         "what the flags below are where they are left out; small is shown",
         "small", choices=("small", "paper"),
     )  # fmt: skip
-    max_seq_len: int = flag("tokens; longer instructions are left out", 64)
-    num_test: int = flag("held-out instructions", 600)
     total_bs: int = flag("expected logical batch of DP training", 256)
     num_epochs: float = flag("of DP training", 1.0)
     delta: float = flag("of the guarantee", 1e-5)
@@ -160,42 +147,6 @@ def main(argv: list[str] | None = None) -> None:
     settings.write(found)
 
 
-def require_same_settings(settings: Settings) -> None:
-    """Refuse to go on in a folder that was begun with other settings.
-
-    Raises:
-        UsageError: names the first setting that differs.
-    """
-    file, given = settings.work_dir / "settings.json", settings.on_record()
-    begun = json.loads(file.read_text()) if file.exists() else given
-    for name, value in given.items():
-        if begun.get(name) != value:
-            raise UsageError(
-                f"{settings.work_dir} was begun with --{name} {begun.get(name)}, not {value}; use "
-                "another --work_dir"
-            )
-    write_json(file, given)
-
-
-Item = TypeVar("Item")
-
-
-def side_by_side(jobs: int, step: Callable[[Item], None], items: Sequence[Item]) -> None:
-    """A step for every item, so many at once, each on its share of the cores."""
-    cores = sorted(sched_getaffinity(0))
-    shares = iter([cores[job::jobs] or cores for job in range(jobs)])
-    # A thread's cores are those of the commands that it starts.
-    with ThreadPoolExecutor(jobs, initializer=lambda: sched_setaffinity(0, next(shares))) as pool:
-        futures = [pool.submit(step, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException as error:
-            say(f"{error or type(error).__name__}; stopping once running commands have ended")
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 class Study:
     """The steps, each over the commands of the toolkit, and where their outputs lie."""
 
@@ -219,19 +170,7 @@ class Study:
         """Part the instructions into private and held-out ones, and embed both."""
         settings, data = self.settings, self.folder / "data"
         if not (data / "test.json").exists():
-            kept, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
-            texts = list(kept.values())
-            tokenizer, most = load_tokenizer(settings.model_name), settings.max_seq_len
-            # One token more than may be there shows what would be cut.
-            ids = training_ids(tokenizer, UNCONDITIONAL, texts, max_seq_len=most + 1)
-            fitting = [text for text, (each, _) in zip(texts, ids) if len(each) <= most]
-            if len(fitting) < 4 * settings.num_test:
-                raise UsageError(
-                    f"{len(fitting):,} distinct instructions fit into --max_seq_len {most}: too "
-                    f"few for --num_test {settings.num_test}"
-                )
-            rows = np.random.default_rng(0).permutation(len(fitting))
-            shuffled = [fitting[row] for row in rows]
+            shuffled = fitting_instructions(settings)
             write_json(data / "private.json", shuffled[settings.num_test :])
             write_json(data / "test.json", shuffled[: settings.num_test])
         for name, kind in (("private", "--private"), ("test", "--synthetic")):
@@ -321,7 +260,8 @@ class Study:
 
     def findings(self) -> dict:
         """All figures, a JSON-able dict."""
-        settings, losses, private = self.settings, self._losses(), len(self._texts("private"))
+        settings, private = self.settings, len(self._texts("private"))
+        losses = losses_by_model(self.folder / "losses")
         generators, sets, base = {}, [], {}
         for arm in self.arms:
             if arm.trained:
@@ -353,15 +293,6 @@ class Study:
             "seconds": {path.stem: json.loads(path.read_text()) for path in times},
             "settings": settings.on_record(),
             "versions": versions_of(VERSIONED),
-        }
-
-    def _losses(self) -> dict[str, dict]:
-        """Loss per token and its interval, by model."""
-        (result,) = read_results(self.folder / "losses", private=False)
-        return {
-            score["subject"]: {key: score[key] for key in ("value", "low", "high")}
-            for score in result["scores"]
-            if score["name"] == "loss per token (nats)"
         }
 
     def _mauve(self, chosen: SyntheticSet) -> float:
@@ -422,27 +353,8 @@ class Study:
         )  # fmt: skip
 
     def run(self, name: str, *command: str) -> None:
-        """Run a command of the toolkit, its output in a log; pass over one that has ended well.
-
-        Raises:
-            UsageError: it failed; the log is named.
-        """
-        finished = self.folder / "times" / f"{name.replace(' ', '-')}.json"
-        if finished.exists():
-            return
-        log = self.folder / "logs" / f"{finished.stem}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        with open(log, "w") as file:
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, stdout=file, stderr=file, check=False
-            )
-        if done.returncode:
-            last = log.read_text().strip().splitlines()[-1:]
-            raise UsageError(f"{name} failed: {''.join(last)[:200]} (all of it is in {log})")
-        seconds = time.monotonic() - began
-        say(f"{name}: {seconds:.0f} s")
-        write_json(finished, seconds)
+        """`run_once` in the folder of the study."""
+        run_once(self.folder, name, *command)
 
     def _save(self, name: str, texts: list[str]) -> None:
         """Write a data set whose train and test splits are the texts."""

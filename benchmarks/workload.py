@@ -44,6 +44,7 @@ class Settings(figures.Settings):
         "instructions; prompts of at most 1,000 words from the package evals if left out"
     )
     num_examples: int = flag("in a logical batch", 96)
+    rows_per_unit: int = flag("instructions of each person, whom ours-dp clips if more than 1", 1)
     max_seq_len: int = flag("tokens", 1024)
     perdevice_bs: int = flag("times max_seq_len: padded tokens", 4)
     dtype: str = flag("base", "float32", choices=("float32", "bfloat16"))
@@ -90,7 +91,10 @@ def prepare(settings: Settings, folder: Path, texts: list[str]) -> None:
     batch, count = texts[: settings.num_examples], settings.num_examples
     if len(batch) < count:
         raise UsageError(f"--num_examples {count}: there are {len(batch)} instructions")
-    rows = "".join(json.dumps({"instruction": text}) + "\n" for text in batch)
+    rows = "".join(
+        json.dumps({"instruction": text, "user_id": row // settings.rows_per_unit}) + "\n"
+        for row, text in enumerate(batch)
+    )
     (folder / "instructions.jsonl").write_text(rows, encoding="utf-8")
     examples = training_ids(tokenizer, UNCONDITIONAL, batch, max_seq_len=settings.max_seq_len)
     ids = [np.asarray(ids, dtype=np.int64) for ids, _ in examples]
@@ -115,6 +119,7 @@ def make_jobs(settings: Settings, folder: str) -> list[Job]:
         Job(
             engine, folder, settings.num_examples, settings.max_seq_len, settings.perdevice_bs,
             settings.lora_r, settings.target_modules, settings.dtype, settings.steps,
+            settings.rows_per_unit,
         )
         for engine in settings.engines
     ]  # fmt: skip

@@ -1,7 +1,6 @@
 """The utility study from end to end on a tiny model: what it compares, and that it goes on."""
 
 import ast
-import importlib
 import json
 import os
 import subprocess
@@ -13,29 +12,12 @@ import numpy as np
 import pytest
 
 from benchmarks import utility
-from benchmarks.utility import side_by_side
+from benchmarks.studies import side_by_side
 from tests.resampling import save_tiny_encoder
-from tests.training import in_process
+from tests.studies import TEXTS, one_by_one, ran, run_here_once
 from utils.cli import UsageError
 from utils.files import write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
-
-TEXTS = [f"{a}{b} {c}" for a in "abcdef" for b in "abcdef" for c in "abcd"]
-
-
-def in_this_process(study, name, *command):
-    """`Study.run` without a process for every command."""
-    finished = study.folder / "times" / f"{name.replace(' ', '-')}.json"
-    if finished.exists():
-        return
-    module = command[1] if command[0] == "-m" else command[0].removesuffix(".py")
-    arguments = list(command[2:] if command[0] == "-m" else command[1:])
-    assert in_process(importlib.import_module(module).main, arguments) == 0, name
-    ran.append(name)
-    write_json(finished, 1.0)
-
-
-ran = []
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +33,8 @@ def study(tiny_model_dir, tmp_path_factory):
         "--num_samples=60", "--num_selected=8", "--num_bins=3", "--tuning_bs=4",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utility.Study, "run", in_this_process)
-        # Signal handlers belong to the main thread.
-        patch.setattr(utility, "side_by_side", lambda _, step, items: [*map(step, items)])
+        patch.setattr(utility, "run_once", run_here_once)
+        patch.setattr(utility, "side_by_side", one_by_one)
         utility.main(flags)
         yield flags, json.loads((folder / "found.json").read_text())
 

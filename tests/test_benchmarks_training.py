@@ -1,12 +1,14 @@
 """The benchmark of training: what it measures, counts and writes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import memory, training, workload
+from benchmarks.engines import ours
 from benchmarks.engines.published_loop import _keep_input
 from benchmarks.jobs import OURS, PEERS, Job
 from privacy_checks.tiny_model import save_tiny_model
@@ -48,6 +50,18 @@ def test_our_engines_are_measured_and_written(texts, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "ours-dp over ours-nondp" in printed
     assert "a logical batch of 40" in printed
+
+
+def test_persons_are_measured(texts, tmp_path):
+    arguments = ["--quick", "--dataset_name", texts, "--engines", "ours-dp", "--rows_per_unit", "4"]
+    settings = workload.read_settings("", OURS, arguments)
+    workload.prepare(replace(settings, num_examples=10), tmp_path, workload.instructions(texts))
+    (job,) = workload.make_jobs(replace(settings, num_examples=10), str(tmp_path))
+    assert ours.run(job)["processed_tokens"] > 0
+    (report,) = tmp_path.glob("outputs-*/job/privacy_report.json")
+    report = json.loads(report.read_text())
+    assert (report["unit_column"], report["max_rows_per_unit"]) == ("user_id", 4)
+    assert report["num_examples"] == report["expected_batch_size"] == 3
 
 
 @pytest.mark.slow

@@ -24,11 +24,15 @@ def run(job: Job) -> dict:
     """Train for the job's steps, with every example in every batch; timed by the run itself."""
     output = Path(job.folder) / f"outputs-{os.getpid()}"
     private = ["--eps=100", "--delta=1e-4", "--noise_multiplier=10", "--clip=1"]
+    drawn, of_units = job.num_examples, job.engine == "ours-dp" and job.rows_per_unit > 1
+    if of_units:
+        private += ["--unit_column=user_id", f"--max_rows_per_unit={job.rows_per_unit}"]
+        drawn = -(-drawn // job.rows_per_unit)
     argv = [
         f"--dataset_name={job.dataset}", f"--model_name={job.model}", "--job_sess=job",
         f"--output_dir={output}", "--prompt_style=uncond_generation", "--no_eval_at_start",
         f"--max_seq_len={job.max_seq_len}", f"--perdevice_bs={job.perdevice_bs}",
-        f"--total_bs={job.num_examples}", f"--num_epochs={1 + job.steps}", "--lr=1e-4",
+        f"--total_bs={drawn}", f"--num_epochs={1 + job.steps}", "--lr=1e-4",
         f"--dtype={job.dtype}", f"--lora_r={job.lora_r}", f"--lora_alpha={2 * job.lora_r}",
         "--lora_dropout=0", "--loss_normalization=tokens", "--save_steps=1000000",
         "--target_modules", *job.targets, *(private if job.engine == "ours-dp" else ["--eps=-1"]),

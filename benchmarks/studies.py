@@ -1,0 +1,141 @@
+"""What studies on real instructions share: their flags, their parts, commands run once.
+
+Every step of a study runs the toolkit's own commands, and one that has ended is passed over when
+the same command goes on after a stop.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import sched_getaffinity, sched_setaffinity
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from benchmarks import figures
+from benchmarks.environments import ROOT
+from evaluation.results import read_results
+from resample_with_dp_histogram.extract import distinct_instructions
+from utils.cli import UsageError, say
+from utils.command_line.parser import flag
+from utils.files import write_json
+from utils.models.loading import load_tokenizer
+from utils.texts.prompts import UNCONDITIONAL, training_ids
+from utils.texts.text_inputs import FORMATS, read_entries
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(figures.Settings):
+    """The flags of every study."""
+
+    instructions: str = flag(f"real instructions: {FORMATS}", required=True, metavar="PATH")
+    split: str | None = flag("the split to read where --instructions is a saved DatasetDict")
+    work_dir: Path = flag("everything stays here", required=True, type=Path, metavar="DIR")
+    model_name: str = flag("base model: a hub id or a folder", "data/quickstart_model")
+    dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
+    jobs: int = flag("commands at once; each gets its share of the cores", 1)
+    perdevice_bs: int = flag("sequences of max_seq_len on a device at once", 32)
+    max_seq_len: int = flag("tokens; longer instructions are left out", 64)
+    num_test: int = flag("held-out instructions", 600)
+
+
+def fitting_instructions(settings: Settings) -> list[str]:
+    """Distinct instructions that --max_seq_len does not cut, in a random order, always the same.
+
+    Raises:
+        UsageError: they are fewer than 4 x --num_test.
+    """
+    kept, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
+    texts, most = list(kept.values()), settings.max_seq_len
+    # One token more than may be there shows what would be cut.
+    ids = training_ids(
+        load_tokenizer(settings.model_name), UNCONDITIONAL, texts, max_seq_len=most + 1
+    )
+    fitting = [text for text, (each, _) in zip(texts, ids) if len(each) <= most]
+    if len(fitting) < 4 * settings.num_test:
+        raise UsageError(
+            f"{len(fitting):,} distinct instructions fit into --max_seq_len {most}: too few for "
+            f"--num_test {settings.num_test}"
+        )
+    rows = np.random.default_rng(0).permutation(len(fitting))
+    return [fitting[row] for row in rows]
+
+
+def require_same_settings(settings: Settings) -> None:
+    """Refuse to go on in a folder that was begun with other settings.
+
+    Raises:
+        UsageError: names the first setting that differs.
+    """
+    file, given = settings.work_dir / "settings.json", settings.on_record()
+    begun = json.loads(file.read_text()) if file.exists() else given
+    for name, value in given.items():
+        if begun.get(name) != value:
+            raise UsageError(
+                f"{settings.work_dir} was begun with --{name} {begun.get(name)}, not {value}; use "
+                "another --work_dir"
+            )
+    write_json(file, given)
+
+
+Item = TypeVar("Item")
+
+
+def side_by_side(jobs: int, step: Callable[[Item], None], items: Sequence[Item]) -> None:
+    """A step for every item, so many at once, each on its share of the cores."""
+    cores = sorted(sched_getaffinity(0))
+    shares = iter([cores[job::jobs] or cores for job in range(jobs)])
+    # A thread's cores are those of the commands that it starts.
+    with ThreadPoolExecutor(jobs, initializer=lambda: sched_setaffinity(0, next(shares))) as pool:
+        futures = [pool.submit(step, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException as error:
+            say(f"{error or type(error).__name__}; stopping once running commands have ended")
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_once(folder: Path, name: str, *command: str) -> None:
+    """Run a command of the toolkit, its output in a log; pass over one that has ended well.
+
+    Args:
+        folder: of the study.
+
+    Raises:
+        UsageError: it failed; the log is named.
+    """
+    finished = folder / "times" / f"{name.replace(' ', '-')}.json"
+    if finished.exists():
+        return
+    log = folder / "logs" / f"{finished.stem}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with open(log, "w") as file:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=file, check=False
+        )
+    if done.returncode:
+        last = log.read_text().strip().splitlines()[-1:]
+        raise UsageError(f"{name} failed: {''.join(last)[:200]} (all of it is in {log})")
+    seconds = time.monotonic() - began
+    say(f"{name}: {seconds:.0f} s")
+    write_json(finished, seconds)
+
+
+def losses_by_model(folder: Path) -> dict[str, dict]:
+    """Loss per token and its interval, by model, from what `evaluation.perplexity` wrote."""
+    (result,) = read_results(folder, private=False)
+    return {
+        score["subject"]: {key: score[key] for key in ("value", "low", "high")}
+        for score in result["scores"]
+        if score["name"] == "loss per token (nats)"
+    }
