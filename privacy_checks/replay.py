@@ -15,8 +15,8 @@ gradient checkpointing off and on; a clip norm that most rows reach and one that
 one process and two; with dropout. Then 64 rows, of which some pass together and some do not, on a
 model of 576 features, in float32 and bfloat16, with one thread and two; or, with one of --model,
 --dtype, --device and --threads, on the one model that they say. With --unit it is person k, of one
-to six rows, that is left out of step k of the tiny model's cases. Exit code 0 if nothing moves by
-more, else 1.
+to six rows, that is left out of step k of the tiny model's cases, in float32 and bfloat16 or in the
+one of --dtype. Exit code 0 if nothing moves by more, else 1.
 """
 
 import itertools
@@ -82,7 +82,9 @@ class Settings:
     examples: int = flag("of the tiny model, and as many steps", 8)
     unit: bool = flag("leave out persons of several rows, in a run that protects them", False)
     model: str | None = flag("replay this one alone: a folder or a hub id", metavar="PATH")
-    dtype: str | None = flag("of one model, float32 if not given", choices=DTYPES)
+    dtype: str | None = flag(
+        "of one model, float32 if not given; with --unit of the tiny one", choices=DTYPES
+    )
     device: str | None = flag(
         "of one model, cpu if not given; auto: what training takes", choices=("cpu", "auto")
     )
@@ -115,12 +117,18 @@ class Moves:
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
-    if settings.unit and settings.one_model:
-        raise UsageError("--unit is of the tiny model: leave the flags of one model out")
-    results = [
-        case | _figures(moves)
-        for case, moves in (_one_model(settings) if settings.one_model else _all_cases(settings))
-    ]
+    if settings.unit:
+        for name in ("model", "device", "threads"):
+            if getattr(settings, name) is not None:
+                raise UsageError(f"--unit is of the tiny model on a CPU: leave --{name} out")
+        found = [
+            (case | {"dtype": dtype}, moves)
+            for dtype in ([settings.dtype] if settings.dtype else DTYPES)
+            for case, moves in _tiny_cases(settings, dtype)
+        ]
+    else:
+        found = _one_model(settings) if settings.one_model else _all_cases(settings)
+    results = [case | _figures(moves) for case, moves in found]
     for case in results:
         print(_line(case))
     passed = all(case["passed"] for case in results)
@@ -137,8 +145,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _all_cases(settings: Settings) -> list[tuple[dict, Moves]]:
     """The tiny model's cases, and the wide model's."""
+    results = _tiny_cases(settings, DTYPES[0])
+    for dtype, threads in itertools.product(DTYPES, THREADS):
+        facts = {"model": "576 features", "dtype": dtype, "threads": threads}
+        results.append((facts, replay_wide(dtype, threads)))
+    return results
+
+
+def _tiny_cases(settings: Settings, dtype: str) -> list[tuple[dict, Moves]]:
     cases = list(itertools.product(STYLES, (False, True), CLIP_NORMS))
-    results: list[tuple[dict, Moves]] = [
+    return [
         (
             {
                 "prompt_style": style,
@@ -150,15 +166,9 @@ def _all_cases(settings: Settings) -> list[tuple[dict, Moves]]:
         )
         for processes in (1, 2)
         for (style, checkpointing, clip_norm), moves in zip(
-            cases, replay(cases, settings.examples, processes, settings.unit)
+            cases, replay(cases, settings.examples, processes, settings.unit, dtype)
         )
     ]
-    if settings.unit:
-        return results
-    for dtype, threads in itertools.product(DTYPES, THREADS):
-        facts = {"model": "576 features", "dtype": dtype, "threads": threads}
-        results.append((facts, replay_wide(dtype, threads)))
-    return results
 
 
 def _one_model(settings: Settings) -> list[tuple[dict, Moves]]:
@@ -194,6 +204,7 @@ def _line(case: dict) -> str:
             f"{case['prompt_style']}, checkpointing {checkpointing}, C {case['clip_norm']:g}, "
             f"{case['processes']} process(es)"
         )
+        about += f", {case['dtype']}" if "dtype" in case else ""
     return (
         f"{about}: largest move {case['largest_move']:.8f} C, {case['examples_clipped']} of "
         f"{case['left_out']} rows or persons clipped; "
@@ -204,7 +215,13 @@ def _line(case: dict) -> str:
 # ------------------------------------------------------------------------ the tiny model
 
 
-def replay(cases: list[Case], examples: int, processes: int = 1, unit: bool = False) -> list[Moves]:
+def replay(
+    cases: list[Case],
+    examples: int,
+    processes: int = 1,
+    unit: bool = False,
+    dtype: str = DTYPES[0],
+) -> list[Moves]:
     """How far leaving out one example moves what the optimizer is given, and the others.
 
     Args:
@@ -212,6 +229,7 @@ def replay(cases: list[Case], examples: int, processes: int = 1, unit: bool = Fa
         examples: in the data; each is left out in one step.
         unit: whether it is persons of several rows that are counted, left out and protected.
         processes: that share the batches; with more than one they talk through gloo.
+        dtype: of the base.
 
     Returns:
         For each case the moves for every example.
@@ -221,11 +239,11 @@ def replay(cases: list[Case], examples: int, processes: int = 1, unit: bool = Fa
         save_tiny_model(folder / "model")
         _save_data(folder, _owners(examples, unit))
         if processes == 1:
-            return _replay_in_process(folder, cases, examples, unit)
+            return _replay_in_process(folder, cases, examples, unit, dtype)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        arguments = (folder, cases, examples, unit, processes, port)
+        arguments = (folder, cases, examples, unit, dtype, processes, port)
         torch.multiprocessing.spawn(_rank, arguments, nprocs=processes)
         return [Moves(**moves) for moves in json.loads((folder / RESULTS).read_text())]
 
@@ -256,6 +274,7 @@ def _rank(
     cases: list[Case],
     examples: int,
     unit: bool,
+    dtype: str,
     processes: int,
     port: int,
 ) -> None:
@@ -265,16 +284,18 @@ def _rank(
         "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    moves = _replay_in_process(folder, cases, examples, unit)
+    moves = _replay_in_process(folder, cases, examples, unit, dtype)
     if rank == 0:
         write_json(folder / RESULTS, [asdict(each) for each in moves])
     torch.distributed.destroy_process_group()
 
 
-def _replay_in_process(folder: Path, cases: list[Case], examples: int, unit: bool) -> list[Moves]:
+def _replay_in_process(
+    folder: Path, cases: list[Case], examples: int, unit: bool, dtype: str
+) -> list[Moves]:
     torch.set_num_threads(1)
     rows, replayed = len(_owners(examples, unit)), ReplayedPersons if unit else Replayed
-    more = unit_flags(ROWS_IN_A_STEP) if unit else []
+    more = [f"--dtype={dtype}", *(unit_flags(ROWS_IN_A_STEP) if unit else [])]
     return [
         _moves(
             folder, [*_argv(folder, case, examples), *more], f"{number}", examples, rows, case[-1],

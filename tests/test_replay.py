@@ -10,8 +10,9 @@ import torch
 
 import train
 from privacy_checks import replay
-from privacy_checks.persons import MOST_ROWS, ROWS_IN_A_STEP, replayed_owners, unit_flags
+from privacy_checks.persons import MOST_ROWS, ROWS_IN_A_STEP, replayed_owners
 from tests.mutated_train import observe_mutated_training
+from utils.cli import UsageError
 from utils.runs import probe
 from utils.texts.prompts import UNCONDITIONAL
 
@@ -125,10 +126,9 @@ def test_so_does_one_where_two_processes_share_the_persons():
     assert moves.total == pytest.approx(alone[0].total, abs=1e-4)
 
 
-def test_so_does_one_in_bfloat16(monkeypatch):
+def test_so_does_one_in_bfloat16():
     in_float32 = replay.replay([TYPE_A], EXAMPLES, unit=True)
-    monkeypatch.setattr(replay, "unit_flags", lambda k: [*unit_flags(k), "--dtype=bfloat16"])
-    (moves,) = replay.replay([TYPE_A], EXAMPLES, unit=True)
+    (moves,) = replay.replay([TYPE_A], EXAMPLES, unit=True, dtype="bfloat16")
     assert max(moves.total) <= 1 + replay.TOLERANCE
     assert max(moves.others) == 0
     assert moves.total != pytest.approx(in_float32[0].total, abs=1e-4)
@@ -161,14 +161,22 @@ def test_a_coupling_between_persons_shows(monkeypatch, old, new):
 def test_the_command_says_that_it_is_persons(monkeypatch, capsys):
     asked = []
 
-    def replayed(cases, examples, processes, unit):
-        asked.append((examples, processes, unit))
+    def replayed(cases, examples, processes, unit, dtype):
+        asked.append((examples, processes, unit, dtype))
         return [replay.Moves([0.5, 1.0], [0.0])] * len(cases)
 
     monkeypatch.setattr(replay, "replay", replayed)
     assert replay.main(["--unit", "--examples=2"]) == 0
-    assert asked == [(2, 1, True), (2, 2, True)]
-    assert "1 of 2 rows or persons clipped" in capsys.readouterr().out
+    kinds = [(dtype, processes) for dtype in replay.DTYPES for processes in (1, 2)]
+    assert asked == [(2, processes, True, dtype) for dtype, processes in kinds]
+    said = capsys.readouterr().out
+    assert "2 process(es), bfloat16: " in said
+    assert "1 of 2 rows or persons clipped" in said
+    assert replay.main(["--unit", "--examples=2", "--dtype=bfloat16"]) == 0
+    assert asked[4:] == [(2, 1, True, "bfloat16"), (2, 2, True, "bfloat16")]
+    for flag in ("--model=x", "--threads=1", "--device=cpu"):
+        with pytest.raises(UsageError, match=f"leave {flag.partition('=')[0]} out"):
+            replay.main(["--unit", flag])
 
 
 # ---------------------------------------------------------------- the command
