@@ -16,6 +16,8 @@ from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE
 
 # Where the documentation's commands write; the folders that hold the given runs are searched, too.
 OUTPUT_FOLDERS = ("outputs", "resampling", "embeddings")
+# In which `resample` names the ledger that its histogram is in.
+SELECTION_FILE = "resampling_report.json"
 # Of what is in a private/ folder, the fingerprints of its data set, by file.
 FINGERPRINTS = {
     "identity.json": ("training_data", "rows_fingerprint"),
@@ -74,15 +76,27 @@ def left_out(runs: Sequence[Path], histograms: Sequence[Path]) -> tuple[list[Pat
     for folder in _folders_with_private(runs):
         if sought.isdisjoint(_fingerprints(folder)):
             continue
-        run, histogram = folder / LEDGER_FILE, folder / HISTOGRAM_LEDGER_FILE
         # The first line of a run's ledger is its plan alone.
-        if (chains := _chains(run))[1:] and not known_runs.issuperset(chains[:1]):
+        if (chains := _chains(folder / LEDGER_FILE))[1:] and not known_runs.issuperset(chains[:1]):
             found[0].append(folder)
             known_runs.add(chains[0])
-        if not known_histograms.issuperset(chains := _chains(histogram)):
-            found[1].append(histogram)
-            known_histograms.update(chains)
+        for histogram in _histogram_ledgers(folder):
+            if not known_histograms.issuperset(chains := _chains(histogram)):
+                found[1].append(histogram)
+                known_histograms.update(chains)
     return found
+
+
+def _histogram_ledgers(folder: Path) -> Iterator[Path]:
+    """Where a folder's histogram may be on record: next to embeddings, or where a selection says.
+
+    A place is as `resample` was given it, from the folder where it ran.
+    """
+    yield folder / HISTOGRAM_LEDGER_FILE
+    try:
+        yield Path(json.loads((folder / SELECTION_FILE).read_text())["ledger"]["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
 
 
 def _folders_with_private(runs: Sequence[Path]) -> Iterator[Path]:

@@ -75,6 +75,15 @@ def test_runs_and_histograms_of_the_same_data_are_named_with_what_all_spent(run,
     assert written(other)[0]["left_out"] == [str(run), str(ledger)]
 
 
+def test_a_ledger_of_another_name_is_found_by_the_selection_that_it_paid_for(run):
+    shutil.move(count_texts("resampling/mine"), "kept.jsonl")
+    shutil.move("resampling/mine/histogram_ledger.jsonl.head.json", "kept.jsonl.head.json")
+    assert "left_out" not in written(run)[0]
+    selection = {"ledger": {"path": "kept.jsonl", "lines": 1}}
+    Path("resampling/mine/resampling_report.json").write_text(json.dumps(selection))
+    assert written(run)[0]["left_out"] == ["kept.jsonl"]
+
+
 def test_nothing_is_left_out_where_all_is_named_or_unknown(run):
     other, ledger = known_run("outputs/other"), count_texts("embeddings/mine")
     assert "left_out" not in written(run, other, "--histogram", ledger)[0]
