@@ -22,6 +22,7 @@ from utils.privacy.guarantee import (
     NOTHING_COVERED,
     listed,
     not_covered_of,
+    person,
     rows_of_one_person,
     unit_of,
 )
@@ -89,7 +90,8 @@ def composed_report(
         return _no_guarantee(folders, "a histogram's noise came from a known seed (a test)")
     for run in read:
         _require_claim(run)
-    plan = _common_unit(read)
+    _require_one_unit(read)
+    plan = read[0].plan
     training = [run.mechanism(run.steps_recorded, len(read) > 1) for run in read]
     released = [run.mechanism(run.steps, len(read) > 1) for run in read]
     facts = [run.facts() for run in read]
@@ -109,7 +111,7 @@ def composed_report(
         "guarantee": True,
         "above_target": _above_target(read, [*training, *events]),
         "run": _names(folders),
-        "unit": unit_of(plan),
+        "unit": _unit_of_all(read),
         "neighbouring_relations": list(relations),
         **(facts[0] if len(read) == 1 else {"runs": facts}),
         "mechanisms": [*training, *events],
@@ -177,6 +179,7 @@ class _Run:
             "run": str(self.folder),
             "num_examples": self.plan.num_examples,
             "unit_sampling": self.plan.unit_sampling,
+            "max_rows_per_unit": self.plan.max_rows_per_unit,
             "canaries": self.num_canary_rows,
             "clip_norm": self.plan.clip_norm,
             "numerics": self.own_report.get("numerics", NOT_PROBED),
@@ -213,16 +216,27 @@ def _require_distinct(runs: Sequence[_Run]) -> None:
         seen[run.ledger_end] = run
 
 
-def _common_unit(runs: Sequence[_Run]) -> PrivacyPlan:
-    """A plan that says what the unit of all runs is: a guarantee has one."""
+def _require_one_unit(runs: Sequence[_Run]) -> None:
+    """Refuse runs whose neighbours are not the same: a guarantee has one unit."""
     first = runs[0]
     for run in runs:
-        if unit_of(run.plan) != unit_of(first.plan):
+        if _neighbour(run.plan) != _neighbour(first.plan):
             raise UsageError(
                 f"the unit of {first.folder} is {unit_of(first.plan)}, and of {run.folder} "
                 f"{unit_of(run.plan)}; make one report for each"
             )
-    return first.plan
+
+
+def _neighbour(plan: PrivacyPlan) -> tuple[str | None, str | None]:
+    """Which rows come or go together, however many of them a run uses."""
+    return plan.unit_column, plan.owner
+
+
+def _unit_of_all(runs: Sequence[_Run]) -> str:
+    """The unit of all runs, with how many of its rows they use where that is the same."""
+    units = {unit_of(run.plan) for run in runs}
+    column, owner = _neighbour(runs[0].plan)
+    return units.pop() if len(units) == 1 or column is None else person(column, owner)
 
 
 def _common_delta(runs: Sequence[_Run]) -> float:
@@ -362,7 +376,7 @@ def _require_claim(run: _Run) -> None:
 
 def _histograms(paths: Sequence[Path], runs: Sequence[_Run]) -> list[dict]:
     """The mechanisms in ledgers of histograms of what the runs read."""
-    units = {run.plan.unit_column for run in runs}
+    units = {_neighbour(run.plan) for run in runs}
     sizes = [size for run in runs if (size := run.private_examples) is not None]
     events: dict[str, dict] = {}
     for path in paths:
@@ -370,11 +384,12 @@ def _histograms(paths: Sequence[Path], runs: Sequence[_Run]) -> list[dict]:
         if not records:
             raise UsageError(f"no ledger of histograms at {path}")
         for record in records:
-            if record.get("unit_column") not in units:
+            whose = record.get("unit_column"), record.get("owner")
+            if whose not in units:
                 raise UsageError(
                     f"the unit of {runs[0].folder} is {unit_of(runs[0].plan)}, and {path} is of "
-                    f"{counted(record['num_examples'], record.get('unit_column'))}: leave "
-                    "--histogram out, or make the histogram anew with the run's --unit_column"
+                    f"{counted(record['num_examples'], *whose)}: leave --histogram out, or make "
+                    "the histogram anew with the run's --unit_column and --owner"
                 )
             if len(sizes) == len(runs) and record["num_examples"] not in sizes:
                 theirs = "the run's has" if len(sizes) == 1 else "the runs' have"

@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             "texts_sha256": rows_fingerprint(texts),
             "model_fingerprint": model_fingerprint(model),
             "unit_column": settings.unit_column,
+            "owner": settings.owner,
             "units_sha256": None if units is None else units_digest(units),
         }
         if begun is not None:

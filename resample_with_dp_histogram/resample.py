@@ -172,7 +172,8 @@ def select(settings: Settings) -> None:
     copies = settings.max_copies if settings.select == CONDITIONAL else 1
     check_size(num_samples, len(texts), copies)
     ledger = settings.ledger or settings.private_embeddings / LEDGER_FILE
-    read_histograms(ledger, num_examples, settings.unit_column)
+    owner = private.manifest.get("owner")
+    read_histograms(ledger, num_examples, settings.unit_column, owner)
 
     # ------------------------------------------------------------------ clusters and counts
     steps = tqdm(total=3, desc="cluster", unit="step")
@@ -192,6 +193,7 @@ def select(settings: Settings) -> None:
         noise_multiplier=sigma,
         num_bins=num_bins,
         unit_column=settings.unit_column,
+        owner=owner,
         insecure=settings.insecure_fixed_noise_seed is not None,
     )
     noisy = noisy_histogram(private_bins, num_bins, sigma, random, private.units)
@@ -216,7 +218,10 @@ def select(settings: Settings) -> None:
         "selected": allocation.counts,
     }
     kept = {"path": str(ledger), **head}
-    report = build_report(settings, num_examples, clusters, kept, histograms, allocation, rows)
+    unit = UNIT if settings.unit_column is None else person(settings.unit_column, owner)
+    report = build_report(
+        settings, unit, num_examples, clusters, kept, histograms, allocation, rows
+    )
     with whole_folder(output) as folder:
         write_selection(folder / SELECTED_FILE, texts, samples, synthetic_bins, rows)
         lists = {name: values.tolist() for name, values in histograms.items()}
@@ -301,6 +306,7 @@ def check_size(num_samples: int, pool_size: int, copies: int) -> None:
 
 def build_report(
     settings: Settings,
+    unit: str,
     num_examples: int,
     clusters: Clusters,
     ledger: dict,
@@ -313,7 +319,7 @@ def build_report(
     return {
         "guarantee": not insecure,
         "why": "the noise came from a known seed (a test)" if insecure else "",
-        "unit": UNIT if settings.unit_column is None else person(settings.unit_column),
+        "unit": unit,
         "unit_column": settings.unit_column,
         "neighbouring_relation": ADD_REMOVE,
         "mechanism": "Gaussian histogram",

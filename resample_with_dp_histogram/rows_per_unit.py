@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         noise_multiplier=settings.histogram_sigma,
         num_bins=len(CAPS),
         unit_column=settings.unit_column,
+        owner=settings.owner,
     )
     noisy = noisy_histogram(bins, len(CAPS), settings.histogram_sigma, random)
     # From here on everything is post-processing.

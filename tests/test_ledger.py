@@ -224,4 +224,6 @@ def test_rows_and_units_do_not_share_a_ledger(tmp_path):
     for other in (None, "chat"):
         with pytest.raises(UsageError, match="of 9 units of 'person', not of 9"):
             record(tmp_path / "units.jsonl", unit_column=other)
+    with pytest.raises(UsageError, match="of 9 units of 'person', not of 9 .* .first owner."):
+        record(tmp_path / "units.jsonl", unit_column="person", owner="first")
     assert len(read_ledger(tmp_path / "rows.jsonl")) == len(read_ledger(tmp_path / "units.jsonl"))

@@ -347,6 +347,10 @@ def test_the_plan_of_rows_of_persons_is_calibrated_below_its_target():
     [
         ({"unit_column": "user_id"}, "--unit_column user_id needs --max_rows_per_unit"),
         ({"max_rows_per_unit": 3}, "--max_rows_per_unit needs --unit_column"),
+        (
+            PERSONS | {"max_rows_per_unit": 257, "unit_sampling": "rows"},
+            "--max_rows_per_unit 257 with --unit_sampling rows is more than 256",
+        ),
         ({"unit_sampling": "rows"}, "--unit_sampling needs --unit_column"),
         ({"num_train_units": 3}, "--num_train_units needs --unit_column"),
         ({"owner": "first"}, "--owner needs --unit_column"),

@@ -511,6 +511,30 @@ def test_rows_and_persons_are_not_one_report(run, histogram, tmp_path):
         report.composed_report(persons, [histogram])
 
 
+def test_a_row_of_several_owners_is_of_the_one_who_counts_in_every_ledger(tmp_path):
+    run = make_run(tmp_path / "run", plan=person_plan(owner="first"))
+    facts = {"num_examples": 500, "noise_multiplier": 10.0, "num_bins": 10, "unit_column": "person"}
+    record_histogram(tmp_path / "first.jsonl", **facts, owner="first")
+    composed = report.composed_report(run, [tmp_path / "first.jsonl"])
+    assert "value of person, of which the first counts, at most 8" in composed["unit"]
+    record_histogram(tmp_path / "last.jsonl", **facts, owner="last")
+    with pytest.raises(UsageError, match="of 500 units of 'person' .last owner.: leave"):
+        report.composed_report(run, [tmp_path / "last.jsonl"])
+
+
+def test_runs_that_use_another_number_of_a_persons_rows_compose(tmp_path):
+    """The neighbours are the same: all rows of one person."""
+    runs = [
+        make_run(tmp_path / f"of{rows}", plan=person_plan(max_rows_per_unit=rows, unit_sampling=by))
+        for rows, by in ((8, "units"), (3, "rows"))
+    ]
+    composed = report.composed_report(runs)
+    events = [TRAINING, replace(TRAINING, rows_per_unit=3)]
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    assert composed["unit"].endswith("all rows of the train split with the same value of person")
+    assert [run["max_rows_per_unit"] for run in composed["runs"]] == [8, 3]
+
+
 def test_a_run_that_draws_rows_of_persons_does_not_know_how_many_there_are(tmp_path):
     run = make_run(tmp_path / "run", plan=person_plan(unit_sampling="rows"))
     path = tmp_path / "persons.jsonl"

@@ -18,6 +18,7 @@ from utils.command_line.parser import (
     positive_float,
     positive_int,
 )
+from utils.privacy.accounting import MAX_ROWS
 from utils.privacy.plan import ROWS, UNITS, PrivacyPlan, make_plan
 from utils.texts.canaries import Canaries
 from utils.texts.data_sets import is_labelled
@@ -341,6 +342,12 @@ def _check_unit(settings: TrainingSettings) -> None:
         raise UsageError(
             f"--unit_column {settings.unit_column} needs --max_rows_per_unit: the most rows of one "
             "unit that may take part, a public number such as 8"
+        )
+    elif settings.unit_sampling == ROWS and settings.max_rows_per_unit > MAX_ROWS:
+        raise UsageError(
+            f"--max_rows_per_unit {settings.max_rows_per_unit} with --unit_sampling {ROWS} is more "
+            f"than {MAX_ROWS}, the most that is accounted for; use a smaller one, or {UNITS}, "
+            "where a larger one costs no noise"
         )
 
 

@@ -58,13 +58,13 @@ def unit_of(plan: PrivacyPlan) -> str:
         if plan.unit_sampling == UNITS
         else f"{plan.max_rows_per_unit} of them used"
     )
-    counts = f", of which the {plan.owner} counts" if plan.owner else ""
-    return f"{person(plan.unit_column)}{counts}, at most {used}"
+    return f"{person(plan.unit_column, plan.owner)}, at most {used}"
 
 
-def person(unit_column: str) -> str:
+def person(unit_column: str, owner: str | None) -> str:
     """The unit where a column says whose a row is, however many rows that are."""
-    return f"one person: all rows of the train split with the same value of {unit_column}"
+    counts = f", of which the {owner} counts" if owner else ""
+    return f"one person: all rows of the train split with the same value of {unit_column}{counts}"
 
 
 def not_covered_of(unit_column: str | None, numerics: str) -> list[str]:

@@ -186,13 +186,18 @@ def _kept_head(path: str | os.PathLike) -> dict | None:
         raise UsageError(f"{file} is no head of a ledger; restore it from a backup") from None
 
 
-def counted(num_examples: int, unit_column: str | None) -> str:
+def counted(num_examples: int, unit_column: str | None, owner: str | None = None) -> str:
     """N in words, with what is counted."""
-    return f"{num_examples:,} " + (f"units of {unit_column!r}" if unit_column else "examples")
+    if unit_column is None:
+        return f"{num_examples:,} examples"
+    return f"{num_examples:,} units of {unit_column!r}" + (f" ({owner} owner)" if owner else "")
 
 
 def read_histograms(
-    path: str | os.PathLike, num_examples: int | None = None, unit_column: str | None = None
+    path: str | os.PathLike,
+    num_examples: int | None = None,
+    unit_column: str | None = None,
+    owner: str | None = None,
 ) -> list[dict]:
     """The lines of a ledger of histograms, checked against its head; none if there is none.
 
@@ -202,8 +207,8 @@ def read_histograms(
 
     Args:
         num_examples: N of the dataset that it must be of; of any if None.
-        unit_column: what N counts, see `record_histogram`. One ledger has one: a histogram of rows
-            says nothing for a unit, so their sum has no epsilon for it.
+        unit_column, owner: what N counts, see `record_histogram`. One ledger has one: a histogram
+            of rows says nothing for a unit, so their sum has no epsilon for it.
 
     Raises:
         UsageError: the file was edited or cut, lies without its head, is not a ledger of
@@ -236,12 +241,12 @@ def read_histograms(
             "end would not be noticed; the next histogram makes one"
         )
     for record in records:
-        theirs = (record["num_examples"], record.get("unit_column"))
-        if num_examples is not None and theirs != (num_examples, unit_column):
+        theirs = (record["num_examples"], record.get("unit_column"), record.get("owner"))
+        if num_examples is not None and theirs != (num_examples, unit_column, owner):
             raise UsageError(
                 f"{path} is of a private dataset of {counted(*theirs)}, not of "
-                f"{counted(num_examples, unit_column)}; each dataset has a ledger of its own for "
-                "each unit"
+                f"{counted(num_examples, unit_column, owner)}; each dataset has a ledger of its "
+                "own for each unit"
             )
     return records
 
@@ -253,6 +258,7 @@ def record_histogram(
     noise_multiplier: float,
     num_bins: int,
     unit_column: str | None = None,
+    owner: str | None = None,
     insecure: bool = False,
 ) -> dict:
     """Append a Gaussian histogram to a ledger of its own; call it before its noise is used.
@@ -265,6 +271,7 @@ def record_histogram(
         num_examples: N of the private dataset, public; of units where there is a `unit_column`.
         noise_multiplier: deviation of the noise of every bin.
         unit_column: the column that says whose a row is; None where the unit is a row.
+        owner: which of several owners of a row counts; None where a row has one.
         insecure: noise came from a known seed.
 
     Returns:
@@ -276,13 +283,14 @@ def record_histogram(
     path = Path(path)
     # Two that read the same last line would both continue it, and break the chain.
     with locked(path, "use another --ledger", sibling_lock(path), wait=True):
-        records = read_histograms(path, num_examples, unit_column)
+        records = read_histograms(path, num_examples, unit_column, owner)
         content = {
             "kind": HISTOGRAM,
             "run": os.urandom(16).hex(),
             "num_examples": num_examples,
             # A line with this entry, None or not, is never without a head, which is there first.
             "unit_column": unit_column,
+            "owner": owner,
             "noise_multiplier": noise_multiplier,
             "sensitivity": 1,
             "num_bins": num_bins,
