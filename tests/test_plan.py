@@ -374,3 +374,15 @@ def test_the_digest_sees_every_field():
     for field in dataclasses.fields(plan):
         changed = dataclasses.replace(plan, **{field.name: "changed"})
         assert changed.digest() != plan.digest(), field.name
+
+
+@pytest.mark.parametrize("given", [[], ["--eps=abc"], ["--eps="]])
+def test_privacy_or_none_is_never_assumed(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        read_flags(TrainingSettings, None, ["--job_sess=a", *given])
+    assert ended.value.code == 2
+    assert "--eps" in capsys.readouterr().err
+
+
+def test_an_example_loss_is_the_mean_over_its_own_tokens():
+    assert settings().loss_normalization == "tokens"

@@ -110,7 +110,10 @@ class TrainingSettings(JobSettings):
     )
     output_dir: str = flag("runs are written to its JOB_SESS", "outputs")
 
-    eps: float = _privacy("target epsilon; -1 trains without DP", -1, type=float)
+    eps: float = _privacy(
+        "target epsilon, such as 6; -1 trains without privacy, which is never assumed",
+        type=float, required=True,
+    )  # fmt: skip
     delta: float = _privacy("target delta, below 1/N", 5e-7, type=float)
     clip: float = _privacy(
         "clip norm C: l2 bound of one example's gradient; needed with --eps", -1, type=float
@@ -121,9 +124,9 @@ class TrainingSettings(JobSettings):
         choices=("flat", "automatic"),
     )
     loss_normalization: str = _privacy(
-        "an example's summed loss is divided by max_seq_len, or by its own number of tokens "
-        "(better for short texts)",
-        "max_seq_len",
+        "an example's summed loss is divided by its own number of tokens, or by max_seq_len, which "
+        "leaves short texts little gradient next to the noise",
+        "tokens",
         choices=("max_seq_len", "tokens"),
     )
     noise_multiplier: float | None = _privacy(
