@@ -1,10 +1,13 @@
 """Faults made for real: a disk that is small, a terminal that goes away."""
 
+import fcntl
 import os
 import pty
 import shutil
 import subprocess
 import sys
+import termios
+from collections.abc import Callable
 
 import pytest
 
@@ -36,18 +39,22 @@ class Terminal:
     """A process on a terminal of its own, which `close` takes away as the end of a session does."""
 
     def __init__(self, *command: str):
-        pid, self._master = pty.fork()
-        if pid == 0:
-            os.chdir(ROOT)
-            os.execve(sys.executable, [sys.executable, *command], ENVIRONMENT)
-        self.pid = pid
+        self._master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        self._process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+            stdin=slave, stdout=slave, stderr=slave,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
 
-    def read_until(self, text: str) -> None:
+    def read_until(self, text: str = "", condition: Callable[[], bool] = lambda: True) -> None:
+        """Read what it writes until `text` was in it and `condition` holds."""
         seen = b""
-        while text.encode() not in seen:
+        while text.encode() not in seen or not condition():
             seen += os.read(self._master, 1024)
 
     def close(self) -> int:
         """Returns the process's exit code."""
         os.close(self._master)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._process.wait(120)

@@ -626,9 +626,10 @@ def test_sigterm_saves_and_ends_with_130(long_run):
 def test_a_closed_terminal_saves_what_was_learnt(tiny_model_dir, letters, tmp_path):
     more = flags(tiny_model_dir, letters, tmp_path / "outputs", "--num_epochs=500")
     terminal = Terminal("train.py", *more)
-    terminal.read_until("real tokens/s")
-    assert terminal.close() == 130
     folder = tmp_path / "outputs" / "job"
+    ledger = folder / LEDGER_FILE
+    terminal.read_until(condition=lambda: ledger.exists() and len(ledger_steps(folder)) >= 4)
+    assert terminal.close() == 130
     values = report(folder)
     assert (values["steps_lost"], 0 < values["steps_taken"] < 4000) == (0, True)
     newest = max((folder / "checkpoints").iterdir())
