@@ -170,7 +170,7 @@ def main(
     """
     settings = read_flags(TrainingSettings, __doc__, argv)
     # What saves the work, once there is some, if another process of the job is lost.
-    rescue: list[Callable[[], None]] = []
+    rescue: list[Callable[[], object]] = []
     with held(settings.folder):
         try:
             run = prepare(settings, private, plain)
@@ -532,7 +532,7 @@ def largest_of_all(number: float) -> float:
 # ------------------------------------------------------------------------ the loop
 
 
-def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
+def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
     """T logical steps, and the end. Returns the exit code.
 
     Args:

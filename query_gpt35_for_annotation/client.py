@@ -12,7 +12,6 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import httpx2
 import openai
 
 from query_gpt35_for_annotation.job import (
@@ -131,7 +130,7 @@ class _Careful(openai.DefaultAsyncHttpxClient):
             for name, value in response.headers.multi_items()
             if name not in ("content-encoding", "content-length", "transfer-encoding")
         ]
-        return httpx2.Response(
+        return type(response)(
             response.status_code, headers=headers, content=bytes(body), request=response.request
         )
 
@@ -552,8 +551,8 @@ def _error_in(body: object) -> dict | None:
 
 def _status_of(error: dict) -> int:
     """The status that an error inside a response names; that of a passing fault where none."""
-    code = error.get("code") or error.get("status")
-    return int(code) if re.fullmatch(r"[45]\d\d", str(code)) else 500
+    code = str(error.get("code") or error.get("status"))
+    return int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
 
 
 def _usage(usage: object) -> dict | None:

@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from utils.printable import printable
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 # Names a file for the exit code, where a launcher in between makes 1 of every failure.
@@ -95,7 +92,8 @@ class _Lasting(io.FileIO):
         super().__init__(descriptor, "w", closefd=False)
         self._product = product
 
-    def write(self, data: "ReadableBuffer", /) -> int:
+    # Any: what may be written, a buffer, has no name of its own before Python 3.12.
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
