@@ -25,7 +25,7 @@ from utils.privacy.ledger import (
 )
 from utils.sampling.shards import check_manifest, finish_reasons, origins, read_samples
 
-EXAMPLES = 10_000
+EXAMPLES = 2000  # of each kind of file, 10,000 in all
 FUZZED = settings(max_examples=EXAMPLES, deadline=10_000, suppress_health_check=list(HealthCheck))
 # What a reader looks for, so that inputs come near to what it takes.
 NAMES = st.sampled_from(
