@@ -330,7 +330,10 @@ def placed_answers(folder: Path) -> Iterator[tuple[int, dict]]:
         if "id" in record:
             record["instruction_sha256"] = record.pop("id")
         if not _is_record(record):
-            raise UsageError(f"{path}, line {number} is no answer; restore the file, or {REMEDY}")
+            raise UsageError(
+                f"{folder} is missing or not what annotate writes: {path.name}, line {number} is no "
+                f"answer; restore it, or {REMEDY}"
+            )
         yield place, record
 
 

@@ -145,7 +145,10 @@ def read_samples(folder: Path) -> list[dict]:
         for number, sample in enumerate(read_jsonl(shard), start=1):
             texts = (sample.get("prompt"), sample.get("text"))
             if type(sample.get("id")) is not int or not all(isinstance(t, str) for t in texts):
-                raise UsageError(f"{shard}, line {number} lacks the id, prompt or text of a sample")
+                raise UsageError(
+                    f"{folder} is no folder of samples: {shard.name}, line {number} lacks an id, a "
+                    "prompt or a text; restore it"
+                )
             samples.append(sample)
     return sorted(samples, key=by_id)
 
