@@ -170,11 +170,16 @@ def main(
     """
     settings = read_flags(TrainingSettings, __doc__, argv)
     # What saves the work, once there is some, if another process of the job is lost.
-    rescue: list[Callable[[], None]] = []
+    rescue: list[Callable[[], object]] = []
     with held(settings.folder):
         try:
             run = prepare(settings, private, plain)
             return learn(run, rescue) if run else EXIT_OK
+        except OSError:
+            # The record of a step could not be written. What was learnt before may yet have room.
+            for save in rescue:
+                save()
+            raise
         except RuntimeError as error:
             if not is_loss_of_a_rank(error):
                 raise
@@ -278,7 +283,9 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         restore_adapter(parameters, checkpoint.adapter)
         optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
-    may_see = settings.report_to in LOCAL_TRACKERS or settings.report_private_metrics
+    first_step = checkpoint.state["step"] if checkpoint else 0
+    tracked = not plan or settings.report_to in LOCAL_TRACKERS or settings.report_private_metrics
+    metrics = PrivateMetrics(folder, first_step, accelerator, tracked=tracked) if is_main else None
     return Run(
         settings=settings,
         accelerator=accelerator,
@@ -291,15 +298,13 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         optimizer=optimizer,
         scheduler=scheduler,
         steps=steps,
-        first_step=checkpoint.state["step"] if checkpoint else 0,
+        first_step=first_step,
         is_continued=checkpoint is not None,
         token_budget=token_budget,
         shapes=shapes,
         is_sharded=is_sharded,
         base_fingerprint=fingerprint,
-        metrics=PrivateMetrics(folder, accelerator, tracked=may_see or not plan)
-        if is_main
-        else None,
+        metrics=metrics,
     )
 
 
@@ -527,7 +532,7 @@ def largest_of_all(number: float) -> float:
 # ------------------------------------------------------------------------ the loop
 
 
-def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
+def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
     """T logical steps, and the end. Returns the exit code.
 
     Args:
@@ -536,7 +541,7 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
     settings, mechanism, lengths = run.settings, run.mechanism, run.data["train"].lengths
     step = run.first_step
     # Tensors and `step` change together, between two messages to other processes.
-    rescue.append(lambda: write_checkpoint(run, step))
+    rescue.append(lambda: try_to_save(run, step, write_checkpoint))
     say_start(run)
     stop = StopRequest()
     progress = tqdm(
@@ -616,17 +621,13 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
         progress.update()
         if step == run.steps or ends_epoch(run, step):
             evaluate(run, step, stop)
-        if step % settings.save_steps == 0 and step < run.steps:
-            try:
-                save(run, step)
-                saved_at = step
-            except OSError as error:
-                say(f"warning: no checkpoint at step {step}: {error}; training goes on")
+        if step % settings.save_steps == 0 and step < run.steps and try_to_save(run, step, save):
+            saved_at = step
     progress.close()
 
     # A checkpoint that the main process could not write may differ from what others believe.
     if on_main_process(lambda: saved_at != step):
-        save(run, step)
+        try_to_save(run, step, save)
     finish(run, step, stop.signal_name)
     return EXIT_OK if step == run.steps else EXIT_INTERRUPTED
 
@@ -762,6 +763,16 @@ def save(run: Run, step: int) -> None:
     """Write a checkpoint, once all processes are known to train the same model."""
     require_same_tensors(run.parameters)
     write_checkpoint(run, step)
+
+
+def try_to_save(run: Run, step: int, writing: Callable[[Run, int], None]) -> bool:
+    """Write a checkpoint, or warn that the disk takes none; whether it was written."""
+    try:
+        writing(run, step)
+    except OSError as error:
+        say(f"warning: no checkpoint at step {step}: {error}; the steps so far are in memory alone")
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------ the end

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
 from utils.command_line.parser import flag, read_flags  # noqa: E402
+from utils.folders import claimed  # noqa: E402
 from utils.texts.prompts import write_instruction_file  # noqa: E402
 from utils.texts.rows import raw_rows  # noqa: E402
 
@@ -44,6 +45,12 @@ def main(argv: list[str] | None = None) -> None:
     """Read AlpacaEval's instructions and write them as an instruction file."""
     settings = read_flags(Settings, __doc__, argv)
     output = Path(settings.output)
+    with claimed(output):
+        prepare(settings, output)
+
+
+def prepare(settings: Settings, output: Path) -> None:
+    """Make `output`, which nobody else makes meanwhile."""
     if output.exists() and not settings.overwrite:
         raise UsageError(f"--output {settings.output!r} exists; replace it with --overwrite")
     instructions = read_instructions(Path(settings.input) if settings.input else download())

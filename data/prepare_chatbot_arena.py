@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
 from utils.command_line.parser import flag, read_flags  # noqa: E402
-from utils.folders import save_dataset  # noqa: E402
+from utils.folders import claimed, save_dataset  # noqa: E402
 from utils.texts.data_sets import is_labelled  # noqa: E402
 from utils.texts.rows import FILE_SUFFIXES, raw_rows  # noqa: E402
 from utils.texts.text_filters import comparison_form, split_rows  # noqa: E402
@@ -90,6 +90,12 @@ def main(argv: list[str] | None = None) -> None:
             f"--output {str(output)!r}: training takes pairs from a data set whose name starts "
             "with 'labelled' and instructions from any other, so use --pairs with such a name only"
         )
+    with claimed(output):
+        prepare(settings, output)
+
+
+def prepare(settings: Settings, output: Path) -> None:
+    """Make `output`, which nobody else makes meanwhile."""
     if output.exists() and not settings.overwrite:
         raise UsageError(
             f"--output {str(output)!r} exists; choose another, or replace it with --overwrite"

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import UsageError, run_cli, say  # noqa: E402
 from utils.command_line.parser import flag, read_flags  # noqa: E402
 from utils.files import sha256_of, write_json  # noqa: E402
-from utils.folders import PREPARATION_FILE, save_dataset, whole_folder  # noqa: E402
+from utils.folders import PREPARATION_FILE, claimed, save_dataset, whole_folder  # noqa: E402
 from utils.texts.prompts import write_instruction_file  # noqa: E402
 from utils.texts.text_filters import comparison_form, split_rows  # noqa: E402
 
@@ -124,6 +124,12 @@ class Settings:
 def main(argv: list[str] | None = None) -> None:
     """Make what is missing and say what there is."""
     settings = read_flags(Settings, __doc__, argv)
+    with claimed(Path(settings.output_dir) / "quickstart"):
+        prepare(settings)
+
+
+def prepare(settings: Settings) -> None:
+    """Make what is missing, which nobody else makes meanwhile."""
     output, cache = Path(settings.output_dir), Path(settings.cache_dir).expanduser()
     model, embedder, pairs, instructions = (
         output / name

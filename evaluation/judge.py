@@ -138,11 +138,11 @@ def main(argv: list[str] | None = None) -> int:
     if not (settings.public or settings.dry_run):
         private_folder(settings.output / PRIVATE_FOLDER)
         say(f"warning: private instructions or answers are sent to {job.base_url}")
-    code = finish_job(job, settings)
+    code = finish_job(job, settings, lambda record: verdict_of(record) is not None)
     if code != EXIT_OK or settings.dry_run:
         return code
     records = read_records(folder)
-    if pending_instructions(job, records, None):
+    if any(pending_instructions(job, records, None)):
         say("no result yet: the same command with a higher --limit, or none, judges the rest")
         return EXIT_OK
 
@@ -212,6 +212,11 @@ def require_same_judgements(job: Job) -> None:
         )
 
 
+def verdict_of(record: dict) -> float | None:
+    """What a judge's reply says, see `read_verdict`; None also where it was cut or refused."""
+    return read_verdict(record["answer"]) if record["status"] == OK else None
+
+
 def verdicts_of(records: list[list[dict]]) -> np.ndarray:
     """Judgements [pairs, 2], with ours first and with theirs first; NaN where a reply holds none.
 
@@ -219,10 +224,7 @@ def verdicts_of(records: list[list[dict]]) -> np.ndarray:
         records: of each pair in both orders, see `client.answer_record`.
     """
     return np.array(
-        [
-            [read_verdict(each["answer"]) if each["status"] == OK else None for each in orders]
-            for orders in records
-        ],
+        [[verdict_of(each) for each in orders] for orders in records],
         dtype=float,
     )
 

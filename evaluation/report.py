@@ -26,7 +26,7 @@ from privacy_checks.composition import ALLOW_ABOVE_TARGET, exit_code
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import write_atomic
-from utils.folders import private_folder
+from utils.folders import claimed, private_folder
 
 TEMPLATES = Path(__file__).parent / "page" / "templates"
 ESCAPED: dict[str, Callable[[str], str]] = {".html": escape, ".md": markdown}
@@ -46,6 +46,12 @@ class Settings(Sources):
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
+    with claimed(settings.output):
+        return write_page(settings)
+
+
+def write_page(settings: Settings) -> int:
+    """Collect, render and write; returns the exit code."""
     internal, output = settings.internal, settings.output
     if settings.real and not internal:
         raise UsageError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from utils.cli import UsageError, say
 from utils.files import write_json
 from utils.folders import private_folder
+from utils.printable import printable
 from utils.versions import versions_of
 
 PRIVATE_FOLDER = "private"
@@ -147,8 +148,9 @@ def table(result: Result) -> str:
         rows.append((*row, control) if result.control else row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(
+    text = "\n".join(
         [result.title, *lines, f"interval: {result.interval}"]
         + ([f"control: {result.control}"] if result.control else [])
         + result.notes
     )
+    return printable(text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import read_jsonl
+from utils.printable import printable
 from utils.sampling.shards import read_samples
 
 
@@ -28,7 +29,7 @@ class Settings:
 def main(argv: list[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, argv)
     print(f"== {settings.run}")
-    print(guarantee_line(settings.run))
+    print(printable(guarantee_line(settings.run)))
     for name, first, last in loss_changes(settings.run):
         print(f"{name:<16} {first:.3f} -> {last:.3f} nats a token (private)")
     print(f"adapter          {settings.run / 'adapter'}")
@@ -73,8 +74,8 @@ def loss_changes(run: Path) -> list[tuple[str, float, float]]:
 
 def shown(sample: dict, width: int = 96) -> str:
     """A sample in a few lines: its prompt, if it had one, and its text."""
-    prompt = textwrap.shorten(sample["prompt"], width, placeholder=" ...")
-    text = textwrap.shorten(sample["text"], 3 * width, placeholder=" ...")
+    prompt = textwrap.shorten(printable(sample["prompt"]), width, placeholder=" ...")
+    text = textwrap.shorten(printable(sample["text"]), 3 * width, placeholder=" ...")
     lines = textwrap.wrap(text, width) or ["(nothing)"]
     body = "\n".join(f"    {line}" for line in lines)
     return f"  [{sample['id']}]{f' {prompt}' if prompt else ''}\n{body}"

@@ -2,9 +2,7 @@
 
 import contextlib
 import io
-import signal
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -17,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import train
 from privacy_checks import tiny_model
-from utils.cli import EXIT_OK
+from utils.cli import EXIT_OK, stop_handlers_restored
 from utils.privacy.mechanism import Private
 
 # Of the tiny model with the default LoRA: 2 layers, 4 projections, r = 8, 64 + 64 features.
@@ -110,18 +108,7 @@ def observe(
         stack.enter_context(mock.patch.object(Accelerator, "end_training"))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(signal_handlers_restored())
+        stack.enter_context(stop_handlers_restored())
         if train.main(argv, private=mechanism) != EXIT_OK:
             raise KeyboardInterrupt
     return seen
-
-
-@contextlib.contextmanager
-def signal_handlers_restored() -> Iterator[None]:
-    """Give back the handlers that a run in this process takes for its own."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -24,6 +24,7 @@ or `ssh-keygen -t ed25519 -N "" -f KEYFILE`, which writes KEYFILE.pub too.
 """
 
 import io
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -47,6 +48,8 @@ from privacy_checks.signature import (
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import write_atomic, write_json
+from utils.folders import claimed
+from utils.printable import printable
 from utils.privacy.accounting import ADD_REMOVE, REPLACE
 from utils.privacy.guarantee import NEIGHBOURS, as_markdown, as_text, name_of_unit, render
 
@@ -105,6 +108,13 @@ def main(argv: list[str] | None = None) -> int:
     if output and settings.verify_key:
         public = read_public_key(settings.verify_key)
         return verify(differences(output, OUTPUT_FILES, settings.run, settings.histogram, public))
+    with claimed(output) if output else nullcontext():
+        return write_report(settings)
+
+
+def write_report(settings: Settings) -> int:
+    """Compose, show and, where there is an output, write and sign; returns the exit code."""
+    output = settings.output
     key = read_private_key(settings.sign) if settings.sign else None
     if output:
         for path in (output / name for name in (*OUTPUT_FILES, SIGNATURE_FILE)):
@@ -120,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if report["guarantee"]:
         report = with_left_out(report, settings.run, settings.histogram, relations)
-    print(render(report, as_text))
+    print(printable(render(report, as_text)))
     if output:
         if report["guarantee"]:
             report |= {"epsilon_over_steps": epsilon_over_steps(report), "plot": PLOT_FILE}

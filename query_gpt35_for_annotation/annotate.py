@@ -20,11 +20,22 @@ import math
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+from textwrap import shorten
 
 from tqdm import tqdm
 
-from query_gpt35_for_annotation.client import ANSWERED, FAILED, Client, StopRun
+from query_gpt35_for_annotation.client import (
+    ANSWERED,
+    FAILED,
+    KEEP_REASONING,
+    OK,
+    Client,
+    StopRun,
+    say_reasoning,
+)
 from query_gpt35_for_annotation.job import (
     REMEDY,
     UNANSWERED,
@@ -42,7 +53,16 @@ from query_gpt35_for_annotation.job import (
 )
 from query_gpt35_for_annotation.rate_limits import RateBudget
 from query_gpt35_for_annotation.spending import Price, PriceSettings, Spending, estimate, price_of
-from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli, say
+from utils.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    UsageError,
+    handle_stops,
+    run_cli,
+    say,
+    stop_handlers_restored,
+)
 from utils.command_line.parser import flag, natural_int, read_flags
 from utils.files import JsonlAppender
 from utils.folders import locked
@@ -53,6 +73,8 @@ _REFUSED_FIRST, _REFUSED_LATER = 10, 100
 _REFUSES_ALL = "the server refuses every request: "
 # So many instructions in a row, or one a worker, that run out of retries are an outage.
 _OUTAGE = 5
+# So many paid answers, the first of a run and none of them usable, show that none will be.
+_UNUSABLE_FIRST = 20
 INTERRUPTED = "interrupted"
 
 
@@ -97,6 +119,7 @@ class RunSettings(PriceSettings, RequestSettings):
         type=number_within(1, math.inf),
         metavar="SECONDS",
     )
+    keep_reasoning: bool = flag(KEEP_REASONING, False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +164,12 @@ class Run:
         unmetered: `unmetered_attempts` on record by instruction id.
         concurrency: workers, at most.
         spending: for the bar.
+        usable: whether a record is of any use to the caller.
+        keep_reasoning: whether records keep what models wrote before their answers.
+
+    Attributes:
+        outcomes: records by their status.
+        with_reasoning: records of answers that came with some.
     """
 
     def __init__(
@@ -151,6 +180,8 @@ class Run:
         unmetered: dict[str, int],
         concurrency: int,
         spending: Spending,
+        usable: Callable[[dict], bool],
+        keep_reasoning: bool,
     ):
         self._client = client
         self._recorder = recorder
@@ -160,7 +191,10 @@ class Run:
         self._spending = spending
         self._refused: list[dict] = []
         self._unanswered_in_a_row = 0
+        self._usable, self._keep_reasoning = usable, keep_reasoning
+        self._unusable: Counter[str] | None = Counter()  # None from the first usable one on
         self.outcomes: Counter[str] = Counter()
+        self.with_reasoning = 0
 
     async def finish(self, bar: tqdm) -> None:
         """Ask everything, or until the client stops."""
@@ -202,6 +236,7 @@ class Run:
         await self._keep(record)
         if record["status"] in ANSWERED:
             self._unanswered_in_a_row = 0
+            self._judge(record)
             await self._release(FAILED)
         elif record["status"] == UNANSWERED:
             self._unanswered_in_a_row += 1
@@ -211,47 +246,73 @@ class Run:
                     f"{record['error']}"
                 )
 
+    def _judge(self, record: dict) -> None:
+        """Stop before more is paid for where the first answers are all of no use."""
+        if self._unusable is None or self._usable(record):
+            self._unusable = None
+            return
+        said = record["error"] or shorten(record["answer"] or "", 60, placeholder=" ...")
+        self._unusable[f"{record['status']} ({said!r})" if said else record["status"]] += 1
+        if self._unusable.total() == _UNUSABLE_FIRST:
+            (example, _), *_ = self._unusable.most_common(1)
+            self._client.stop(
+                f"the first {_UNUSABLE_FIRST} answers are all unusable, such as {example}; another "
+                "--model or --max_tokens may do better, with another --output"
+            )
+
     async def _release(self, status: str) -> None:
         """Keep the refusals that were held back, as `status`."""
         refused, self._refused = self._refused, []
         await asyncio.gather(*(self._keep(record | {"status": status}) for record in refused))
 
     async def _keep(self, record: dict) -> None:
+        self.with_reasoning += "reasoning" in record
+        if not self._keep_reasoning:
+            record.pop("reasoning", None)
         await self._recorder.keep(record)
         self.outcomes[record["status"]] += 1
 
 
 async def annotate(run: Run, client: Client, bar: tqdm) -> None:
-    """Run to the end, to a stop, or to a Ctrl-C; a second Ctrl-C does not wait for answers."""
+    """Run to the end, to a stop, or to a signal; a Ctrl-C after that does not wait for answers."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
 
-    def interrupt() -> None:
-        if client.stop_reason:
+    def interrupt(number: int) -> None:
+        if client.stop_reason and number == signal.SIGINT:
             task.cancel()
-        else:
+        elif not client.stop_reason:
             client.stop(INTERRUPTED)
             say(
                 "\nstopping when the answers in flight, which cost money, are here; Ctrl-C again "
                 "to leave them"
             )
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt)
-    try:
-        await run.finish(bar)
-    finally:
-        await client.close()
+    # The loop's own way of handling signals would not give back the handlers that it replaces.
+    with stop_handlers_restored():
+        handle_stops(lambda number, _: loop.call_soon_threadsafe(interrupt, number))
+        try:
+            await run.finish(bar)
+        finally:
+            await client.close()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Annotate from the command line."""
     settings = read_flags(Settings, __doc__, argv)
-    return finish_job(read_job(settings), settings)
+    # An estimate needs no instruction in memory.
+    return finish_job(read_job(settings, in_memory=not settings.dry_run), settings)
 
 
-def finish_job(job: Job, settings: RunSettings) -> int:
+def _is_ok(record: dict) -> bool:
+    return record["status"] == OK
+
+
+def finish_job(job: Job, settings: RunSettings, usable: Callable[[dict], bool] = _is_ok) -> int:
     """Ask what the job's folder lacks, or with `--dry_run` estimate it; returns the exit code.
+
+    Args:
+        usable: whether an answered record is; if the first of a run are all not, it stops.
 
     Raises:
         UsageError: a `--max_cost` that cannot be kept, or a folder of another job.
@@ -270,7 +331,7 @@ def finish_job(job: Job, settings: RunSettings) -> int:
         return EXIT_OK
     # Two processes would pay for the same answers.
     with locked(job.folder, REMEDY):
-        return run_job(job, price, settings)
+        return run_job(job, price, settings, usable)
 
 
 def print_estimate(job: Job, price: Price | None, limit: int | None) -> None:
@@ -284,10 +345,12 @@ def print_estimate(job: Job, price: Price | None, limit: int | None) -> None:
         print(line)
 
 
-def run_job(job: Job, price: Price | None, settings: RunSettings) -> int:
+def run_job(
+    job: Job, price: Price | None, settings: RunSettings, usable: Callable[[dict], bool]
+) -> int:
     """Ask what the folder lacks and return the exit code."""
     records = claim_folder(job)
-    pending = pending_instructions(job, records, settings.limit)
+    pending = list(pending_instructions(job, records, settings.limit))
     if not pending:
         say(f"nothing left to ask; the answers are in {answers_file(job.folder)}")
         return EXIT_OK
@@ -295,7 +358,7 @@ def run_job(job: Job, price: Price | None, settings: RunSettings) -> int:
     unmetered = {key: record["unmetered_attempts"] for key, record in records.items()}
     proven = any(record["status"] in ANSWERED for record in records.values())
     del records
-    total = len(job.instructions[: settings.limit])
+    total = sum(1 for _ in islice(job.instructions, settings.limit))
     done = total - len(pending)
     # A log file of a night should not hold a line for every tenth of a second.
     interval = 0.1 if sys.stderr.isatty() else 30
@@ -314,7 +377,16 @@ def run_job(job: Job, price: Price | None, settings: RunSettings) -> int:
             settings.patience,
             proven,
         )
-        run = Run(client, recorder, pending, unmetered, settings.concurrency, spending)
+        run = Run(
+            client,
+            recorder,
+            pending,
+            unmetered,
+            settings.concurrency,
+            spending,
+            usable,
+            settings.keep_reasoning,
+        )
         try:
             asyncio.run(annotate(run, client, bar))
         except asyncio.CancelledError:
@@ -322,6 +394,7 @@ def run_job(job: Job, price: Price | None, settings: RunSettings) -> int:
     done += run.outcomes.total() - run.outcomes[UNANSWERED]
     counts = ", ".join(f"{number:,} {status}" for status, number in run.outcomes.most_common())
     say(f"this run: {counts or 'nothing new'}; {spending.summary()} for the folder so far")
+    say_reasoning(run.with_reasoning, settings.keep_reasoning)
     say(f"{done:,} of {total:,} done, in {answers_file(job.folder)}")
     if client.stop_reason:
         say(f"stopped early: {client.stop_reason}")

@@ -11,16 +11,19 @@ Truncated, refused, empty and failed answers are left out and counted.
 import argparse
 import hashlib
 import math
+import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from query_gpt35_for_annotation.client import OK
-from query_gpt35_for_annotation.job import answers_file, read_records
+from query_gpt35_for_annotation.job import answers_file, placed_answers
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_float, read_flags
-from utils.folders import save_dataset
+from utils.files import record_at
+from utils.folders import claimed, save_dataset
 from utils.texts.data_sets import is_labelled
 
 
@@ -58,17 +61,22 @@ class Settings:
     seed: int = flag("another one gives another split", 0, type=int)
 
 
-def split_pairs(records: list[dict], val_size: int, test_size: int, seed: int) -> dict:
-    """Split records by the rank of a keyed hash of their instructions.
+def split_pairs(
+    instructions: Iterable[bytes], val_size: int, test_size: int, seed: int
+) -> dict[str, list[bytes]]:
+    """Split instructions by the rank of a keyed hash of them.
+
+    Args:
+        instructions: their own hashes.
 
     Returns:
-        Records by split.
+        The same, by split.
     """
 
-    def rank(record: dict) -> bytes:
-        return hashlib.sha256(f"{seed}:{record['instruction_sha256']}".encode()).digest()
+    def rank(instruction: bytes) -> bytes:
+        return hashlib.sha256(f"{seed}:{instruction.hex()}".encode()).digest()
 
-    ranked = sorted(records, key=rank)
+    ranked = sorted(instructions, key=rank)
     held_out = val_size + test_size
     return {
         "train": ranked[held_out:],
@@ -86,29 +94,48 @@ def main(argv: list[str] | None = None) -> None:
             f"--output {settings.output!r} must have a name that starts with 'labelled', such as "
             f"{str(output.with_name('labelled_' + output.name))!r}; training tells pairs by it"
         )
+    with claimed(output):
+        build(settings, folder, output)
+
+
+def build(settings: Settings, folder: Path, output: Path) -> None:
+    """Make `output` of the answers in `folder`; what lies in memory is where they are."""
     if output.exists():
         raise UsageError(f"--output {settings.output!r} exists; name another, or remove it first")
     if not answers_file(folder).exists():
         raise UsageError(f"--answers {settings.answers!r} has no answers.jsonl; annotate writes it")
-    records = read_records(folder).values()
-    pairs = [record for record in records if record["status"] == OK]
+    # The last record of an instruction counts.
+    places: dict[bytes, int] = {}
+    others: dict[bytes, str] = {}
+    for place, record in placed_answers(folder):
+        key, status = bytes.fromhex(record["instruction_sha256"]), record["status"]
+        if status == OK:
+            places[key] = place
+            others.pop(key, None)
+        else:
+            others[key] = sys.intern(status)
+            places.pop(key, None)
     val_size, test_size = (
-        math.ceil(size * len(pairs)) if size < 1 else int(size)
+        math.ceil(size * len(places)) if size < 1 else int(size)
         for size in (settings.val_size, settings.test_size)
     )
-    outcomes = Counter(record["status"] for record in records if record["status"] != OK)
+    outcomes = Counter(others.values())
     left_out = ", ".join(f"{number:,} {status}" for status, number in sorted(outcomes.items()))
-    say(f"left out of {len(records):,} instructions: {left_out or 'none'}")
-    if val_size + test_size >= len(pairs):
+    say(f"left out of {len(places) + len(others):,} instructions: {left_out or 'none'}")
+    if val_size + test_size >= len(places):
         raise UsageError(
-            f"--val_size and --test_size take {val_size + test_size:,} of {len(pairs):,} usable "
+            f"--val_size and --test_size take {val_size + test_size:,} of {len(places):,} usable "
             "answers, which leaves none to train on"
         )
-    splits = split_pairs(pairs, val_size, test_size, settings.seed)
+    splits = split_pairs(places, val_size, test_size, settings.seed)
     preparation = {"answers": str(folder), "seed": settings.seed, "left_out": outcomes}
-    save_dataset(output, splits, ["instruction", "answer"], preparation)
-    rows = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
-    say(f"wrote {output}: {rows}")
+    with open(answers_file(folder), "rb") as file:
+        rows = {
+            name: (record_at(file, places[key]) for key in part) for name, part in splits.items()
+        }
+        save_dataset(output, rows, ["instruction", "answer"], preparation)
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in splits.items())
+    say(f"wrote {output}: {sizes}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import openai
 
@@ -20,7 +23,8 @@ from query_gpt35_for_annotation.job import (
 )
 from query_gpt35_for_annotation.rate_limits import LONGEST_REFUSAL_PAUSE, RateBudget, backoff
 from query_gpt35_for_annotation.spending import BudgetReached, Spending, estimated_prompt_tokens
-from utils.cli import UsageError
+from utils.cli import UsageError, say
+from utils.printable import printable, without_controls
 
 # What an answered record's `status` may be; only `ok` goes into a data set.
 OK = "ok"
@@ -40,6 +44,16 @@ _GATEWAY_STATUS = (502, 504, 520, 522, 524)
 _CONNECT_SECONDS = 10
 # What a record repeats of a server's error, in characters.
 ERROR_LENGTH = 1000
+# Finish reasons by their meaning, in lower case; with any other, an answer is whole.
+_CUT, _FILTERED = ("length", "max_tokens"), ("content_filter",)
+# Beyond these a server means no answer: bytes of a body, tokens of a request, redirects of one.
+_MOST_BYTES, _MOST_TOKENS, _MOST_REDIRECTS = 16 << 20, 10**7, 3
+# How often it is looked whether a request's time is up.
+_TICK_SECONDS = 0.5
+THINK, END_OF_THINK = "<think>", "</think>"
+KEEP_REASONING = (
+    "keep what a model wrote before its answer, as `reasoning` next to the `answer` and never in it"
+)
 
 
 class StopRun(Exception):
@@ -81,6 +95,62 @@ class _TryAgain(Exception):
         super().__init__(message)
         self.maybe_paid = maybe_paid
         self.retry_after = retry_after
+
+
+class _Careful(openai.DefaultAsyncHttpxClient):
+    """Follows no redirect to another host, and reads no body without end."""
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        """Send `request` and read the answer.
+
+        Raises:
+            StopRun: a redirect to another host, or too many.
+            _TryAgain: the body is too large.
+        """
+        options |= {"stream": True, "follow_redirects": False}
+        for _ in range(_MOST_REDIRECTS):
+            response = await super().send(request, **options)
+            try:
+                if response.next_request is None:
+                    return await self._whole(response)
+                request = self._same_host(request, response.next_request)
+            finally:
+                await response.aclose()
+        raise StopRun(f"the server redirects {_MOST_REDIRECTS} times; name its own --base_url")
+
+    @staticmethod
+    async def _whole(response: Any) -> Any:
+        body = bytearray()
+        async for part in response.aiter_bytes():
+            body += part
+            if len(body) > _MOST_BYTES:
+                raise _TryAgain(f"an answer of more than {_MOST_BYTES >> 20} MiB", maybe_paid=True)
+        headers = [
+            (name, value)
+            for name, value in response.headers.multi_items()
+            if name not in ("content-encoding", "content-length", "transfer-encoding")
+        ]
+        return type(response)(
+            response.status_code, headers=headers, content=bytes(body), request=response.request
+        )
+
+    @staticmethod
+    def _same_host(request: Any, following: Any) -> Any:
+        old, new = request.url, following.url
+        if new.host != old.host or (old.scheme, new.scheme) == ("https", "http"):
+            raise StopRun(
+                f"the server redirects to {new.scheme}://{new.host}, which would get the "
+                "instructions and is not the --base_url; name that if you trust it"
+            )
+        return following
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, which no proxy can reach."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 class Client:
@@ -127,11 +197,21 @@ class Client:
                 "set the environment variable OPENAI_API_KEY, or name another server with "
                 "--base_url (a local one needs no key)"
             )
+        address = urlsplit(job.base_url)
+        query = dict(parse_qsl(address.query))
+        # Reading has no limit of its own: `_within` counts the time of a whole request.
+        limits = openai.Timeout(None, connect=_CONNECT_SECONDS)
         self._api = openai.AsyncOpenAI(
             api_key=self._key or "none",
-            base_url=job.base_url,
-            timeout=openai.Timeout(timeout, connect=_CONNECT_SECONDS),
+            base_url=address._replace(query="").geturl(),
+            default_query=query,
+            # A server with versions in its query takes its key under another name.
+            default_headers={"api-key": self._key} if query and self._key else {},
+            timeout=limits,
             max_retries=0,
+            http_client=_Careful(
+                timeout=limits, trust_env=not _is_loopback(address.hostname or "")
+            ),
         )
         self._job = job
         self._budget = budget
@@ -246,25 +326,47 @@ class Client:
         await self._budget.admit(tokens)
         await self._spending.reserve(worst_case)
 
+    async def _within(self, answer: Awaitable[Any]) -> Any:
+        """Await a whole answer, at most --timeout of the time that this process has lived through.
+
+        Of a process that is paused, the answers that arrive meanwhile are read when it goes on.
+
+        Raises:
+            TimeoutError: there was none.
+        """
+        task = asyncio.ensure_future(answer)
+        try:
+            ticks = math.ceil(self._timeout / _TICK_SECONDS)
+            # One more: what has arrived at the end of the last is read in it.
+            for _ in range(ticks + 1):
+                await asyncio.wait({task}, timeout=self._timeout / ticks)
+                if task.done():
+                    return task.result()
+            raise TimeoutError
+        finally:
+            task.cancel()
+
     async def _send(self, body: dict) -> dict:
         sent_at = time.monotonic()
         try:
             # The library's timeout starts anew with every byte; a slow drip needs one in all.
-            async with asyncio.timeout(self._timeout):
-                raw = await self._api.chat.completions.with_raw_response.create(**body)
+            raw = await self._within(self._api.chat.completions.with_raw_response.create(**body))
             self._budget.learn(raw.headers)
-            self._budget.accepted()
-            return read_completion(json.loads(raw.content))
+            content = json.loads(raw.content)
+            failure = _error_in(content)
+            if failure is None:
+                self._budget.accepted()
+                return read_completion(content)
+            # Of a status of its own; the answer was begun, so it may be paid.
+            inner = openai.APIStatusError("", response=raw.http_response, body=failure)
+            problem = self._explain_status(inner, body, _status_of(failure))
+            if isinstance(problem, _TryAgain):
+                problem.maybe_paid = True
         except TimeoutError:
             raise _TryAgain(f"no whole answer in {self._timeout:g} s (--timeout)", True) from None
         except openai.APIStatusError as error:
-            problem = self._explain_status(error, body)
+            problem = self._explain_status(error, body, error.status_code)
             self._budget.learn(error.response.headers)
-            if isinstance(problem, _RateLimited):
-                self._budget.refused(sent_at, problem.retry_after)
-            else:
-                self._budget.accepted()
-            raise problem from None
         except openai.APIConnectionError as error:
             # A connection that never came to be carried nothing that could be charged.
             cause = type(error.__cause__).__name__
@@ -273,10 +375,15 @@ class Client:
         except (ValueError, LookupError, RecursionError) as error:
             # No JSON, no completion, or no text: the library lets such errors of others through.
             raise _TryAgain(f"malformed answer: {self._public(error)}", maybe_paid=True) from None
+        if isinstance(problem, _RateLimited):
+            self._budget.refused(sent_at, problem.retry_after)
+        else:
+            self._budget.accepted()
+        raise problem
 
-    def _explain_status(self, error: openai.APIStatusError, body: dict) -> Exception:
-        """What an error status means for the run."""
-        status, headers = error.status_code, error.response.headers
+    def _explain_status(self, error: openai.APIStatusError, body: dict, status: int) -> Exception:
+        """What an error of a status, of the response or inside it, means for the run."""
+        headers = error.response.headers
         codes = (error.code, error.type)
         answer = self._public(f"{status}, {error.response.text}")
         if status == 402 or any(code in _QUOTA_CODES for code in codes):
@@ -286,6 +393,8 @@ class Client:
         if status in (408, 409) or status >= 500:
             maybe_paid = status in _GATEWAY_STATUS
             return _TryAgain(answer, maybe_paid, retry_after_seconds(headers))
+        if status == 403 and self.proven:  # it has taken the key: this is about the instruction
+            return _Rejected(answer, blames_instruction=False)
         if status in (401, 403):
             return StopRun(f"the server refuses the key in OPENAI_API_KEY ({answer})")
         if status in (404, 410) or "model_not_found" in codes:
@@ -311,7 +420,7 @@ class Client:
         """One short line of `text`, without the key: servers have been seen to repeat it."""
         # The key goes first: a cut through it would leave a part that no search finds.
         text = str(text).replace(self._key, "[key]") if self._key else str(text)
-        return " ".join(text.split())[:ERROR_LENGTH]
+        return " ".join(printable(text).split())[:ERROR_LENGTH]
 
     async def _unless_stopping(self, waiting: Coroutine) -> None:
         """Await `waiting`, but leave it as soon as the run is to stop."""
@@ -335,6 +444,7 @@ def answer_record(
     finish_reason: str | None = None,
     usage: dict | None = None,
     error: str | None = None,
+    reasoning: str = "",
 ) -> dict:
     """One line of answers.jsonl.
 
@@ -344,6 +454,7 @@ def answer_record(
             without telling their tokens.
         model: as the server names it.
         usage: `prompt_tokens` and `completion_tokens`, None where the server gave none.
+        reasoning: what the model wrote before its answer; the record has it where there is some.
     """
     return {
         "instruction_sha256": instruction_id(instruction),
@@ -355,16 +466,18 @@ def answer_record(
         "usage": usage,
         "unmetered_attempts": unmetered_attempts,
         "error": _storable(error),
-    }
+    } | ({"reasoning": _storable(reasoning)} if reasoning else {})
 
 
 def _storable(text: object) -> str | None:
-    """`text` without halves of surrogate pairs, which a model can emit and no file can hold."""
-    return None if text is None else str(text).encode("utf-8", "replace").decode()
+    """`text` without what a server can send and no file should hold: controls, half surrogates."""
+    if text is None:
+        return None
+    return without_controls(str(text).encode("utf-8", "replace").decode())
 
 
 def read_completion(body: object) -> dict:
-    """What a chat completion says: status, answer, model, finish_reason and usage.
+    """What a chat completion says: status, answer, reasoning, model, finish_reason and usage.
 
     Raises:
         ValueError: `body` is not a chat completion, or has no choice.
@@ -374,31 +487,79 @@ def read_completion(body: object) -> dict:
             raise TypeError
         choice = body["choices"][0]
         message, finish_reason = choice["message"], choice.get("finish_reason")
-        answer, refusal = message.get("content") or "", message.get("refusal")
-        if not isinstance(answer, str):
-            raise TypeError
+        refusal = message.get("refusal")
+        reasoning, answer = _parts_of(message)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"not a chat completion: {body}") from None
-    if refusal or finish_reason == "content_filter":
-        status, answer = "refused", answer or refusal or ""
+    meaning, error = str(finish_reason).lower(), None
+    if refusal or meaning in _FILTERED:
+        status, answer = "refused", answer or str(refusal or "")
     elif not answer.strip():
         status = "empty"
+        if reasoning and meaning in _CUT:
+            error = "the model used up all tokens to reason; give a higher --max_tokens"
     else:
-        status = "ok" if finish_reason == "stop" else "truncated"
+        status = "truncated" if meaning in _CUT else OK
     return {
         "status": status,
         "answer": answer,
+        "reasoning": reasoning,
         "model": body.get("model"),
         "finish_reason": finish_reason,
         "usage": _usage(body.get("usage")),
+        "error": error,
     }
+
+
+def _parts_of(message: dict) -> tuple[str, str]:
+    """The reasoning and the answer of a message, in which they may be apart or not."""
+    content = message.get("content") or ""
+    apart = [message.get(name) for name in ("reasoning_content", "reasoning")]
+    if isinstance(content, list):
+        is_answer = [part.get("type") in ("text", "output_text") for part in content]
+        apart += [part.get("text") for part, of in zip(content, is_answer) if not of]
+        content = "".join(part["text"] for part, of in zip(content, is_answer) if of)
+    if not isinstance(content, str):
+        raise TypeError
+    before, ends, answer = content.partition(END_OF_THINK)
+    begins = before.lstrip().startswith(THINK)
+    # Some servers put the opening mark into the prompt. In the midst of a text it means nothing.
+    if begins or (ends and THINK not in before):
+        apart.append(before.lstrip().removeprefix(THINK).strip())
+        content = answer.lstrip()
+    return "\n".join(
+        dict.fromkeys(text for text in apart if text and isinstance(text, str))
+    ), content
+
+
+def say_reasoning(count: int, kept: bool) -> None:
+    """Tell how many answers came with reasoning, and what became of it."""
+    if count:
+        what = "kept apart" if kept else "left out (--keep_reasoning keeps it apart)"
+        say(f"{count:,} answers came with reasoning, which was {what}")
+
+
+def _error_in(body: object) -> dict | None:
+    """The error that a server reports in place of a completion, or inside its first choice."""
+    if not isinstance(body, dict):
+        return None
+    choices = body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else body
+    error = first.get("error") if isinstance(first, dict) else None
+    return error if isinstance(error, dict) else None
+
+
+def _status_of(error: dict) -> int:
+    """The status that an error inside a response names; that of a passing fault where none."""
+    code = str(error.get("code") or error.get("status"))
+    return int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500
 
 
 def _usage(usage: object) -> dict | None:
     """The token counts, None where they are missing or make no sense: the answer is paid anyway."""
     names = ("prompt_tokens", "completion_tokens")
     counts = {name: usage.get(name) if isinstance(usage, dict) else None for name in names}
-    sensible = all(type(count) is int and count >= 0 for count in counts.values())
+    sensible = all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts.values())
     return counts if sensible else None
 
 

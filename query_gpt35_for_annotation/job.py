@@ -9,22 +9,29 @@ instructions came from), `answers.jsonl` (see
 import argparse
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from utils.cli import UsageError, say
 from utils.command_line.parser import flag, positive_int
-from utils.files import hashes_of, read_jsonl, write_json
+from utils.files import hashes_of, placed_records, write_json
 from utils.folders import require_same_settings
-from utils.texts.text_inputs import FORMATS, files_of, read_instructions
+from utils.texts.text_inputs import FORMATS, entries_of, files_of, say_cut
 
 VENDOR_URL = "https://api.openai.com/v1"
 MAX_TOKENS_NAMES = ("max_tokens", "max_completion_tokens")
+# The one parameter that an address may have, as Azure's do.
+VERSION_PARAMETER = "api-version"
 DROPPABLE = ("temperature", "top_p", "max_tokens")
 # A record with this status has no outcome yet: the next run asks again.
 UNANSWERED = "unanswered"
+# What every record has as a text.
+TEXTS = ("instruction_sha256", "instruction", "status")
 # What a user can do about a folder of answers that is not theirs to go on with.
 REMEDY = "name another --output"
 
@@ -104,7 +111,8 @@ class Job:
 
     Attributes:
         decoding: the request's parameters other than model and messages.
-        instructions: distinct and not blank, in the order of the file.
+        instructions: distinct and not blank, in the order of the file; may be read anew whenever
+            they are looped over.
         inputs_sha256: of the files that hold them, by path.
     """
 
@@ -112,7 +120,7 @@ class Job:
     model: str
     base_url: str
     decoding: dict
-    instructions: list[str]
+    instructions: Iterable[str]
     inputs_sha256: dict[str, str] = field(default_factory=dict)
 
     def body(self, instruction: str) -> dict:
@@ -137,27 +145,67 @@ class Job:
         }
 
 
-def read_job(settings: JobSettings) -> Job:
+CUT, BLANK, DUPLICATE, DISTINCT = "cut", "blank", "duplicate", "distinct"
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """The distinct instructions of a source that are not blank, read anew in every loop.
+
+    They need not lie in memory: 16 bytes of a hash of each tell them apart.
+    """
+
+    path: str
+    split: str | None
+
+    def __iter__(self) -> Iterator[str]:
+        return self.counted(Counter())
+
+    def counted(self, counts: Counter[str]) -> Iterator[str]:
+        """The same; `counts` gets how many texts there are of each kind."""
+        seen: set[bytes] = set()
+        for text in entries_of(self.path, self.split):
+            kind = DISTINCT
+            if text is None:
+                kind = CUT
+            elif not text.strip():
+                kind = BLANK
+            elif (key := hashlib.blake2b(text.encode(), digest_size=16).digest()) in seen:
+                kind = DUPLICATE
+            else:
+                seen.add(key)
+                yield text
+            counts[kind] += 1
+
+
+def read_job(settings: JobSettings, *, in_memory: bool = True) -> Job:
     """Read the instructions and settle what is asked.
+
+    Args:
+        in_memory: whether the job is to have its instructions at hand, and not in their file.
 
     Raises:
         UsageError: unreadable instructions; or see `job_for`.
     """
-    texts = read_instructions(settings.instructions, settings.split)
-    distinct = list(dict.fromkeys(text for text in texts if text.strip()))
-    blank = sum(not text.strip() for text in texts)
+    counts: Counter[str] = Counter()
+    distinct = Distinct(settings.instructions, settings.split)
+    kept = [text for text in distinct.counted(counts) if in_memory]
+    say_cut(counts.pop(CUT, 0))
+    if not counts:
+        raise UsageError(f"{settings.instructions!r} holds no instruction")
     say(
-        f"{len(texts):,} instructions: {len(distinct):,} distinct, "
-        f"{len(texts) - blank - len(distinct):,} duplicates asked once, {blank:,} blank left out"
+        f"{counts.total():,} instructions: {counts[DISTINCT]:,} distinct, "
+        f"{counts[DUPLICATE]:,} duplicates asked once, {counts[BLANK]:,} blank left out"
     )
-    if not distinct:
+    if not counts[DISTINCT]:
         raise UsageError(f"--instructions {settings.instructions!r} holds blank instructions only")
     hashes = hashes_of(files_of(settings.instructions, settings.split))
-    return job_for(distinct, Path(settings.output), settings, hashes)
+    instructions: Iterable[str] = kept if in_memory else distinct
+    return job_for(instructions, Path(settings.output), settings, hashes)
 
 
 def job_for(
-    instructions: list[str], folder: Path, settings: RequestSettings, hashes: dict[str, str]
+    instructions: Iterable[str], folder: Path, settings: RequestSettings, hashes: dict[str, str]
 ) -> Job:
     """The job of asking `instructions`, distinct and not blank, as the flags say.
 
@@ -168,10 +216,12 @@ def job_for(
         UsageError: a secret in `--base_url`, or no address there.
     """
     address = urlsplit(settings.base_url)
-    if address.username or address.password or address.query:
+    names = {name for name, _ in parse_qsl(address.query, keep_blank_values=True)}
+    if address.username or address.password or names - {VERSION_PARAMETER}:
         raise UsageError(
-            "--base_url may hold no user name, password or query, since it is written to the "
-            "manifest; the key goes into the environment variable OPENAI_API_KEY"
+            f"--base_url may hold no user name, no password and nothing but {VERSION_PARAMETER} in "
+            "its query, since it is written to the manifest; the key goes into the environment "
+            "variable OPENAI_API_KEY"
         )
     if address.scheme not in ("http", "https") or not address.hostname:
         raise UsageError(
@@ -201,7 +251,9 @@ def check_folder(job: Job, records: dict[str, dict]) -> None:
         UsageError: names each setting that differs, or counts the other instructions.
     """
     where = f"--output {str(job.folder)!r}"
-    others = records.keys() - set(map(instruction_id, job.instructions))
+    others = set(records)
+    if others:
+        others.difference_update(map(instruction_id, job.instructions))
     if others:
         raise UsageError(
             f"{where} holds records of {len(others):,} instructions that are not in "
@@ -212,12 +264,18 @@ def check_folder(job: Job, records: dict[str, dict]) -> None:
     path = job.folder / "manifest.json"
     if not path.exists():
         raise UsageError(f"{where} has answers but no manifest.json; name another --output")
-    old, new = json.loads(path.read_text(encoding="utf-8")), job.manifest()
-    if old["base_url"] != job.base_url:
-        say(f"warning: earlier answers came from --base_url {old['base_url']}")
-    old, new = ({"model": each["model"]} | each["decoding"] for each in (old, new))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        asked, base_url = {"model": manifest["model"]} | manifest["decoding"], manifest["base_url"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UsageError(f"{path} is no manifest of answers; restore it, or {REMEDY}") from None
+    if base_url != job.base_url:
+        say(f"warning: earlier answers came from --base_url {base_url}")
     require_same_settings(
-        old, new, f"{where} holds answers to another job, with", f"give the old ones, or {REMEDY}"
+        asked,
+        {"model": job.model} | job.decoding,
+        f"{where} holds answers to another job, with",
+        f"give the old ones, or {REMEDY}",
     )
 
 
@@ -251,15 +309,46 @@ def answers_file(folder: Path) -> Path:
 def read_records(folder: Path) -> dict[str, dict]:
     """The last record of each instruction in `folder`, by its hash; none where the folder is new.
 
-    Older versions called the hash `id`.
+    Raises:
+        UsageError: see `placed_answers`.
     """
-    records: dict[str, dict] = {}
-    if answers_file(folder).exists():
-        for record in read_jsonl(answers_file(folder)):
-            if "id" in record:
-                record["instruction_sha256"] = record.pop("id")
-            records[record["instruction_sha256"]] = record
-    return records
+    if not answers_file(folder).exists():
+        return {}
+    return {record["instruction_sha256"]: record for _, record in placed_answers(folder)}
+
+
+def placed_answers(folder: Path) -> Iterator[tuple[int, dict]]:
+    """Every record in `folder`, after its place in the file, see `utils.files.placed_records`.
+
+    Older versions called the hash of an instruction `id`.
+
+    Raises:
+        UsageError: a line is no record.
+    """
+    path = answers_file(folder)
+    for number, (place, record) in enumerate(placed_records(path), start=1):
+        if "id" in record:
+            record["instruction_sha256"] = record.pop("id")
+        if not _is_record(record):
+            raise UsageError(
+                f"{folder} is missing or not what annotate writes: {path.name}, line {number} is no "
+                f"answer; restore it, or {REMEDY}"
+            )
+        yield place, record
+
+
+def _is_record(record: dict) -> bool:
+    usage = record.get("usage")
+    counts = [record.get("unmetered_attempts")]
+    if isinstance(usage, dict):
+        counts += [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+    return (
+        all(isinstance(record.get(name), str) for name in TEXTS)
+        and re.fullmatch("[0-9a-f]{64}", record["instruction_sha256"]) is not None
+        and isinstance(record.get("answer"), str | None)
+        and isinstance(usage, dict | None)
+        and all(type(count) is int and count >= 0 for count in counts)
+    )
 
 
 def is_done(record: dict) -> bool:
@@ -267,10 +356,10 @@ def is_done(record: dict) -> bool:
     return record["status"] != UNANSWERED
 
 
-def pending_instructions(job: Job, records: dict[str, dict], limit: int | None) -> list[str]:
+def pending_instructions(job: Job, records: dict[str, dict], limit: int | None) -> Iterator[str]:
     """The job's first `limit` instructions, without those that have an outcome."""
     done = {key for key, record in records.items() if is_done(record)}
-    return [text for text in job.instructions[:limit] if instruction_id(text) not in done]
+    return (text for text in islice(job.instructions, limit) if instruction_id(text) not in done)
 
 
 def waiting_batches(folder: Path) -> list[Path]:

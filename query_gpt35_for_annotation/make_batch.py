@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     job = read_job(settings)
     price, about_price = price_of(settings.model, settings.input_price, settings.output_price)
     with locked(job.folder, REMEDY):
-        pending = pending_instructions(job, claim_folder(job), settings.limit)
+        pending = list(pending_instructions(job, claim_folder(job), settings.limit))
         # Numbers go on after those whose results were read, so that no name comes twice.
         used = (job.folder / "batch").glob("requests-*.read")
         first = 1 + max((int(path.stem.partition("-")[2]) for path in used), default=0)

@@ -15,8 +15,10 @@ from query_gpt35_for_annotation.client import (
     ABOUT_ONE_INSTRUCTION,
     ERROR_LENGTH,
     FAILED,
+    KEEP_REASONING,
     answer_record,
     read_completion,
+    say_reasoning,
 )
 from query_gpt35_for_annotation.job import (
     REMEDY,
@@ -44,6 +46,7 @@ class Settings:
         nargs="+",
         metavar="FILE",
     )
+    keep_reasoning: bool = flag(KEEP_REASONING, False)
 
 
 def record_of(result: dict, instruction: str, unmetered: int) -> dict:
@@ -81,10 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         if not Path(path).is_file():
             raise UsageError(f"--results {path!r} is not a file")
     with locked(folder, REMEDY):
-        return merge(folder, [Path(path) for path in settings.results])
+        return merge(folder, [Path(path) for path in settings.results], settings.keep_reasoning)
 
 
-def merge(folder: Path, results: list[Path]) -> int:
+def merge(folder: Path, results: list[Path], keep_reasoning: bool) -> int:
     """Add what `results` say about the waiting requests of `folder`; return the exit code."""
     instructions = {
         request["custom_id"]: request["body"]["messages"][-1]["content"]
@@ -108,6 +111,10 @@ def merge(folder: Path, results: list[Path]) -> int:
             else:
                 merged[key] = record_of(result, instructions[key], unmetered.get(key, 0))
                 outcomes[merged[key]["status"]] += 1
+    with_reasoning = [record for record in merged.values() if "reasoning" in record]
+    for record in with_reasoning:
+        if not keep_reasoning:
+            del record["reasoning"]
     with JsonlAppender(answers_file(folder)) as file:
         file.append(merged.values())
     missing = instructions.keys() - merged.keys() - done
@@ -115,6 +122,7 @@ def merge(folder: Path, results: list[Path]) -> int:
         if not missing & {request["custom_id"] for request in read_jsonl(path)}:
             path.rename(path.with_suffix(".read"))
     say(", ".join(f"{number:,} {outcome}" for outcome, number in outcomes.most_common()))
+    say_reasoning(len(with_reasoning), keep_reasoning)
     if missing:
         say(f"{len(missing):,} requests have no result yet; read the other result files too")
     return EXIT_FAILED if missing or outcomes[UNANSWERED] else EXIT_OK

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,15 +154,18 @@ class Spending:
 
 
 def estimate(
-    instructions: list[str], job: Job, price: Price | None, answer_tokens: list[int]
+    instructions: Iterable[str], job: Job, price: Price | None, answer_tokens: list[int]
 ) -> list[str]:
     """Lines that say what asking `instructions` will take.
 
     Args:
         answer_tokens: lengths of the answers that the job already has.
     """
-    prompt = sum(map(estimated_prompt_tokens, instructions))
-    lines = [f"{len(instructions):,} instructions to ask, about {prompt:,} prompt tokens"]
+    count = prompt = 0
+    for instruction in instructions:
+        count += 1
+        prompt += estimated_prompt_tokens(instruction)
+    lines = [f"{count:,} instructions to ask, about {prompt:,} prompt tokens"]
 
     def with_cost(text: str, tokens: float) -> str:
         cost = f", ${price.usd(prompt, tokens):,.2f}" if price else ""
@@ -171,14 +175,14 @@ def estimate(
         return f"{text}: {tokens:,.0f} answer tokens{cost}{batch}"
 
     if job.max_answer_tokens:
-        most = job.max_answer_tokens * len(instructions)
+        most = job.max_answer_tokens * count
         lines.append(with_cost(f"at most, if each answer takes {job.max_answer_tokens:,}", most))
     else:
         lines.append("answers have no bound, since --drop_parameters names max_tokens")
     if answer_tokens:
         mean = sum(answer_tokens) / len(answer_tokens)
         text = f"likely, at the mean of {mean:,.0f} of the {len(answer_tokens):,} answers so far"
-        lines.append(with_cost(text, mean * len(instructions)))
+        lines.append(with_cost(text, mean * count))
     else:
         lines.append("for a likely figure, run once with --limit 100 and then this again")
     return lines

@@ -14,6 +14,7 @@ Add --unit_column, such as user_id, where a person may have several rows: resamp
 all rows of one person together.
 """
 
+import io
 import os
 import time
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from resample_with_dp_histogram.embeddings import (
 )
 from utils.cli import UsageError, in_one_line, run_cli, say
 from utils.command_line.parser import flag, parser_of
-from utils.files import fsync_folder, write_json
+from utils.files import fsync_folder, write_atomic, write_json
 from utils.folders import (
     locked,
     names_in,
@@ -166,7 +167,9 @@ def load_model(name: str) -> "SentenceTransformer":
 
     disable_progress_bar()
     try:
-        return sentence_transformers.SentenceTransformer(name, device="cpu").eval()
+        return sentence_transformers.SentenceTransformer(
+            name, device="cpu", trust_remote_code=False
+        ).eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = in_one_line(error, 200)
         raise UsageError(
@@ -220,7 +223,10 @@ def begin(folder: Path, private: bool, manifest: dict, units: np.ndarray | None 
         write_identity(folder, manifest["texts_sha256"])
     folder.mkdir(parents=True, exist_ok=True)
     if units is not None:
-        np.save(folder / UNITS_FILE, units)
+        # Not by its name: numpy's own way of writing to a file does not say that a disk is full.
+        content = io.BytesIO()
+        np.save(content, units)
+        write_atomic(folder / UNITS_FILE, content.getvalue())
     write_json(folder / MANIFEST_FILE, manifest)
 
 

@@ -84,11 +84,16 @@ def read_manifest(folder: Path, private: bool) -> dict | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        manifest = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        manifest = None
+    names = ("num_texts", "num_embedded", "dimensions")
+    known = isinstance(manifest, dict) and all(type(manifest.get(name)) is int for name in names)
+    if not known:
         raise UsageError(
-            f"{path} is not JSON; make the embeddings again in another folder"
-        ) from None
+            f"{path} is not JSON of embed's; make the embeddings again in another folder"
+        )
+    return manifest
 
 
 def open_vectors(folder: Path, manifest: dict, mode: str) -> np.memmap:

@@ -48,7 +48,7 @@ from resample_with_dp_histogram.selection import (
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, positive_int, read_flags
 from utils.files import hashes_of, sha256_of, write_json
-from utils.folders import locked, private_folder, whole_folder
+from utils.folders import claimed, private_folder, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
 from utils.privacy.guarantee import SEVERAL_ROWS, UNIT, for_unit, person
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE as LEDGER_FILE
@@ -146,10 +146,8 @@ class Settings:
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, argv)
-    output = settings.output.resolve()
     # From the first check on: one that found another in its place would have paid for nothing.
-    lock = output.with_name(f".{output.name}.resample-lock")
-    with locked(settings.output, "name another --output", lock):
+    with claimed(settings.output):
         select(settings)
 
 

@@ -158,7 +158,7 @@ def test_hopeless_errors_end_the_run_early_and_a_mended_run_goes_on(reply, tmp_p
         code, records = run(tmp_path, server, 200)
         assert code == 1
         # A refusal that might concern a single instruction is not believed at once.
-        assert len(server.requests) - 5 <= (115 if reply.status == 400 else 8)
+        assert len(server.requests) - 5 <= (115 if reply.status in (400, 403) else 8)
         text = capsys.readouterr().err
         assert "stopped early: " in text
         assert KEY not in text
@@ -305,6 +305,87 @@ def test_ctrl_c_waits_for_what_is_in_flight(tmp_path):
         code, records = run(tmp_path, server, 100, concurrency=100)
     check_all_answered(tmp_path, server, code, records, 100)
     assert KEY.encode() not in everything_written(tmp_path)
+
+
+def test_a_closed_terminal_waits_for_what_is_in_flight(tmp_path):
+    with Server(lambda request: Reply(completion(request.instruction), wait=0.5)) as server:
+        process = start(tmp_path, server, 100)
+        wait_for_requests(server, 20)
+        # What it says has no reader any more.
+        process.stdout.close()
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            process.send_signal(number)
+        assert process.wait(30) == 130
+        assert sum(outcomes(tmp_path).values()) == len(server.requests) < 100
+        code, records = run(tmp_path, server, 100, concurrency=100)
+    check_all_answered(tmp_path, server, code, records, 100)
+
+
+def test_a_process_that_was_paused_reads_the_answers_that_came_meanwhile(tmp_path):
+    with Server(lambda request: Reply(completion(request.instruction), wait=0.5)) as server:
+        process = start(tmp_path, server, 16, timeout=1.5)
+        wait_for_requests(server, 8)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        records = read_records(tmp_path / "out")
+    assert len(server.requests) == 16
+    check_all_answered(tmp_path, server, 0, records, 16)
+    assert {record["unmetered_attempts"] for record in records.values()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "example"),
+    [
+        ({"content": ""}, "such as empty"),
+        ({"finish_reason": "length"}, "such as truncated \\('answer to"),
+        (
+            {"content": "<think>hm", "finish_reason": "length"},
+            "used up all tokens to reason; give a higher --max_tokens",
+        ),
+    ],
+)
+def test_a_model_that_gives_nothing_usable_is_stopped_before_it_is_paid_more(
+    tmp_path, capsys, overrides, example
+):
+    with Server(lambda request: Reply(completion("q", **overrides))) as server:
+        code, _ = run(tmp_path, server, 500, concurrency=4)
+        assert code == 1
+        assert 20 <= len(server.requests) <= 23
+        assert re.search(
+            f"the first 20 answers are all unusable, .*{example}", capsys.readouterr().err
+        )
+
+
+def test_one_usable_answer_among_the_first_is_enough(tmp_path):
+    def behave(request):
+        usable = request.number == 10
+        return answer(request) if usable else Reply(completion("q", content=""))
+
+    with Server(behave) as server:
+        code, records = run(tmp_path, server, 60, concurrency=1)
+    assert (code, len(records)) == (0, 60)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_reasoning_is_left_out_of_answers_counted_and_kept_on_request(tmp_path, capsys, kept):
+    def behave(request):
+        text = "<think>hm</think>fine" if request.number % 2 else "fine"
+        return Reply(completion("q", content=text))
+
+    with Server(behave) as server:
+        code = annotate.main(arguments(tmp_path, server, 10) + ["--keep_reasoning"] * kept)
+    records = read_records(tmp_path / "out").values()
+    assert (code, {record["answer"] for record in records}) == (0, {"fine"})
+    assert sum(record.get("reasoning") == "hm" for record in records) == 5 * kept
+    assert sum("reasoning" in record for record in records) == 5 * kept
+    assert (
+        "5 answers came with reasoning, which was "
+        + ("kept apart" if kept else "left out (--keep_reasoning")
+        in capsys.readouterr().err
+    )
 
 
 def test_a_second_ctrl_c_does_not_wait_and_what_it_leaves_is_on_record(tmp_path):

@@ -8,6 +8,7 @@ from datasets import DatasetDict, load_from_disk
 import generate_train_command
 from query_gpt35_for_annotation import build_dataset
 from query_gpt35_for_annotation.client import answer_record
+from tests.training import run_process
 from utils.cli import UsageError
 from utils.files import JsonlAppender
 from utils.texts.data_sets import count_train_examples, load_splits
@@ -119,3 +120,38 @@ def test_nothing_is_overwritten(project):
     with pytest.raises(UsageError, match="'data/labelled_x' exists"):
         build("--seed", "9")
     assert json.loads((project / "data/labelled_x/train/dataset_info.json").read_text()) == before
+
+
+MEASURED = """
+import resource, sys
+from query_gpt35_for_annotation import annotate, build_dataset
+{"build": build_dataset, "dry": annotate}[sys.argv.pop(1)].main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_rows_take_less_than_a_gigabyte(tmp_path):
+    """Of 200 characters each: 1.1 GB of answers."""
+    (tmp_path / "answers").mkdir()
+    with (
+        open(tmp_path / "answers" / "answers.jsonl", "w") as answers,
+        open(tmp_path / "instructions.jsonl", "w") as instructions,
+    ):
+        for number in range(1_000_000):
+            text = f"{number} ask ".ljust(200, "x")
+            usage = {"prompt_tokens": 50, "completion_tokens": 100}
+            record = answer_record(text, "ok", 0, answer=f"{number} say ".ljust(200), usage=usage)
+            answers.write(json.dumps(record) + "\n")
+            instructions.write(json.dumps({"instruction": text}) + "\n")
+
+    def megabytes(*arguments):
+        finished = run_process("-c", MEASURED, *map(str, arguments), timeout=900)
+        assert finished.returncode == 0, finished.stderr
+        return int(finished.stdout.splitlines()[-1])
+
+    output = tmp_path / "labelled_x"
+    assert megabytes("build", "--answers", tmp_path / "answers", "--output", output) < 1024
+    assert len(load_from_disk(output)["train"]) == 900_000
+    instructions = ("--instructions", tmp_path / "instructions.jsonl")
+    assert megabytes("dry", *instructions, "--output", tmp_path / "new", "--dry_run") < 1024

@@ -1,6 +1,7 @@
 """The client against a server that misbehaves in every way that servers have been seen to."""
 
 import asyncio
+import gzip
 import json
 import re
 import time
@@ -71,6 +72,16 @@ PASSING = {
     "null choices": lambda: Reply({"choices": None, "error": {"message": "upstream"}}),
     "no message": lambda: Reply({"choices": [{"finish_reason": "stop"}]}),
     "empty body": lambda: Reply(b""),
+    "body without end": lambda: Reply(b" " * (17 << 20)),
+    "gzip without end": lambda: Reply(
+        gzip.compress(bytes(40 << 20)), headers={"content-encoding": "gzip"}
+    ),
+    "no answer but an error in a choice": lambda: Reply(
+        {"choices": [{"error": {"code": 502, "message": "upstream"}, "finish_reason": "error"}]}
+    ),
+    "429 in a choice": lambda: Reply(
+        {"choices": [{"error": {"code": 429, "message": "slow"}, "message": {"content": "ha"}}]}
+    ),
 }
 
 
@@ -80,7 +91,9 @@ def test_faults_that_pass_are_retried(name, quick):
         (record,), _ = ask(server, "q", timeout=1.0)
     assert (record["status"], record["answer"]) == ("ok", "answer to q")
     assert len(server.requests) == 2
-    maybe_paid = ("gateway", "hang", "slow", "cut", "mal", "no", "JSON", "empty", "null")
+    maybe_paid = (
+        "gateway", "hang", "slow", "cut", "mal", "no", "JSON", "empty", "null", "body", "gzip",
+    )  # fmt: skip
     unmetered = name.startswith(maybe_paid)
     assert record["unmetered_attempts"] == int(unmetered)
 
@@ -236,6 +249,132 @@ def test_finish_reasons_are_marked():
     assert status(finish_reason="content_filter") == "refused"
     assert status(refusal="I cannot", content=None) == "refused"
     assert status(content="") == status(content=None) == status(content=" \n") == "empty"
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        ("stop", "ok"), ("eos", "ok"), ("eos_token", "ok"), ("end_turn", "ok"), (None, "ok"),
+        ("length", "truncated"), ("max_tokens", "truncated"), ("MAX_TOKENS", "truncated"),
+        ("content_filter", "refused"),
+    ],
+)  # fmt: skip
+def test_a_finish_reason_is_read_by_its_meaning_and_kept_as_it_was_said(reason, status):
+    read = read_completion(completion("q", finish_reason=reason))
+    assert (read["status"], read["finish_reason"]) == (status, reason)
+
+
+@pytest.mark.parametrize(
+    ("content", "apart", "answer", "reasoning"),
+    [
+        ("<think>\nhm\n</think>\n\nfine", {}, "fine", "hm"),
+        ("hm\n</think>\nfine", {}, "fine", "hm"),  # the prompt held the opening mark
+        (" <think>hm, it never", {}, "", "hm, it never"),
+        ("fine", {"reasoning_content": "hm"}, "fine", "hm"),
+        ("fine", {"reasoning": "hm", "reasoning_content": "hm"}, "fine", "hm"),
+        ("Write `<think>` and `</think>`.", {}, "Write `<think>` and `</think>`.", ""),
+        ([{"type": "text", "text": "fi"}, {"type": "text", "text": "ne"}], {}, "fine", ""),
+        (
+            [{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "fine"}],
+            {}, "fine", "hm",
+        ),
+        ("fine", {"reasoning": {"odd": 1}}, "fine", ""),
+    ],
+)  # fmt: skip
+def test_reasoning_is_kept_apart_from_the_answer(content, apart, answer, reasoning):
+    body = completion("q", content=content)
+    body["choices"][0]["message"] |= apart
+    read = read_completion(body)
+    assert (read["answer"], read["reasoning"]) == (answer, reasoning)
+
+
+def test_reasoning_that_used_up_the_tokens_says_which_flag():
+    body = completion("q", content="", finish_reason="length")
+    body["choices"][0]["message"]["reasoning_content"] = "hm"
+    read = read_completion(body)
+    assert read["status"] == "empty"
+    assert "--max_tokens" in read["error"]
+
+
+def test_one_refused_instruction_is_no_refused_key():
+    def behave(request):
+        return (
+            Reply(b"<html>blocked</html>", 403) if request.instruction == "bad" else answer(request)
+        )
+
+    with Server(behave) as server:
+        records, reason = ask(server, "good", "bad", "good too")
+    assert reason is None
+    assert [record["status"] for record in records] == ["ok", "failed", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("place", "followed"),
+    [("{same}/v1/elsewhere", True), ("http://127.0.0.2:1/v1", False), ("//localhost/v1", False)],
+)
+def test_a_redirect_to_another_host_is_refused(place, followed):
+    def behave(request):
+        if "elsewhere" in request.path:
+            return answer(request)
+        same = server.url.removesuffix("/v1")
+        return Reply({}, 307, {"location": place.format(same=same)})
+
+    with Server(behave) as server:
+        (record,), reason = ask(server, "q")
+    if followed:
+        assert (record["status"], reason) == ("ok", None)
+    else:
+        assert len(server.requests) == 1
+        assert "redirects to" in reason
+        assert record["unmetered_attempts"] == 0
+
+
+def test_a_redirect_in_a_circle_ends():
+    with Server(lambda request: Reply({}, 308, {"location": request.path})) as server:
+        _, reason = ask(server, "q")
+    assert len(server.requests) == 3
+    assert "redirects 3 times" in reason
+
+
+def test_no_proxy_stands_before_this_machine(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with Server() as server:
+        assert ask(server, "q")[0][0]["status"] == "ok"
+
+
+def test_an_address_carries_its_version_and_the_key_in_both_forms():
+    with Server() as server:
+        server.url += "/deployments/mine?api-version=2024-02-01"
+        assert ask(server, "q")[0][0]["status"] == "ok"
+    (request,) = server.requests
+    assert request.path == "/v1/deployments/mine/chat/completions?api-version=2024-02-01"
+    assert request.headers["api-key"] == KEY
+
+
+def test_nothing_that_a_server_says_has_control_characters(quick):
+    wild = "\x1b]0;x\x07\x9b31m \x7f\u0085"
+    odd = completion("q", content=f"one\n{wild}") | {"model": wild}
+    odd["choices"][0]["finish_reason"] = wild
+    with Server(lambda request: Reply(odd)) as server:
+        (record,), _ = ask(server, "q")
+    with Server(lambda request: error(400, wild)) as server:
+        (refused,), _ = ask(server, "q")
+    with Server(lambda request: error(401, wild)) as server:
+        _, reason = ask(server, "q")
+    assert record["answer"].startswith("one\n\ufffd]0;x")
+    for text in map(str, (*record.values(), *refused.values(), reason)):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+
+
+def test_counts_of_tokens_beyond_reason_are_not_believed():
+    spending = spend(None)
+    usage = {"prompt_tokens": 10**30, "completion_tokens": 5}
+    with Server(lambda request: Reply(completion("q") | {"usage": usage})) as server:
+        (record,), _ = ask(server, "q", spending=spending)
+    assert (record["usage"], record["unmetered_attempts"], spending.spent) == (None, 1, 50)
 
 
 def test_a_paid_answer_is_kept_whatever_else_the_reply_holds():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import utils.runs.checkpointing
+from tests.faults import on_small_disk
 from utils.cli import UsageError
 from utils.runs.checkpointing import (
     ADAPTER_FILE,
@@ -118,3 +119,32 @@ def test_names_and_shapes_that_differ_are_refused():
     saved = {"a": torch.zeros(1, 2), "b": torch.zeros(5)}
     with pytest.raises(UsageError, match=r"a of shape \[1, 2\], this run's model \[3, 2\]"):
         restore_adapter(parameters(), saved)
+
+
+FILLED = """
+import os, shutil, torch
+from utils.runs.checkpointing import load_last_good, save_checkpoint
+weights = {"a": torch.nn.Parameter(torch.ones(50_000))}
+optimizer = {"moments": [torch.ones(50_000), torch.ones(50_000)], "step": 1}
+save_checkpoint("run", 1, weights, optimizer, {}, 2)
+for room in (0, 8, 100, 250, 400, 590):
+    disk = shutil.disk_usage(".")
+    with open("ballast", "wb") as file:
+        file.write(bytes(disk.free - room * 1024))
+    try:
+        save_checkpoint("run", 2, weights, optimizer, {}, 2)
+        print(room, "saved")
+    except OSError as error:
+        print(room, error.errno, os.listdir("run"), load_last_good("run").state["step"])
+    os.remove("ballast")
+save_checkpoint("run", 2, weights, optimizer, {}, 2)
+print(load_last_good("run").state["step"])
+"""
+
+
+def test_a_disk_that_is_full_at_any_point_costs_the_new_checkpoint_alone(tmp_path):
+    finished = on_small_disk(tmp_path, "4m", "-c", FILLED)
+    assert finished.returncode == 0, finished.stderr
+    *full, last = finished.stdout.splitlines()
+    assert full == [f"{room} 28 ['step-000001'] 1" for room in (0, 8, 100, 250, 400, 590)]
+    assert last == "2"

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from privacy_checks.observed_run import signal_handlers_restored
+from tests.faults import ENVIRONMENT, Terminal
 from tests.paths import ROOT
-from utils.cli import UsageError, run_cli, say
+from utils.cli import UsageError, run_cli, say, stop_handlers_restored
 
 
 @pytest.fixture(autouse=True)
 def _signal_handlers():
-    with signal_handlers_restored():
+    with stop_handlers_restored():
         yield
 
 
@@ -127,3 +127,102 @@ run_cli(main)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "interrupted\n")
+
+
+TALKS = """
+import pathlib, sys, time
+from utils.cli import run_cli, say
+def main():
+    for line in range(200):
+        print("product", line, flush=True)
+        say(f"line {line}")
+        time.sleep(0.005)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    return 3
+run_cli(main)
+"""
+
+
+def test_a_terminal_that_is_closed_ends_nothing(tmp_path):
+    quiet = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    terminal = Terminal("-c", quiet + TALKS, str(tmp_path / "file"))
+    terminal.read_until("line 5")
+    assert terminal.close() == 3
+    assert (tmp_path / "file").read_text() == "saved"
+
+
+def test_a_terminal_that_is_closed_interrupts_and_lets_a_command_clean_up(tmp_path):
+    script = """
+import pathlib, sys, time
+from utils.cli import run_cli, say
+def main():
+    try:
+        say("ready")
+        time.sleep(60)
+    finally:
+        say("ending")
+        pathlib.Path(sys.argv[1]).write_text("cleaned")
+run_cli(main)
+"""
+    terminal = Terminal("-c", script, str(tmp_path / "file"))
+    terminal.read_until("ready")
+    assert terminal.close() == 130
+    assert (tmp_path / "file").read_text() == "cleaned"
+
+
+@pytest.mark.parametrize("redirection", ["| head -1", "2>&1 | head -1", ">&- 2>&-", "2>/dev/full"])
+def test_a_reader_that_goes_away_ends_nothing(tmp_path, redirection):
+    line = f'"$0" -c "$1" "$2" {redirection}; echo ${{PIPESTATUS[0]}} >"$2.code"'
+    command = ["bash", "-c", line, sys.executable, TALKS, str(tmp_path / "file")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "file").read_text() == "saved"
+    assert (tmp_path / "file.code").read_text() == "3\n"
+    assert "Traceback" not in finished.stderr
+    assert "Exception ignored" not in finished.stderr
+
+
+def test_a_product_that_does_not_fit_on_the_disk_is_a_failure(tmp_path):
+    line = '"$0" -c "$1" "$2" >/dev/full'
+    command = ["bash", "-c", line, sys.executable, TALKS, str(tmp_path / "file")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: [Errno 28] No space left on device")
+
+
+LIMITED = """
+import resource, sys
+from utils.cli import run_cli
+def main():
+    {body}
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("open('file', 'wb').write(bytes(10_000))", "[Errno 27] File too large"),
+        ("open('/dev/null/file', 'wb')", "[Errno 20] Not a directory: '/dev/null/file'"),
+        ("open('x' * 300, 'wb')", "[Errno 36] File name too long"),
+        (
+            "import safetensors.numpy, numpy; safetensors.numpy.save_file("
+            "{'a': numpy.zeros(10_000)}, 'file')",
+            "[Errno 27] File too large",
+        ),
+    ],
+)
+def test_what_a_disk_does_not_take_is_one_line(tmp_path, body, reason):
+    script = LIMITED.replace("{body}", body)
+    command = [sys.executable, "-c", script]
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 1, finished.stderr
+    assert finished.stderr.startswith(f"error: {reason}")
+    assert finished.stderr.count("\n") == 1
+
+
+def test_say_obeys_no_server(capfd):
+    say("\x1b]0;title\x07 \u202eabc")
+    assert capfd.readouterr().err == "\ufffd]0;title\ufffd \ufffdabc\n"

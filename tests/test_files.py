@@ -11,9 +11,20 @@ import threading
 
 import pytest
 
+from tests.faults import on_small_disk
 from tests.paths import ROOT
 from utils.cli import UsageError
-from utils.files import JsonlAppender, read_jsonl, sha256_of, write_atomic, write_json
+from utils.files import (
+    JsonlAppender,
+    json_lines,
+    placed_records,
+    read_jsonl,
+    record_at,
+    require_fetched,
+    sha256_of,
+    write_atomic,
+    write_json,
+)
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
@@ -152,3 +163,56 @@ with JsonlAppender({str(path)!r}) as file:
     ids = [record["id"] for record in read_jsonl(path)]
     assert ids == list(range(len(ids)))
     assert len(ids) > acknowledged
+
+
+APPENDING = """
+import os
+from utils.files import JsonlAppender, read_jsonl
+with open("ballast", "wb") as file:
+    file.write(bytes((1 << 20) - 3 * 4096))
+with JsonlAppender("log") as log:
+    kept = failed = 0
+    while failed < 5:
+        try:
+            log.append([{"number": kept, "text": "x" * 300}] * 3)
+            kept += 1
+        except OSError as error:
+            failed += 1
+            assert error.errno == 28
+    os.remove("ballast")
+    log.append([{"number": "last"}])
+numbers = [record["number"] for record in read_jsonl("log")]
+assert numbers == [n for n in range(kept) for _ in range(3)] + ["last"], numbers
+print(kept)
+"""
+
+
+def test_what_a_full_disk_did_not_take_leaves_no_part_of_itself(tmp_path):
+    finished = on_small_disk(tmp_path, "1m", "-c", APPENDING)
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout) > 2
+
+
+def test_places_of_records_lead_back_to_them(tmp_path):
+    path = tmp_path / "log"
+    records = [{"text": "é\u2028x" * number} for number in range(5)]
+    path.write_text(json_lines(records) + '{"torn')
+    placed = list(placed_records(path))
+    assert [record for _, record in placed] == records
+    with open(path, "rb") as file:
+        assert [record_at(file, place) for place, _ in reversed(placed)] == records[::-1]
+
+
+def test_a_line_that_is_too_deep_is_named(tmp_path):
+    (tmp_path / "log").write_text('{"a": 1}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(UsageError, match="line 2 is not a JSON object"):
+        list(read_jsonl(tmp_path / "log"))
+
+
+def test_a_pointer_in_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    require_fetched(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(UsageError, match="model.safetensors is a git-lfs pointer .* git lfs pull"):
+        require_fetched(tmp_path)

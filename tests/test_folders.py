@@ -1,6 +1,7 @@
 """Locks, settings that must stay, and folders that appear whole, under failures and real kills."""
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 from datasets import load_from_disk
 
+from data import prepare_quickstart
 from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.folders import (
     LOCK_FILE,
     PREPARATION_FILE,
+    claimed,
     locked,
     names_in,
     portable,
@@ -69,7 +72,7 @@ def holder(block):
     script = f"""
 import time
 from pathlib import Path
-from utils.folders import locked, sibling_lock, whole_folder
+from utils.folders import claimed, locked, sibling_lock, whole_folder
 with {block}:
     print("held", flush=True)
     time.sleep(60)
@@ -292,3 +295,46 @@ def test_a_data_set_is_saved_with_its_columns_and_how_it_was_made(tmp_path):
     assert {name: part.to_list() for name, part in pairs.items()} == splits
     assert alone["train"].to_list() == [{"instruction": "ask 0"}, {"instruction": "ask 1"}]
     assert '"seed": 0' in (tmp_path / "pairs" / PREPARATION_FILE).read_text()
+
+
+# ------------------------------------------------------------------ two of one command
+
+
+COMMANDS = {
+    "resample_with_dp_histogram.extract": ["--instructions", "x", "--output"],
+    "query_gpt35_for_annotation.build_dataset": ["--answers", "x", "--output"],
+    "resample_with_dp_histogram.resample": [
+        "--private_embeddings", "x", "--synthetic_embeddings", "x", "--synthetic_instructions", "x",
+        "--output",
+    ],
+    "evaluation.report": ["x", "--output"],
+    "privacy_checks.report": ["x", "--output"],
+    "data.prepare_chatbot_arena": ["--overwrite", "--pairs", "--output"],
+    "data.prepare_alpaca_eval": ["--overwrite", "--output"],
+}  # fmt: skip
+
+
+def test_of_two_of_one_command_on_one_output_the_second_hears_who_holds_it(tmp_path):
+    output = tmp_path / "deep" / "labelled_output"
+    with holder(f"claimed(Path({str(output)!r}))") as process:
+        for command, arguments in COMMANDS.items():
+            main = importlib.import_module(command).main
+            refusal = rf"^{output} is in use by another process; .*\(process {process.pid}: .*-c"
+            with pytest.raises(UsageError, match=refusal):
+                main([*arguments, str(output)])
+    assert not output.exists()
+
+
+def test_the_quick_start_is_prepared_by_one_process_at_a_time(tmp_path):
+    refused = pytest.raises(UsageError, match="quickstart is in use by another process")
+    with holder(f"claimed(Path({str(tmp_path / 'quickstart')!r}))"), refused:
+        prepare_quickstart.main(["--overwrite", "--output_dir", str(tmp_path)])
+
+
+def test_a_claim_leaves_no_folder_that_it_made(tmp_path):
+    with claimed(tmp_path / "a" / "b" / "output"), whole_folder(tmp_path / "a" / "b" / "output"):
+        assert (tmp_path / "a" / "b").exists()
+    assert names(tmp_path / "a" / "b") == ["output"]
+    with claimed(tmp_path / "c" / "d" / "output"):
+        pass
+    assert not (tmp_path / "c").exists()

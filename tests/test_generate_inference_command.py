@@ -39,7 +39,7 @@ def adapter(tmp_path, monkeypatch):
     for name, style in (("ADAPTER", "uncond_generation"), ("ANSWERS", "vicuna")):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
         (folder / "adapter_model.safetensors").write_bytes(b"")
         (folder / "training_style.json").write_text(json.dumps({"prompt_style": style}))
     (tmp_path / "utils").mkdir()

@@ -158,7 +158,7 @@ def test_a_judge_that_tosses_a_coin_is_seen_to(tmp_path):
 def test_replies_without_a_verdict_are_counted_and_never_win(tmp_path):
     write_sets(tmp_path, ["9"] * 8, [*"111111", "10", "2"])
     replies = {
-        "1": Reply(completion("", content="A is clearly better")),
+        "1": Reply(completion("", content="A and B are good")),
         "2": Reply(completion("", content="A", finish_reason="length")),
         "3": Reply(completion("", content="")),
         "4": error(400, "filtered", code="content_filter"),
@@ -187,6 +187,16 @@ def test_a_judge_that_never_gives_a_verdict_gives_no_result(tmp_path):
         with Server(behave) as server, pytest.raises(UsageError, match=message):
             run(tmp_path, server, output=tmp_path / f"out{len(reply)}")
     assert not list(tmp_path.rglob("judge.json"))
+
+
+def test_a_judge_whose_first_verdicts_cannot_be_read_is_paid_no_more(tmp_path, capsys):
+    write_sets(tmp_path, ["9"] * 50, ["1"] * 50)
+    behave = annotation_server.judge(lambda *_: "I like both")
+    with Server(behave) as server:
+        assert run(tmp_path, server, concurrency=4) == 1
+        assert 20 <= len(server.requests) <= 23
+    said = capsys.readouterr().err
+    assert "the first 20 answers are all unusable, such as ok ('I like both')" in said
 
 
 # ------------------------------------------------------------------ sets

@@ -213,3 +213,63 @@ def test_a_real_launch_runs_the_script_and_passes_its_exit_code_on(tmp_path, cap
 def test_this_process_was_not_launched_by_accelerate(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     assert not launched_by_accelerate()
+
+
+FORWARDING = """
+import sys
+from utils.cli import run_cli
+from utils.command_line.launch import launch_command, print_or_run
+sys.executable = {launcher!r}
+run_cli(lambda: print_or_run(launch_command('train.py', [], 1), run=True))
+"""
+# Deaf for its first second, as a script is that has yet to begin.
+SLOW_SCRIPT = """
+    import pathlib, sys, time
+    sys.path.insert(0, {root!r})
+    print("ready", flush=True)
+    time.sleep(1)
+    from utils.cli import run_cli
+    from utils.runs.stopping import StopRequest
+    def main():
+        stop = StopRequest()
+        deadline = time.monotonic() + {seconds}
+        while not stop.requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        name = stop.signal_name
+        time.sleep(1.2)  # it is asked again meanwhile
+        pathlib.Path({saved!r}).write_text(name)
+        return 130 if name else 0
+    run_cli(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds", "code"),
+    [
+        (signal.SIGTERM, 60, 130),
+        pytest.param(signal.SIGINT, 60, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 60, 130, marks=pytest.mark.slow),
+        # One that has done its work all the same was not interrupted.
+        (signal.SIGTERM, 0, 0),
+    ],
+)  # fmt: skip
+def test_a_signal_to_the_generator_alone_reaches_the_script_and_is_waited_for(
+    tmp_path, number, seconds, code
+):
+    saved = tmp_path / "saved"
+    text = SLOW_SCRIPT.format(root=str(ROOT), saved=str(saved), seconds=seconds)
+    script = write_program(tmp_path / "script", text)
+    # As accelerate's does.
+    launcher = write_program(
+        tmp_path / "python",
+        f"import subprocess, sys; sys.exit(bool(subprocess.run([{str(script)!r}]).returncode))",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORWARDING.format(launcher=str(launcher))],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    assert saved.read_text() == ("SIGTERM" if seconds else "")
+    assert "Traceback" not in process.communicate()[1]

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -227,3 +228,19 @@ def test_rows_and_units_do_not_share_a_ledger(tmp_path):
     with pytest.raises(UsageError, match="of 9 units of 'person', not of 9 .* .first owner."):
         record(tmp_path / "units.jsonl", unit_column="person", owner="first")
     assert len(read_ledger(tmp_path / "rows.jsonl")) == len(read_ledger(tmp_path / "units.jsonl"))
+
+
+def test_a_ledger_of_100_000_steps_opens_in_about_a_second(tmp_path, monkeypatch):
+    path = tmp_path / LEDGER_FILE
+    with monkeypatch.context() as quick:
+        quick.setattr("os.fsync", lambda _: None)
+        ledger = Ledger(path, PLAN)
+        for step in range(100_000):
+            ledger.record_step(step + 1)
+        ledger.close()
+    began = time.process_time()
+    ledger = Ledger(path, PLAN)
+    seconds = time.process_time() - began
+    assert ledger.steps_recorded == 100_000
+    ledger.close()
+    assert seconds < 3

@@ -1,9 +1,13 @@
 """Prompt styles and instruction files."""
 
+import signal
+import time
+
 import pytest
 
 from privacy_checks.tiny_model import byte_tokenizer
 from utils.cli import UsageError
+from utils.texts import prompts
 from utils.texts.prompts import (
     PROMPT_STYLES,
     TEMPLATES,
@@ -138,3 +142,21 @@ def test_unicode_line_separators_are_part_of_a_text(tmp_path):
     text = "one\u2028two\x0bthree\x85four"
     write_instruction_file(tmp_path / "file.txt", [text])
     assert read_instruction_file(tmp_path / "file.txt") == [Instruction(text, 1)]
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_is_stopped(monkeypatch):
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.3)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = LOOP
+    began = time.monotonic()
+    with pytest.raises(UsageError, match="chat template took more than 0.3 s .* it loops"):
+        prompt_ids(tokenizer, "chat_template", "hi")
+    assert time.monotonic() - began < 30
+    # The clock is off again, and a sound template has all the time it needs.
+    tokenizer.chat_template = CHAT
+    for _ in range(3):
+        prompt_ids(tokenizer, "chat_template", "hi")
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import train
 from privacy_checks.composition import composed_report
 from privacy_checks.tiny_model import save_tiny_model
+from tests.faults import Terminal, on_small_disk
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.training import (
@@ -526,6 +527,8 @@ def test_kill_9_loses_nothing_but_steps_since_the_checkpoint(
     released = values["epsilon_without_lost_steps"] or values["epsilon"]
     assert released["upper"] <= 8
     assert not list(folder.rglob("*.partial*")), "a half-written checkpoint was left behind"
+    trained = [record["step"] for record in metrics(folder) if "train_loss" in record]
+    assert trained == list(range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -617,6 +620,64 @@ def test_sigterm_saves_and_ends_with_130(long_run):
     assert 4 <= values["steps_taken"] < 4000
     newest = max((folder / "checkpoints").iterdir())
     assert newest.name == f"step-{values['steps_taken']:06d}"
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_what_was_learnt(tiny_model_dir, letters, tmp_path):
+    more = flags(tiny_model_dir, letters, tmp_path / "outputs", "--num_epochs=500")
+    terminal = Terminal("train.py", *more)
+    folder = tmp_path / "outputs" / "job"
+    ledger = folder / LEDGER_FILE
+    terminal.read_until(condition=lambda: ledger.exists() and len(ledger_steps(folder)) >= 4)
+    assert terminal.close() == 130
+    values = report(folder)
+    assert (values["steps_lost"], 0 < values["steps_taken"] < 4000) == (0, True)
+    newest = max((folder / "checkpoints").iterdir())
+    assert newest.name == f"step-{values['steps_taken']:06d}"
+
+
+FULL = """
+import shutil, sys
+import train
+from utils.cli import run_cli
+release, room = train.Private.release, int(sys.argv.pop(1))
+def filling(self, total, step):
+    released = release(self, total, step)
+    if step == 3:  # the checkpoint of step 3 is there
+        with open("ballast", "wb") as file:
+            file.write(bytes(max(0, shutil.disk_usage(".").free - room * 1024)))
+    return released
+train.Private.release = filling
+code = 1
+try:
+    run_cli(lambda: train.main(sys.argv[1:]))
+except SystemExit as ended:
+    code = ended.code
+import json, os
+from utils.privacy.ledger import read_ledger, steps_in
+steps = steps_in(read_ledger("outputs/job/privacy_ledger.jsonl"))
+checkpoints = os.listdir("outputs/job/checkpoints")
+print(json.dumps({"code": code, "steps": steps, "checkpoints": checkpoints}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_disk_that_fills_up_is_said_in_lines_and_keeps_what_it_holds(
+    tiny_model_dir, letters, tmp_path, room
+):
+    arguments = flags(tiny_model_dir, letters, Path("outputs"))
+    finished = on_small_disk(tmp_path, "4m", "-c", FULL, str(room), *arguments)
+    assert "Traceback" not in finished.stderr
+    found = json.loads(finished.stdout)
+    assert "step-000003" in found["checkpoints"]
+    assert not any("partial" in name for name in found["checkpoints"])
+    if room:
+        # Lines of the ledger have room, checkpoints and the report have not.
+        assert found["steps"] == list(range(1, 9))
+    assert "no checkpoint at step" in finished.stderr
+    assert "error: [Errno 28] No space left on device" in finished.stderr
+    assert found["code"] == 1
 
 
 def wait_for(condition, process, seconds=120) -> None:

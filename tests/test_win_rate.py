@@ -25,12 +25,19 @@ def controlled(feature, preference):
     [
         ("A", 1.0), ("B", 0.0), ("tie", 0.5), ("Tie\n", 0.5), (" b \r\n\n", 0.0),
         ("B is longer.\nStill:\nA", 1.0),
-        ("A is better", None), ("The verdict: A", None), ("A.", None), ("**A**", None),
+        ("A is better", 1.0), ("The verdict: A", 1.0), ("A.", 1.0), ("**A**", 1.0),
         ("A or B", None), ("A\nbecause it is right", None), ("C", None), ("AB", None), ("", None),
-        ("[[A]]", None), ("\u0410", None), ("neither", None),
+        ("[[A]]", 1.0), ("\u0410", None), ("neither", None),
+        ("_b_", 0.0), ("`tie`", 0.5), ("Final answer: **B**", 0.0), ("It is a tie.", 0.5),
+        ("My verdict is B", 0.0), ("The better answer is **B**.", 0.0), ("I prefer answer B", 0.0),
+        ("Answer A is better than answer B.", 1.0), ("A is longer, but B is better.", 0.0),
+        ("Answer B serves the person better.", 0.0), ("B wins.", 0.0),
+        ("A is no better than B", None), ("A is not better", None), ("A clear win", None),
+        ("A is better, and B is the best.", None), ("Neither A nor B is better", None),
+        ("A is longer than B", None), ("I'd say a", None),
     ],
 )  # fmt: skip
-def test_a_verdict_is_one_word_on_the_last_line(reply, verdict):
+def test_a_verdict_is_a_word_or_a_clear_sentence_on_the_last_line(reply, verdict):
     assert read_verdict(reply) == verdict
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
-from privacy_checks.observed_run import signal_handlers_restored
 from tests.paths import ROOT
+from utils.cli import stop_handlers_restored
 
 NUM_EXAMPLES = 64
 
@@ -56,7 +56,7 @@ def in_process(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with signal_handlers_restored():
+        with stop_handlers_restored():
             return main(argv) or 0
     finally:
         torch.set_num_threads(threads)

@@ -1,15 +1,30 @@
 """What every command line of the project shares: user errors, exit codes, one-line messages."""
 
 import errno
+import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from utils.printable import printable
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 # Names a file for the exit code, where a launcher in between makes 1 of every failure.
 EXIT_CODE_VARIABLE = "DP_INSTRUCTION_TUNING_EXIT_CODE_FILE"
+# What asks a command to stop: Ctrl-C, kill, and a terminal that is closed.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A disk that is full, not ours, or has no place of that name or size: no defect.
+_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.ENAMETOOLONG, errno.EIO, errno.ESTALE,
+)  # fmt: skip
+_READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 
 
 class UsageError(ValueError):
@@ -18,19 +33,94 @@ class UsageError(ValueError):
 
 def say(message: str) -> None:
     """Print a line for people to stderr, which leaves stdout to the command's product."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def in_one_line(error: Exception, most: int) -> str:
     """What a library's error says, for a message of our own: at most so many characters."""
-    return " ".join(str(error).split())[:most]
+    return " ".join(printable(str(error)).split())[:most]
+
+
+def disk_error(error: Exception) -> OSError | None:
+    """What an error says of the disk, also one of a library in Rust: "... (os error 28)".
+
+    Returns:
+        None where it says nothing of it.
+    """
+    if isinstance(error, OSError):
+        return error if error.errno in _DISK else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else 0
+    return OSError(number, os.strerror(number)) if number in _DISK else None
+
+
+def handle_stops(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Have `handler` called for `STOP_SIGNALS`; of SIGHUP not where `nohup` has it ignored."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_handlers_restored() -> Iterator[None]:
+    """Give back, at the end of the block, the handlers that were there before it."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_number: int, _frame: object) -> None:
     """End the command, and let it remove its temporary files first."""
     # A launcher sends SIGTERM after a Ctrl-C that its scripts got too.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+class _Lasting(io.FileIO):
+    """A standard stream that outlives its reader: what nobody can read any more goes nowhere.
+
+    Args:
+        descriptor: of the stream, which stays open.
+        product: whether it carries what a command makes, of which a full disk must not keep a part.
+    """
+
+    def __init__(self, descriptor: int, product: bool):
+        super().__init__(descriptor, "w", closefd=False)
+        self._product = product
+
+    # Any: what may be written, a buffer, has no name of its own before Python 3.12.
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self._product and error.errno not in _READER_GONE:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes
+
+
+def _lasting(stream: TextIO | None, *, product: bool) -> TextIO:
+    """A standard stream whose reader may go: a pipe's (such as `head`), or a terminal's."""
+    if stream is None:  # closed before the command began
+        return open(os.devnull, "w")
+    try:
+        raw = _Lasting(stream.fileno(), product)
+    except (OSError, ValueError):  # no file, as in a test
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=getattr(stream, "line_buffering", False),
+        write_through=getattr(stream, "write_through", False),
+    )
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -44,24 +134,39 @@ def run_cli(main: Callable[[], int | None]) -> None:
             130 interrupted. Anything else that `main` raises is a defect and keeps its traceback.
     """
     # A launcher that waits for its script ignores Ctrl-C, and children inherit that.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    handle_stops(_interrupt)
+    with (
+        redirect_stdout(_lasting(sys.stdout, product=True)),
+        redirect_stderr(_lasting(sys.stderr, product=False)),
+    ):
+        code = _outcome(main)
+    if EXIT_CODE_VARIABLE in os.environ:
+        Path(os.environ[EXIT_CODE_VARIABLE]).write_text(str(code))
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[], int | None]) -> int:
+    """Run `main`, say in one line what went wrong, and return the exit code."""
     try:
-        code = main()
+        try:
+            code = main()
+        finally:
+            sys.stdout.flush()
     except UsageError as error:
         # One line, whatever a path or a value in the message holds.
         say("error: " + " ".join(str(error).splitlines()))
         code = EXIT_USAGE
-    except OSError as error:
-        # The disk is full or not ours: no defect. What was written before stands.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        say(f"error: {error}; make room or give access, and run the same command again")
-        code = EXIT_FAILED
     except KeyboardInterrupt:
         say("interrupted")
         code = EXIT_INTERRUPTED
-    code = code or EXIT_OK
-    if EXIT_CODE_VARIABLE in os.environ:
-        Path(os.environ[EXIT_CODE_VARIABLE]).write_text(str(code))
-    sys.exit(code)
+    except Exception as error:
+        disk = disk_error(error)
+        if disk is None:
+            raise
+        # What was written before stands.
+        say(
+            f"error: {in_one_line(disk, 1000)}; make room, give access or name another place, and "
+            "run the same command again"
+        )
+        code = EXIT_FAILED
+    return code or EXIT_OK

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from utils.cli import UsageError
 
@@ -56,23 +56,60 @@ def hashes_of(paths: Iterable[Path]) -> dict[str, str]:
     return {str(path): sha256_of(path) for path in paths}
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def require_fetched(folder: Path) -> None:
+    """Refuse a folder with a file that git-lfs has not fetched: a few lines in its place.
+
+    Raises:
+        UsageError: names the file.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            with open(path, "rb") as file:
+                if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise UsageError(
+                        f"{path} is a git-lfs pointer and not the file itself; run git lfs pull "
+                        "where it came from"
+                    )
+
+
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict]:
     """Yield the records of a JSON-lines file; a torn last line (no newline) is passed over.
 
     Raises:
         UsageError: a complete line is not a JSON object; the line's number is named.
     """
+    return (record for _, record in placed_records(path))
+
+
+def placed_records(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
+    """`read_jsonl`, each record after its place in the file, in bytes, for `record_at`."""
+    place = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise UsageError(f"{path}, line {number} is not a JSON object")
-            yield record
+            yield place, record
+            place += len(line)
+
+
+def record_at(file: BinaryIO, place: int) -> dict:
+    """The record at a place that `placed_records` gave."""
+    file.seek(place)
+    return json.loads(file.readline())
+
+
+def json_lines(records: Iterable[dict]) -> str:
+    """`records` as JSON, one line each."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 class JsonlAppender:
@@ -81,16 +118,25 @@ class JsonlAppender:
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab+")  # noqa: SIM115 (closed by `close`)
+        # Without a buffer, which would try again later to write what the disk did not take.
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._file.truncate(_length_of_complete_lines(self._file))
         fsync_folder(path.parent)
 
     def append(self, records: Iterable[dict]) -> None:
-        """Write `records`, one line each; when this returns they are on the disk."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self._file.write(lines.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write `records`, one line each; when this returns they are on the disk.
+
+        Raises:
+            OSError: the disk does not take them; none of them is in the file then.
+        """
+        left, end = memoryview(json_lines(records).encode()), self._file.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         self._file.close()

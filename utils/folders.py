@@ -2,18 +2,26 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import psutil
 from filelock import FileLock, Timeout
 
 from utils.cli import UsageError
-from utils.files import fsync_folder, write_atomic, write_json
+from utils.files import fsync_folder, sha256_of, write_atomic, write_json
+from utils.printable import printable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # How a prepared folder was made.
 PREPARATION_FILE = "preparation.json"
 LOCK_FILE = ".lock"
+ROWS_AT_ONCE = 1000  # of a data set, in memory
 PRIVATE_README = """# Private
 
 Everything in this folder was computed from private data without noise: losses, gradient norms,
@@ -48,7 +56,8 @@ def locked(
         held.acquire(blocking=wait)
     except Timeout:
         raise UsageError(
-            f"{place} is in use by another process; wait for its end, stop it, or {remedy}"
+            f"{place} is in use by another process; wait for its end, stop it{_holder(lock)}, or "
+            f"{remedy}"
         ) from None
     try:
         yield
@@ -57,6 +66,39 @@ def locked(
         # another.
         lock.unlink(missing_ok=True)
         held.release()
+
+
+def _holder(lock: Path) -> str:
+    """Who holds a lock, in brackets; "" where the system does not tell."""
+    with suppress(OSError, psutil.Error):
+        inode = f":{lock.stat().st_ino} "
+        for line in Path("/proc/locks").read_text().splitlines():
+            if "FLOCK" in line and inode in line and "->" not in line:
+                number = int(line.split()[4])
+                command = " ".join(psutil.Process(number).cmdline()).split()
+                return printable(f" (process {number}: {' '.join(command)[:80]})")
+    return ""
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Hold what a command is to make, from its first look at it to its end.
+
+    Of two of the same command one works; the other would have worked for nothing, or replaced what
+    the first one made. The block may use `whole_folder` or `sibling_lock`, which are other locks.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    path = output.resolve()
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        with locked(output, "name another output", path.with_name(f".{path.name}.claim")):
+            yield
+    finally:
+        for parent in made:
+            with suppress(OSError):  # it holds something now
+                parent.rmdir()
 
 
 def sibling_lock(path: Path) -> Path:
@@ -185,25 +227,49 @@ def _fsync_tree(folder: Path) -> None:
 
 
 def save_dataset(
-    target: str | os.PathLike, splits: dict[str, list[dict]], columns: list[str], preparation: dict
+    target: str | os.PathLike,
+    splits: Mapping[str, Iterable[dict]],
+    columns: list[str],
+    preparation: dict,
 ) -> None:
     """Save `columns` of the rows of each split as a `DatasetDict`, whole or not at all.
 
     Args:
         target: the folder to make; one that exists is replaced.
-        splits: rows by split, none of them empty.
+        splits: rows by split, none of them empty; read once, a block at a time.
         preparation: how the rows were made, kept next to them as `PREPARATION_FILE`.
     """
-    from datasets import Dataset, DatasetDict, disable_progress_bars
+    from datasets import DatasetDict, disable_progress_bars
 
     disable_progress_bars()
     with whole_folder(target) as folder:
+        files = {name: folder / f"{name}.arrow" for name in splits}
         DatasetDict(
-            {
-                name: Dataset.from_dict(
-                    {column: [row[column] for row in rows] for column in columns}
-                )
-                for name, rows in splits.items()
-            }
+            {name: _write_table(files[name], rows, columns) for name, rows in splits.items()}
         ).save_to_disk(folder)
+        for name, file in files.items():
+            (saved,) = (folder / name).glob("*.arrow")
+            file.replace(saved)
         write_json(folder / PREPARATION_FILE, preparation)
+
+
+def _write_table(file: Path, rows: Iterable[dict], columns: list[str]) -> "Dataset":
+    """Write rows as a saved data set has them; returns the first of them, under the hash of all."""
+    import pyarrow
+    from datasets import Dataset
+
+    left = iter(rows)
+
+    def block(schema: pyarrow.Schema | None = None) -> pyarrow.Table:
+        some = list(islice(left, ROWS_AT_ONCE))
+        values = {column: [row[column] for row in some] for column in columns}
+        return pyarrow.table(values, schema)
+
+    first = block()
+    head = Dataset(first.slice(0, 1))
+    schema = head.data.schema
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        while len(first):
+            writer.write_table(first.cast(schema))
+            first = block(schema)
+    return Dataset(head.data.table, fingerprint=sha256_of(file)[:16])

@@ -3,6 +3,8 @@
 A judgement says how much the answer that stood first is preferred: 1, 0.5 for a tie, 0.
 """
 
+import re
+
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
@@ -13,9 +15,39 @@ VERDICTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
 RIDGE = 0.01
 
 
+# A word of a line, without the marks that it stands in.
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_INTRODUCTION = re.compile(
+    r"(?i)^(?:(?:my|the|final|verdict|answer|response|winner|is)(?: |$))+(?=(?:a|b|tie)$)"
+)
+# Sentences that name the better answer after the word that says so, or before it.
+_BETTER = "better|best|winner|preferred|preferable|superior|stronger"
+_NAMED_AFTER = re.compile(
+    rf"\b(?:{_BETTER}|prefer|choose|pick|verdict)(?: one)?(?: answer| response)?"
+    r"(?: is| would be)?(?: answer| response)? ([AB])\b"
+)
+_NAMED_BEFORE = re.compile(
+    rf"\b([AB]) (?:wins\b|(?:is|was|does|serves)\b(?:(?! [AB]\b).)*? (?:{_BETTER})\b)"
+)
+_TIED = re.compile(r"(?i)\b(?:a tie|tied)\b")
+_DENIED = re.compile(r"(?i)\b(?:no|not|neither|nor|worse|\w+n['’]t)\b")
+
+
 def read_verdict(reply: str) -> float | None:
-    """What a judge's reply says: A, B or tie alone on its last line; None for anything else."""
-    return VERDICTS.get(reply.strip().rpartition("\n")[2].strip().casefold())
+    """What a judge's reply says on its last line: A, B or tie.
+
+    It stands there alone, whatever is around it ("**A**", "[[B]]", "Verdict: tie"), or in a
+    sentence that prefers one of the two and nothing else; None for anything else.
+    """
+    words = " ".join(_WORD.findall(reply.strip().rpartition("\n")[2]))
+    alone = _INTRODUCTION.sub("", words).casefold()
+    if alone in VERDICTS:
+        return VERDICTS[alone]
+    named = {*_NAMED_AFTER.findall(words), *_NAMED_BEFORE.findall(words)}
+    named |= {"tie"} if _TIED.search(words) else set()
+    if _DENIED.search(words) or len(named) != 1:
+        return None
+    return VERDICTS[named.pop().casefold()]
 
 
 def preferences(ours_first: np.ndarray, theirs_first: np.ndarray) -> np.ndarray:

@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from utils.printable import printable
+
 INK, GRID = "#f0000a", "#f0000b"
 SERIES = ("#f00001", "#f00002", "#f00003", "#f00004", "#f00005", "#f00006")
 # In addition to colour, so that lines differ without it.
@@ -132,6 +134,7 @@ def _mark(kind: str, number: int, num_points: int) -> str | None:
 
 
 def _short(text: str, width: int = 44) -> str:
+    text = printable(text)
     return textwrap.shorten(text, width, placeholder=" …") if len(text) > width else text
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
+from utils.printable import printable
+
 _SECRET = re.compile(r"(?i)\b(?:sk|hf|ghp|xox[bp])[-_][\w-]{8,}")
 _SECRET_FLAG = re.compile(r"(?i)(--\w*(?:api_?key|token|secret|password))(=|\s+)\S+")
 # A path that leaves the current folder, where a word begins.
@@ -34,20 +36,6 @@ def portable_word(word: object) -> str:
     if re.match(r"(~[\w.-]*|\.\.)?/", value):
         value = f"…/{Path(value).name}"
     return portable(f"{flag}{equals}{value}")
-
-
-def printable(text: str) -> str:
-    """`text` without what no page can hold or what turns its lines round: each becomes U+FFFD.
-
-    That is control characters but for tab and newline, halves of surrogate pairs, and the marks
-    that override the direction of text.
-    """
-    text = text.replace("\r\n", "\n")
-    return re.sub(
-        "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]",
-        "\ufffd",
-        text,
-    )
 
 
 def plain(value: object) -> str:

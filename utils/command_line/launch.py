@@ -6,13 +6,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-from utils.cli import EXIT_CODE_VARIABLE, EXIT_FAILED, EXIT_INTERRUPTED, UsageError, say
+import psutil
+
+from utils.cli import (
+    EXIT_CODE_VARIABLE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    STOP_SIGNALS,
+    UsageError,
+    handle_stops,
+    say,
+    stop_handlers_restored,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # What accelerate means by port 0, and the port at which it has machines meet.
 ANY_FREE_PORT, DEFAULT_PORT = 0, 29500
+FORWARD_SECONDS = 1.0
 
 
 def launch_command(
@@ -71,22 +84,38 @@ def print_or_run(command: list[str], run: bool) -> int:
         return 0
     say(f"+ {shlex.join(command)}")
     launcher = with_this_python(command)
-    with tempfile.TemporaryDirectory() as folder:
+    stops: list[int] = []
+    with tempfile.TemporaryDirectory() as folder, stop_handlers_restored():
         exit_code = Path(folder, "exit_code")
-        # The launcher must outlive a Ctrl-C, which the script itself handles by saving its work.
+        handle_stops(lambda number, _: stops.append(number))
+        # The launcher must outlive whatever stops the script, which then saves its work.
         process = subprocess.Popen(
             launcher,
             env=os.environ | {EXIT_CODE_VARIABLE: str(exit_code)},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            preexec_fn=_ignore_stops,
         )
-        interrupted = False
         while process.returncode is None:
-            try:
-                process.wait()
-            except KeyboardInterrupt:
-                interrupted = True
-        if interrupted:
-            return EXIT_INTERRUPTED
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(FORWARD_SECONDS)
+            if stops:
+                _stop_scripts(process)
         if process.returncode and exit_code.exists():
             return int(exit_code.read_text()) or EXIT_FAILED
+        if stops and not exit_code.exists():
+            return EXIT_INTERRUPTED
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def _ignore_stops() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop_scripts(launcher: subprocess.Popen) -> None:
+    """Ask the scripts of a launcher to stop, again and again: one that begins does not hear it.
+
+    A script that was asked before, or by the terminal itself, goes on with its end.
+    """
+    with suppress(psutil.Error):  # it has ended meanwhile
+        for script in psutil.Process(launcher.pid).children():
+            script.terminate()

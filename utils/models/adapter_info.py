@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from utils.cli import UsageError
-from utils.files import sha256_of, write_json
+from utils.files import require_fetched, sha256_of, write_json
 
 TRAINING_STYLE_FILE = "training_style.json"
+KIND = "LORA"
 # What an adapter is: `adapter_sha256` covers these.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -38,13 +39,30 @@ def read_adapter_info(folder: str | os.PathLike) -> dict:
     """What training left next to an adapter; an empty dict for an adapter from elsewhere.
 
     Raises:
-        UsageError: the folder holds no PEFT adapter.
+        UsageError: the folder holds no PEFT adapter, or one of another kind than LoRA.
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
+    config_file = folder / "adapter_config.json"
+    if not config_file.is_file():
         raise UsageError(
             f"no adapter at {str(folder)!r}: adapter_config.json is missing; training writes "
             "one to outputs/JOB_SESS/adapter"
         )
+    require_fetched(folder)
+    kind = _read_object(config_file).get("peft_type")
+    if kind != KIND:
+        raise UsageError(
+            f"{config_file} is of an adapter of the kind {str(kind)[:40]!r}; use one of {KIND!r}"
+        )
     style = folder / TRAINING_STYLE_FILE
-    return json.loads(style.read_text()) if style.is_file() else {}
+    return _read_object(style) if style.is_file() else {}
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a JSON object; restore the adapter's own")
+    return value

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from utils.cli import UsageError, in_one_line
+from utils.files import require_fetched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -122,11 +124,17 @@ def _from_pretrained(loader, what: str, model_name: str, **options):
         raise UsageError(f"{model_name!r} is a folder without config.json, so it holds no model")
     if not is_folder and (folder.is_absolute() or model_name.count("/") > 1):
         raise UsageError(f"no model at {model_name!r}: there is no such folder")
+    if is_folder:
+        require_fetched(folder)
     try:
+        # Code that comes with a model is never run, nor is it asked for on the terminal.
         return loader.from_pretrained(
-            str(folder) if is_folder else model_name, token=os.environ.get("HF_TOKEN"), **options
+            str(folder) if is_folder else model_name,
+            token=os.environ.get("HF_TOKEN"),
+            trust_remote_code=False,
+            **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = in_one_line(error, 300)
         tried = f"the folder {model_name!r}" if is_folder else f"folder and hub id {model_name!r}"
         hint = (

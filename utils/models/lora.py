@@ -1,15 +1,17 @@
 """LoRA adapters: attach them to a base, read them back, merge them."""
 
 import os
+import warnings
+from pickle import UnpicklingError
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from utils.cli import UsageError, in_one_line
@@ -29,6 +31,9 @@ ATTENTION_PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj", "self_attn.dense"),  # Phi
     ("Wqkv", "out_proj"),  # MPT
 )
+
+# What PEFT raises for a configuration that makes no sense, or not with these weights.
+_UNFIT = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError)
 
 
 def default_target_modules(model: PreTrainedModel) -> list[str]:
@@ -129,7 +134,8 @@ def load_adapted(
             in float32 on a base of `dtype`.
 
     Raises:
-        UsageError: no adapter there, or one that was trained on another base.
+        UsageError: no adapter there, one that was trained on another base, or one that is not, name
+            by name and shape by shape, what its configuration makes of this base.
     """
     info = read_adapter_info(adapter_path)
     model = load_base_model(model_name, torch.float32 if merge else dtype)
@@ -140,10 +146,39 @@ def load_adapted(
             f"which differs from --model_name {model_name!r}"
         )
     try:
-        model = PeftModel.from_pretrained(model, str(adapter_path))
-    except (RuntimeError, ValueError) as error:
+        weights = load_peft_weights(str(adapter_path), device="cpu")
+        # On the meta device, so that a rank costs no memory before it is known to be the weights'.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below
+            model = PeftModel.from_pretrained(model, str(adapter_path), low_cpu_mem_usage=True)
+    except (*_UNFIT, SafetensorError, UnpicklingError) as error:
         reason = in_one_line(error, 200)
         raise UsageError(
             f"the adapter {str(adapter_path)!r} does not fit --model_name {model_name!r}: {reason}"
         ) from None
+    _require_all(model, weights, str(adapter_path))
     return model.merge_and_unload().to(dtype) if merge else model.get_base_model()
+
+
+def _require_all(model: PeftModel, weights: dict[str, torch.Tensor], adapter_path: str) -> None:
+    """Refuse an adapter whose weights are not all of what was attached, or are more than that.
+
+    PEFT leaves a tensor that is missing or has another name as it began, and samples would be the
+    base's.
+
+    Raises:
+        UsageError: names a tensor.
+    """
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights:
+            raise UsageError(
+                f"the adapter {adapter_path!r} lacks {name}, which its configuration asks for; "
+                "restore its own weights"
+            )
+        if name not in expected and name not in own:
+            raise UsageError(
+                f"the adapter {adapter_path!r} has {name}, which no layer of this model takes; use "
+                "the model that it was trained on"
+            )

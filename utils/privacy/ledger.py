@@ -182,7 +182,7 @@ def _kept_head(path: str | os.PathLike) -> dict | None:
         return {"lines": int(head["lines"]), "chain": str(head["chain"])}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UsageError(f"{file} is no head of a ledger; restore it from a backup") from None
 
 

@@ -5,13 +5,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.cli import UsageError, say
+from utils.cli import UsageError, disk_error, say
 from utils.files import sha256_of, write_json
 from utils.folders import whole_folder
 
@@ -47,20 +48,51 @@ def save_checkpoint(
         state: JSON-able; gets `step`.
 
     Raises:
-        OSError: the disk is full; older checkpoints are untouched.
+        OSError: the disk takes no more; older checkpoints are untouched.
     """
     folder = Path(folder)
     final = folder / f"step-{step:06d}"
     with whole_folder(final) as temporary:
         tensors = {name: tensor.detach().contiguous() for name, tensor in parameters.items()}
-        save_file(tensors, temporary / ADAPTER_FILE)
-        torch.save(optimizer, temporary / OPTIMIZER_FILE)
+        try:
+            save_file(tensors, temporary / ADAPTER_FILE)
+        except SafetensorError as error:
+            raise disk_error(error) or error from None
+        with open(temporary / OPTIMIZER_FILE, "wb") as file:
+            sink = _Sink(file)
+            torch.save(optimizer, sink)
+            sink.check()
         write_json(temporary / STATE_FILE, {**state, "step": step})
         sums = {file.name: sha256_of(file) for file in temporary.iterdir()}
         write_json(temporary / SUMS_FILE, sums)
     for old in _checkpoints(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+class _Sink:
+    """A file for `torch.save`, which has no way to say that a disk is full: keeps the error."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: `check` does it."""
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+        if self._error is not None:
+            raise self._error
+        self._file.flush()
 
 
 def load_last_good(folder: str | os.PathLike) -> Checkpoint | None:

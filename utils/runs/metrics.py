@@ -5,10 +5,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from utils.cli import UsageError, in_one_line
-from utils.files import JsonlAppender
+from utils.cli import UsageError, in_one_line, say
+from utils.files import JsonlAppender, json_lines, read_jsonl, write_atomic
 from utils.folders import private_folder
 
+METRICS_FILE = "metrics.jsonl"
 # Trackers that write to this machine alone; the others have a server, or take one from their
 # environment.
 LOCAL_TRACKERS = ("none", "tensorboard")
@@ -41,19 +42,36 @@ def start_tracker(accelerator: Accelerator, tracker: str, job: str, folder: Path
 class PrivateMetrics:
     """One line a record in `private/metrics.jsonl`; also to a tracker, if it may see them.
 
+    A continued run takes steps again that its last checkpoint does not know of: what the file says
+    of them goes. A disk that takes no more lines ends the record, and not the run.
+
     Args:
         folder: the run's.
+        first_step: the steps that its checkpoint has taken, else 0; a run from there begins anew.
         tracked: whether the tracker gets the values: only one that stays on this machine, one that
             the user allows, or in a run that is not private anyway.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *, tracked: bool):
-        self._file = JsonlAppender(private_folder(folder / "private") / "metrics.jsonl")
+    def __init__(self, folder: Path, first_step: int, accelerator: Accelerator, *, tracked: bool):
+        path = private_folder(folder / "private") / METRICS_FILE
+        if path.exists():
+            records = list(read_jsonl(path))
+            kept = [each for each in records if first_step and each["step"] <= first_step]
+            if len(kept) < len(records):
+                write_atomic(path, json_lines(kept))
+        self._file = JsonlAppender(path)
+        self._is_full = False
         self._accelerator = accelerator
         self._tracked = tracked
 
     def record(self, step: int, values: dict) -> None:
-        self._file.append([{"step": step, **values}])
+        try:
+            self._file.append([{"step": step, **values}])
+            self._is_full = False
+        except OSError as error:
+            if not self._is_full:
+                say(f"warning: no metrics from step {step} on: {error}; training goes on")
+            self._is_full = True
         if self._tracked:
             self._accelerator.log(values, step=step)
 

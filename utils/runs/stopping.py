@@ -2,6 +2,9 @@
 
 import os
 import signal
+from types import FrameType
+
+from utils.cli import handle_stops
 
 
 def launched_by_accelerate() -> bool:
@@ -10,21 +13,18 @@ def launched_by_accelerate() -> bool:
 
 
 class StopRequest:
-    """Turns SIGTERM, Ctrl-C and the death of the launcher into a request to save and end.
+    """Turns what asks to stop, and the death of the launcher, into a request to save and end.
 
-    A second Ctrl-C raises KeyboardInterrupt: what was saved until then stands.
+    Whatever follows the first signal changes nothing: the work is saved all the same.
     """
 
     def __init__(self):
         self.signal_name = ""
         self._launcher = os.getppid() if launched_by_accelerate() else None
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
+        handle_stops(self._handle)
 
-    def _handle(self, number: int, _frame) -> None:
-        if self.signal_name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name
 
     @property
     def requested(self) -> bool:

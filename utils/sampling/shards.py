@@ -78,7 +78,7 @@ def check_manifest(folder: Path, settings: dict) -> None:
         return
     try:
         manifest = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         manifest = None
     if not isinstance(manifest, dict):
         raise UsageError(f"{path} is damaged; use another --job_sess")
@@ -135,12 +135,22 @@ def read_samples(folder: Path) -> list[dict]:
     """All samples of a folder in order of their numbers.
 
     Raises:
-        UsageError: the folder holds no shard.
+        UsageError: the folder holds no shard, or a line is no sample.
     """
     shards = shards_of(folder)
     if not shards:
         raise UsageError(f"--samples {str(folder)!r}: no shard-*.jsonl there; inference.py writes")
-    return sorted((sample for shard in shards for sample in read_jsonl(shard)), key=by_id)
+    samples = []
+    for shard in shards:
+        for number, sample in enumerate(read_jsonl(shard), start=1):
+            texts = (sample.get("prompt"), sample.get("text"))
+            if type(sample.get("id")) is not int or not all(isinstance(t, str) for t in texts):
+                raise UsageError(
+                    f"{folder} is no folder of samples: {shard.name}, line {number} lacks an id, a "
+                    "prompt or a text; restore it"
+                )
+            samples.append(sample)
+    return sorted(samples, key=by_id)
 
 
 def by_id(sample: dict) -> int:

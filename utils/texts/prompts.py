@@ -1,9 +1,13 @@
 """Prompt styles, and the instruction files that sampling reads."""
 
 import os
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from utils.cli import UsageError
@@ -27,6 +31,8 @@ TEMPLATES = {
     "llama2": "[INST] {instruction} [/INST]",
     "mistral": "[INST] {instruction} [/INST]",
 }
+# Computing time that a chat template may take for one prompt; a common one takes a millisecond.
+TEMPLATE_SECONDS = 10.0
 # What stands between a prompt and its answer; the sampled text is stripped of it.
 _ANSWER_SEPARATORS = {"alpaca": "\n", CHAT_TEMPLATE: ""}
 # Templates whose markers are special tokens in some vocabularies. In all the others a special
@@ -102,8 +108,36 @@ def _prompt_text(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: 
                 f"choose one of {', '.join(TEMPLATES)}"
             )
         turns = [{"role": "user", "content": instruction}]
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        with _time_limit(TEMPLATE_SECONDS):
+            return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return TEMPLATES[style].format(instruction=instruction)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Refuse a template that takes so much computing time for one prompt, as one does that loops.
+
+    Raises:
+        UsageError: it does.
+    """
+    # Signals reach the main thread alone. The clock is the process's own, which no test sets.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def refuse(_number: int, _frame: FrameType | None) -> None:
+        raise UsageError(
+            f"the tokenizer's chat template took more than {seconds:g} s for one prompt: it loops; "
+            "use another --prompt_style, or repair the template"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, refuse)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", style: str, texts: list[str]) -> list[list[int]]:

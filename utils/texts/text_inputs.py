@@ -1,5 +1,6 @@
 """Instructions from the files that people have, and from sampling shards."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils.cli import UsageError, say
@@ -24,37 +25,41 @@ def read_instructions(path: str, split: str | None = None) -> list[str]:
     """
     entries = read_entries(path, split)
     texts = [text for text in entries if text is not None]
-    if len(texts) < len(entries):
-        say(
-            f"{len(entries) - len(texts):,} sampled texts left out: their finish_reason is not "
-            f"{_FINISHED!r}"
-        )
+    say_cut(len(entries) - len(texts))
     if not texts:
         raise UsageError(f"{path!r} holds no instruction")
     return texts
 
 
+def say_cut(count: int) -> None:
+    """Tell how many sampled texts are left out, since they were cut before their end."""
+    if count:
+        say(f"{count:,} sampled texts left out: their finish_reason is not {_FINISHED!r}")
+
+
 def read_entries(path: str, split: str | None = None) -> list[str | None]:
-    """Read every entry of `path`, in its order.
+    """Read every entry of `path` into memory, see `entries_of`."""
+    return list(entries_of(path, split))
+
+
+def entries_of(path: str, split: str | None = None) -> Iterator[str | None]:
+    """Yield every entry of `path`, in its order.
 
     Args:
         path: a file or folder in one of `FORMATS`. Objects and the columns of tables give their
             `instruction`, or else their `text`.
         split: which split of a folder that holds several; unused otherwise.
 
-    Returns:
+    Yields:
         Texts; None for a sampled one (with a `finish_reason`) that was cut before its end.
 
     Raises:
         UsageError: no such path, an unknown format, or content that is not instructions.
     """
     names = [*COLUMNS["instruction"], "finish_reason"]
-    entries: list[str | None] = []
     for file in files_of(path, split):
         for number, row in enumerate(raw_rows(file, names), start=1):
-            is_cut = _is_cut(row)
-            entries.append(None if is_cut else pick(file, number, row, COLUMNS)["instruction"])
-    return entries
+            yield None if _is_cut(row) else pick(file, number, row, COLUMNS)["instruction"]
 
 
 def read_column(path: str, split: str | None, column: str) -> list[object]:
