@@ -3,7 +3,16 @@
 from pathlib import Path
 
 from utils.cli import UsageError, say
-from utils.texts.rows import FORMATS, SHARDS, is_readable, pick, raw_rows, saved_files, split_files
+from utils.texts.rows import (
+    FORMATS,
+    SHARDS,
+    is_readable,
+    pick,
+    raw_rows,
+    saved_files,
+    say_unread_parts,
+    split_files,
+)
 
 # The preferred name first.
 COLUMNS = {"instruction": ("instruction", "text")}
@@ -51,6 +60,7 @@ def read_entries(path: str, split: str | None = None) -> list[str | None]:
     names = [*COLUMNS["instruction"], "finish_reason"]
     entries: list[str | None] = []
     for file in files_of(path, split):
+        say_unread_parts(file)
         for number, row in enumerate(raw_rows(file, names), start=1):
             is_cut = _is_cut(row)
             entries.append(None if is_cut else pick(file, number, row, COLUMNS)["instruction"])
