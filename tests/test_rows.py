@@ -196,7 +196,7 @@ WRONG = {
     "parts.json": ('{\n"instruction": ["a"], "id": []}', "put \\[ before and \\] after"),
     "short.csv": ("id,instruction\n\n1,a\n2\n", "line 4 .* as a row: it has 1 fields, .* header 2"),
     "long.csv": ("instruction\nHello, you\n", "line 2 .* it has 2 fields, .* header 1; put double"),
-    "quotes.csv": ('instruction\n"a\nb" c\n', "line 2 cannot be read as a row: .*double the quotes"),
+    "quotes.csv": ('instruction\n"a\nb" c\n', "line 2 .* .*double the quotes"),
     "open.csv": ('instruction\na\n"b\nc\n', "line 3 cannot be read as a row: unexpected end"),
     "open_header.csv": ('"instruction\n', "line 1 cannot be read as names of columns"),
     "empty.csv": ("\n", "it has no first line with the names of the columns"),
@@ -209,6 +209,8 @@ WRONG = {
     "packed.jsonl.gz": (gzip.compress(GOOD.encode())[:-9], "cannot be read"),
     "not_packed.json.gz": (b"[]  ", "cannot be read"),
     "a.parquet": (b"PAR1", "cannot be read"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "by: git lfs pull"),
+    "pointer.csv": (b"version https://git-lfs.github.com/spec/v1\n", "by: git lfs pull"),
 }  # fmt: skip
 
 

@@ -211,8 +211,8 @@ def _lacks(dataset_name: str, split: str, column: str, names: list[str]) -> Usag
     return UsageError(
         f"data set {dataset_name!r} ({split}) lacks column {column!r}: it has {names}, and one "
         f"whose name {'starts' if is_labelled(dataset_name) else 'does not start'} with "
-        f"'labelled' needs {list(_columns(dataset_name))}; python -m data.prepare_instructions makes "
-        "such a data set"
+        f"'labelled' needs {list(_columns(dataset_name))}; make it by python -m "
+        "data.prepare_instructions"
     )
 
 

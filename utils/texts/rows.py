@@ -49,6 +49,7 @@ SHARDS = "shard-*.jsonl"
 WHOLE_TEXT = "whole text"
 JSON_BLOCK, LONGEST_ROW = 1 << 20, 1 << 26  # characters
 TABLE_BLOCK = 1000  # rows
+LFS_POINTER = b"version https://git-lfs"
 
 
 class MissingColumn(UsageError):
@@ -132,6 +133,9 @@ def raw_rows(file: Path, names: Collection[str] = (), form: str | None = None) -
 def _explained(file: Path) -> Iterator[None]:
     """Say of which file a reader complains."""
     try:
+        with open(file, "rb") as start:
+            if start.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError("it is a pointer of Git LFS; get the file itself by: git lfs pull")
         yield
     except UsageError:
         raise
