@@ -20,6 +20,8 @@ from datasets import Dataset, DatasetDict
 from data.prepare_instructions import Preparation, language_code, main, split_shares, with_progress
 from tests.json_lines import jsonl
 from tests.paths import ROOT
+from tests.test_rows import SAME, TEXTS, WRONG
+from tests.test_rows import write as write_content
 from utils import secure_random
 from utils.cli import UsageError
 from utils.texts.data_sets import count_train_examples, load_splits
@@ -156,6 +158,30 @@ def test_every_kind_of_input_becomes_what_training_reads(name, prepare, tmp_path
     assert count_train_examples(path) == len(loaded["train"]) == len(splits["train"])
     assert loaded["train"][:]["instruction"] == [row["instruction"] for row in splits["train"]]
     assert len(loaded["val"]) == len(splits["val"])
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_file_that_training_reads_gives_the_same_texts(name, prepare, tmp_path):
+    write_content(tmp_path / name, SAME[name])
+    splits = prepare(tmp_path / name, "--split", "train=1")
+    assert splits == {"train": [{"instruction": text} for text in TEXTS if text]}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG.keys() - {"null.jsonl"}))
+def test_every_file_that_training_refuses_is_refused_in_the_same_words(name, prepare, tmp_path):
+    content, message = WRONG[name]
+    write_content(tmp_path / name, content)
+    with pytest.raises(UsageError, match=message) as error:
+        prepare(tmp_path / name)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_row_without_a_text_is_dropped_and_not_refused(prepare, tmp_path):
+    write_content(tmp_path / "null.jsonl", WRONG["null.jsonl"][0])
+    splits = prepare(tmp_path / "null.jsonl", "--split", "train=1")
+    assert splits == {"train": [{"instruction": "good"}] * 7}
 
 
 def test_a_lone_text_file_and_a_folder_may_be_read_the_other_way(prepare, tmp_path):
@@ -336,26 +362,26 @@ def test_only_a_prepared_folder_that_is_not_read_may_be_replaced(prepare, tmp_pa
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-TEXTS = [{"text": "a", "id": 1}]
+ONE = [{"text": "a", "id": 1}]
 
 
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
-        (TEXTS, ["--text_column", "body"], "no column 'body', only text, id"),
-        (TEXTS, ["--unit_column", "user"], "--unit_column user: .* only text, id"),
-        (TEXTS, ["--unit_column", "none", "--max_rows_per_unit", "2"], "name the column with --un"),
-        (TEXTS, ["--max_rows_per_unit", "2"], "--max_rows_per_unit needs to know whose a row is"),
-        (TEXTS, ["--language", "en"], "--language en: .* no column language or lang"),
-        (TEXTS, ["--messages", "id"], "--messages id: .* no list of turns"),
-        (TEXTS, ["--messages", "id", "--text_column", "text"], "two sources of texts; give one"),
+        (ONE, ["--text_column", "body"], "no column 'body', only text, id"),
+        (ONE, ["--unit_column", "user"], "--unit_column user: .* only text, id"),
+        (ONE, ["--unit_column", "none", "--max_rows_per_unit", "2"], "name the column with --un"),
+        (ONE, ["--max_rows_per_unit", "2"], "--max_rows_per_unit needs to know whose a row is"),
+        (ONE, ["--language", "en"], "--language en: .* no column language or lang"),
+        (ONE, ["--messages", "id"], "--messages id: .* no list of turns"),
+        (ONE, ["--messages", "id", "--text_column", "text"], "two sources of texts; give one"),
         ([{"messages": chat(1)}], ["--answer_column", "messages"], "are for columns of texts, and"),
         (
-            TEXTS,
+            ONE,
             ["--turn", "all"],
             "--turn all is for conversations, and .*rows.jsonl has a column",
         ),
-        (TEXTS, ["--input_split", "train"], "--input_split train: .*rows.jsonl' has no splits"),
+        (ONE, ["--input_split", "train"], "--input_split train: .*rows.jsonl' has no splits"),
         ([{"text": ""}], [], "no row is left to train on"),
         ([{"text": 42}], [], "entry 1, column 'text' is of type int, not text: 42"),
         ([{"text": "a", "answer": "b"}], ["--unit_column", "answer"], "another column of this"),
@@ -374,7 +400,7 @@ def test_wrong_rows_and_flags_are_explained_and_nothing_is_left(
 
 def test_pairs_need_answers(prepare):
     with pytest.raises(UsageError, match="takes pairs from a name .* --answer_column, or choose"):
-        prepare(TEXTS, name="labelled_mine")
+        prepare(ONE, name="labelled_mine")
 
 
 @pytest.mark.parametrize("name", ["none.csv", "a.docx", "a.xlsx", "empty", "saved", "x" * 5000])
@@ -408,7 +434,7 @@ def test_a_name_of_the_hub_is_downloaded(prepare, tmp_path, monkeypatch):
 )
 def test_shares_that_do_not_add_up_are_refused(text, prepare, capsys):
     with pytest.raises(SystemExit) as error:
-        prepare(TEXTS, "--split", text)
+        prepare(ONE, "--split", text)
     assert error.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
