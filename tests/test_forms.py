@@ -145,7 +145,7 @@ def test_parts_are_joined_to_the_instruction_and_may_be_named(tmp_path):
 @pytest.mark.parametrize("turn", WHICH_TURNS)
 def test_any_turn_of_a_user_may_be_taken(turn, tmp_path):
     silent = [{"role": "assistant", "content": "Hello?"}]
-    called = [CHAT[0], {"role": "assistant", "content": None}, {"role": "tool", "content": "7"}]
+    called = [CHAT[0], {"role": "assistant", "tool_calls": []}, {"role": "tool", "content": None}]
     twice = turns("Once", "Twice", roles=("user",))
     rows = [{"messages": turns("A", "B", "C", "D", "E")}, *({"messages": m} for m in (
         silent, called, twice))]  # fmt: skip
@@ -183,6 +183,10 @@ def test_what_is_missing_is_empty_and_other_values_are_refused(tmp_path):
     write(file, [{"messages": CHAT}, {"messages": [{"role": "user", "content": 42}]}])
     with pytest.raises(UsageError, match=r"entry 2, column 'messages' is of type int, not text"):
         exchanges_in(file)
+    for wrong in ("hello", {"a": 1}, [{"content": "x"}], [7]):
+        write(file, [{"messages": CHAT}, {"messages": []}, {"messages": wrong}])
+        with pytest.raises(UsageError, match="entry 3, column 'messages' holds no list of turns: "):
+            exchanges_in(file)
     write(file, [{"text": "a"}, {"text": "half \ud83d"}])
     with pytest.raises(UsageError, match="entry 2, column 'text' is not valid Unicode"):
         exchanges_in(file)

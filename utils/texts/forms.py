@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from utils.cli import UsageError
 from utils.texts.rows import PARTS, TURNS, names_of_table, raw_rows, row_of, text_of
@@ -162,7 +162,11 @@ def exchanges(
             yield place, row, [Exchange("\n\n".join(filter(None, said)), answer)]
         else:
             place = f"{place}, column {form.messages!r}"
-            spoken = list(_spoken(_turns(row.get(form.messages)), place))
+            value = row.get(form.messages)
+            turns = _turns(value)
+            if value and not turns and not _is_tree(value):
+                raise UsageError(f"{place} holds no list of turns: {str(value)[:40]}")
+            spoken = list(_spoken(turns, place))
             yield place, row, {"first": spoken[:1], "last": spoken[-1:]}.get(turn, spoken)
 
 
@@ -259,17 +263,19 @@ def _turns(value: object) -> list[dict]:
             value = json.loads(value)
         except ValueError:
             return []
-    if isinstance(value, dict) and "replies" in value:
+    if _is_tree(value):
         return [] if value.get("deleted") else _best_path(value)
     if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
         value = [dict(zip(value, parts)) for parts in zip(*value.values())]
     if not isinstance(value, list) or not value:
         return []
-    is_conversation = all(
-        isinstance(turn, dict) and turn.keys() & set(ROLES) and turn.keys() & set(WORDS)
-        for turn in value
-    )
-    return value if is_conversation else []
+    have_roles = all(isinstance(turn, dict) and turn.keys() & set(ROLES) for turn in value)
+    # A turn that calls a tool may have no words.
+    return value if have_roles and any(turn.keys() & set(WORDS) for turn in value) else []
+
+
+def _is_tree(value: object) -> TypeGuard[dict]:
+    return isinstance(value, dict) and "replies" in value
 
 
 def _first(turn: dict, names: Iterable[str]) -> object:
