@@ -31,10 +31,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import UsageError, in_one_line, run_cli, say  # noqa: E402
+from utils.cli import UsageError, run_cli, say  # noqa: E402
 from utils.command_line.parser import flag, read_flags  # noqa: E402
 from utils.folders import claimed, save_dataset  # noqa: E402
-from utils.texts.data_sets import is_labelled  # noqa: E402
+from utils.texts.data_sets import download_files, is_labelled  # noqa: E402
 from utils.texts.rows import FILE_SUFFIXES, raw_rows  # noqa: E402
 from utils.texts.text_filters import comparison_form, split_rows  # noqa: E402
 
@@ -167,7 +167,7 @@ def find_files(name: str) -> list[Path]:
         return [path]
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(FILE_SUFFIXES)
     if is_hub_id and not path.exists():
-        path = _download(name)
+        path = download_files(name)
     files = sorted(file for file in path.rglob("*") if file.name.endswith(FILE_SUFFIXES))
     if not files:
         raise UsageError(
@@ -175,22 +175,6 @@ def find_files(name: str) -> list[Path]:
             f"one, or a hub data set such as {HUB_ID}"
         )
     return files
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"*{suffix}" for suffix in FILE_SUFFIXES]
-    try:
-        # The token comes from HF_TOKEN, which the library reads by itself.
-        return Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns))
-    except OSError as error:
-        reason = in_one_line(error, 120)
-        raise UsageError(
-            f"no --input {hub_id!r} here, and the hub does not give it ({reason}); for a gated "
-            f"data set accept the licence at https://huggingface.co/datasets/{hub_id} and set "
-            "HF_TOKEN, or name a local file"
-        ) from None
 
 
 def first_exchanges(

@@ -110,8 +110,8 @@ def clone(tmp_path_factory, tiny_model_dir):
         datasets.DatasetDict({part: split.select(those) for part, those in parts.items()}
                              ).save_to_disk(data / name)  # fmt: skip
     persons = [f"user {row // 2}" for row in range(92)]
-    datasets.Dataset.from_dict({"instruction": rows["instruction"], "user_id": persons}).to_json(
-        data / "chats.jsonl"
+    datasets.Dataset.from_dict({"user_id": persons, "question": rows["instruction"]}).to_csv(
+        data / "chats.csv"
     )
     for file in ("data/quickstart_questions.txt", "utils/alpaca_eval_instructions.txt"):
         write_instruction_file(folder / file, ["say hello", "say bye"])

@@ -1,6 +1,8 @@
 """One file, read by training, counted, and read as instructions: always the same rows."""
 
+import csv
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -44,6 +46,14 @@ def mixed(*values) -> str:
     return jsonl(objects)
 
 
+def table(delimiter=",", ends="\r\n", quoting=csv.QUOTE_ALL, before="") -> str:
+    """A table of texts, with a column that nobody reads."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=ends, quoting=quoting)
+    writer.writerows([["id, or number", "instruction"], *enumerate(TEXTS)])
+    return before + text.getvalue()
+
+
 SAME = {
     "plain.jsonl": lines(),
     "no_final_newline.jsonl": lines().rstrip("\n"),
@@ -62,6 +72,17 @@ SAME = {
     "mark.json": "\ufeff" + members(),
     "mark_no_final_newline.json": "\ufeff \n" + members().rstrip(),
     "texts.json": json.dumps(TEXTS),
+    "columns.json": json.dumps({"id": list(range(len(TEXTS))), "instruction": TEXTS}),
+    "columns_of_pandas.json": json.dumps({"instruction": dict(enumerate(TEXTS))}),
+    "table.csv": table(),
+    "sparing.csv": table(quoting=csv.QUOTE_MINIMAL, ends="\n").replace("\n3,", "\n\n\n3,"),
+    "mark.csv": "\ufeff" + table(),
+    "semicolons.csv": table(";"),
+    "tabs.csv": table("\t"),
+    "stated.csv": table("|", before="sep=|\n"),
+    "no_final_newline.csv": table().rstrip(),
+    "table.tsv": table("\t", quoting=csv.QUOTE_MINIMAL),
+    "packed.csv.gz": gzip.compress(table().encode()),
     "lines.json": lines(),
     "lines_with_mark.json": "\ufeff" + lines("\r\n"),
     "packed.jsonl.gz": gzip.compress(lines().encode()),
@@ -112,9 +133,19 @@ def save_folder(path):
     write(path / "preparation.json", "{}")
 
 
+def save_as_on_the_hub(path):
+    (path / "data").mkdir(parents=True)
+    for number, part in enumerate((TEXTS[:3], TEXTS[3:])):
+        file = path / "data" / f"train-0000{number}-of-00002.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"instruction": part}), file)
+    write(path / "data" / "test-00000-of-00001-0a1b2c.jsonl", lines())
+    write(path / "README.md", "")
+    write(path / "dataset_infos.json", "{}")
+
+
 TABLES = {
     "a.parquet": save_parquet, "categories.parquet": save_categories, "saved": save_dict,
-    "folder": save_folder,
+    "folder": save_folder, "hub": save_as_on_the_hub,
 }  # fmt: skip
 
 
@@ -134,7 +165,9 @@ def test_a_lone_row_is_read_with_and_without_a_final_newline(tmp_path):
 
 GOOD = '{"instruction": "good"}\n' * 7
 WRONG = {
-    "number.jsonl": (GOOD + '{"instruction": 42}\n', "entry 8, column 'instruction' is .* int"),
+    "number.jsonl": (
+        GOOD + '{"instruction": 42}\n', "entry 8, column 'instruction' is .* int, not text: 42"
+    ),
     "null.jsonl": (GOOD + '{"instruction": null}\n', "entry 8, column 'instruction' .* NoneType"),
     "after_blank_line.jsonl": ("\n" + GOOD + '{"instruction": 42}\n', "entry 8, column"),
     "list.json": ('["a", ["b"]]', "entry 2 is neither a text nor an object but of type list"),
@@ -159,13 +192,25 @@ WRONG = {
     "torn.jsonl": (GOOD + '{"instr\n' + GOOD, "line 8 is not a JSON object: Invalid"),
     "key.json": ('{"data": [{"instruction": "a"}]}', "must hold a list .* under 'data' alone"),
     "keys.json": ('{\n  "version": 1,\n  "rows": [\n"a"]}', "save what stands under 'rows' alone"),
-    "columns.json": ('{"instruction": ["a", "b"]}', "save what stands under 'instruction' alone"),
+    "turns.json": ('{\n"messages": [{"role": "user"}]}', "put \\[ before and \\] after"),
+    "parts.json": ('{\n"instruction": ["a"], "id": []}', "put \\[ before and \\] after"),
+    "short.csv": ("id,instruction\n\n1,a\n2\n", "line 4 .* as a row: it has 1 fields, .* header 2"),
+    "long.csv": ("instruction\nHello, you\n", "line 2 .* it has 2 fields, .* header 1; put double"),
+    "quotes.csv": ('instruction\n"a\nb" c\n', "line 2 .* .*double the quotes"),
+    "open.csv": ('instruction\na\n"b\nc\n', "line 3 cannot be read as a row: unexpected end"),
+    "open_header.csv": ('"instruction\n', "line 1 cannot be read as names of columns"),
+    "empty.csv": ("\n", "it has no first line with the names of the columns"),
+    "twice.csv": ("instruction,instruction\na,b\n", "two columns have the name 'instruction'"),
+    "latin.csv": (b"instruction\na\n\xe9\n", "line 3 is not UTF-8"),
+    "utf16.csv": (table().encode("utf-16"), "it is UTF-16 or UTF-32, not UTF-8; save it as UTF-8"),
     "object.json": ('{\n"instruction": "a"\n}', "must hold a list .* put \\[ before and \\] after"),
     "empty.json": ("", "must hold a list of texts or of objects as JSON"),
     "deep.json": ("[" * 100_000, "cannot be read"),
     "packed.jsonl.gz": (gzip.compress(GOOD.encode())[:-9], "cannot be read"),
     "not_packed.json.gz": (b"[]  ", "cannot be read"),
     "a.parquet": (b"PAR1", "cannot be read"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "by: git lfs pull"),
+    "pointer.csv": (b"version https://git-lfs.github.com/spec/v1\n", "by: git lfs pull"),
 }  # fmt: skip
 
 
@@ -208,6 +253,20 @@ def test_a_missing_column_is_named_with_all_that_are_there(suffix, tmp_path):
     (file,) = rows.split_files(path)["train"] if suffix == "saved" else [path]
     with pytest.raises(MissingColumn, match="no column 'question' or 'q', only instruction, input"):
         next(read_rows([file], {"question": ("question", "q")}))
+
+
+def test_a_part_of_the_instruction_that_is_not_read_is_named_once(tmp_path, capsys):
+    row = {"instruction": "a", "input": "b", "answer": "c"}
+    for name, content in {
+        "labelled.jsonl": jsonl([row]), "labelled.csv": "instruction,input,answer\na,b,c\n"
+    }.items():  # fmt: skip
+        path = write(tmp_path / name, content)
+        count_train_examples(path), load_splits(path), read_instructions(path)
+        (said,) = capsys.readouterr().err.splitlines()
+        assert f"{name}: the column 'input' is not read; python -m data.prepare_inst" in said
+    write(tmp_path / "plain.jsonl", jsonl([{"instruction": "a", "output": "c"}]))
+    count_train_examples(str(tmp_path / "plain.jsonl"))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_column_has_the_first_of_its_names_that_a_row_has(tmp_path):
@@ -257,7 +316,9 @@ def test_the_splits_that_are_there_are_named(tmp_path):
     part = Dataset.from_dict({"instruction": ["a"]})
     DatasetDict(train_sft=part, test_sft=part).save_to_disk(tmp_path / "x")
     for read in (count_train_examples, load_splits):
-        with pytest.raises(UsageError, match="has no train split; it has test_sft, train_sft"):
+        with pytest.raises(
+            UsageError, match="no train split; it has test_sft, train_sft; .*--input_split NAME"
+        ):
             read(str(tmp_path / "x"))
     assert load_split(str(tmp_path / "x"), "test_sft")["instruction"][:] == ["a"]
     write(tmp_path / "x" / "train_sft" / "state.json", "{}")

@@ -80,7 +80,8 @@ def test_a_saved_dataset_dict_needs_a_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", "unknown format"),
+        ("a.docx", b"", "unknown format"),
+        ("a.csv", b"", "no first line with the names"),
         ("a.json", b"[", "cannot be read"),
         ("a.json", b'{"a": 1}', "must hold a list"),
         ("a.json", b"[]", "holds no instruction"),

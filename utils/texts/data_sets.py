@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import UsageError, in_one_line
-from utils.texts.rows import FILE_SUFFIXES, MissingColumn, count_rows, read_table, split_files
+from utils.texts.rows import (
+    FILE_SUFFIXES,
+    MissingColumn,
+    count_rows,
+    read_table,
+    say_unread_parts,
+    split_files,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,8 +43,30 @@ def tried_places(dataset_name: str) -> str:
     return (
         f"no data set {dataset_name!r}: tried {DATA_FOLDER / dataset_name} and {dataset_name} "
         f"(a saved DatasetDict, or {', '.join(FILE_SUFFIXES)}), then the hub; "
-        "data/prepare_chatbot_arena.py and data/prepare_quickstart.py make data sets"
+        "data/prepare_instructions.py makes one of your own files, data/prepare_quickstart.py and "
+        "data/prepare_chatbot_arena.py make known ones"
     )
+
+
+def download_files(hub_id: str) -> Path:
+    """The folder with the data files of a data set of the hub, downloaded where it is not here.
+
+    Raises:
+        UsageError: the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in FILE_SUFFIXES]
+    try:
+        # The token comes from HF_TOKEN, which the library reads by itself.
+        return Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns))
+    except OSError as error:
+        reason = in_one_line(error, 120)
+        raise UsageError(
+            f"no --input {hub_id!r} here, and the hub does not give it ({reason}); for a gated "
+            f"data set accept the licence at https://huggingface.co/datasets/{hub_id} and set "
+            "HF_TOKEN, or name a local file"
+        ) from None
 
 
 def rows_fingerprint(texts: Iterable[str]) -> str:
@@ -71,6 +100,7 @@ def count_train_examples(dataset_name: str) -> int | None:
     files = _split_files(path, ("train",))
     with _explained(dataset_name, "train"):
         count = count_rows(files, _columns(dataset_name))
+        say_unread_parts(files[0])
     if count == 0:
         raise UsageError(f"data set {str(path)!r} has no example in its train split")
     return count
@@ -146,7 +176,8 @@ def _split_files(path: Path, names: tuple[str, ...]) -> list[Path]:
     name = next((name for name in names if name in splits), None)
     if name is None and "train" in names:
         raise UsageError(
-            f"data set {str(path)!r} has no train split; it has {', '.join(splits) or 'no split'}"
+            f"data set {str(path)!r} has no train split; it has {', '.join(splits) or 'no split'}; "
+            "python -m data.prepare_instructions --input_split NAME takes one"
         )
     return splits[name] if name else []
 
@@ -160,6 +191,7 @@ def _read_split(dataset_name: str, path: Path, names: tuple[str, ...]) -> "Datas
         return None
     with _explained(dataset_name, names[0]):
         table = read_table(files, _columns(dataset_name))
+        say_unread_parts(files[0])
     # The default fingerprint is a hash of a pickled copy of the whole table.
     return datasets.Dataset(table, fingerprint=datasets.fingerprint.generate_random_fingerprint())
 
@@ -179,7 +211,8 @@ def _lacks(dataset_name: str, split: str, column: str, names: list[str]) -> Usag
     return UsageError(
         f"data set {dataset_name!r} ({split}) lacks column {column!r}: it has {names}, and one "
         f"whose name {'starts' if is_labelled(dataset_name) else 'does not start'} with "
-        f"'labelled' needs {list(_columns(dataset_name))}"
+        f"'labelled' needs {list(_columns(dataset_name))}; make it by python -m "
+        "data.prepare_instructions"
     )
 
 

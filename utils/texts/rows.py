@@ -6,35 +6,50 @@ Rows are read one after another, and of tables the needed columns alone, so that
 larger than memory and nothing depends on columns that nobody asked for.
 """
 
+import csv
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from utils.cli import UsageError, in_one_line
+from utils.cli import UsageError, in_one_line, say
 from utils.files import open_text
 from utils.folders import PREPARATION_FILE
 from utils.texts.pickles import read_pickled_strings
 from utils.texts.prompts import BEGIN, read_instruction_file
 
 if TYPE_CHECKING:
+    from _csv import Reader
+
     import pyarrow
 
 # The files of a data set.
-FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
+FILE_SUFFIXES = (
+    ".json", ".jsonl", ".parquet", ".csv", ".tsv", ".json.gz", ".jsonl.gz", ".csv.gz", ".tsv.gz",
+)  # fmt: skip
 FORMATS = (
-    ".json, .jsonl or .txt (.gz too), .pkl, .parquet, a saved datasets folder, a folder of "
-    "shard-*.jsonl"
+    ".json, .jsonl, .csv, .tsv or .txt (.gz too), .pkl, .parquet, a saved datasets folder, a "
+    "folder of shard-*.jsonl"
 )
+# What names such files in a folder that `datasets` saved, or describes it.
+DESCRIPTIONS = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", PREPARATION_FILE}
+# One of several files of a split, as on the hub.
+_NUMBERED = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
+# Columns that hold the turns of a conversation, and a part of Alpaca's or Dolly's instructions.
+TURNS, PARTS = ("messages", "conversation", "conversations"), ("input", "context")
 # Append-only files of `inference.py`, whose last line a kill may have torn.
 SHARDS = "shard-*.jsonl"
-JSON_BLOCK, LONGEST_JSON_ROW = 1 << 20, 1 << 26  # characters
+# In place of a suffix: a text file is one row.
+WHOLE_TEXT = "whole text"
+JSON_BLOCK, LONGEST_ROW = 1 << 20, 1 << 26  # characters
 TABLE_BLOCK = 1000  # rows
+LFS_POINTER = b"version https://git-lfs"
 
 
 class MissingColumn(UsageError):
@@ -110,8 +125,18 @@ def raw_rows(file: Path, names: Collection[str] = (), form: str | None = None) -
     Raises:
         UsageError: the file cannot be read as what its suffix says; names the line or the entry.
     """
-    try:
+    with _explained(file):
         yield from _READERS[form or form_of(file)](file, names)
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """Say of which file a reader complains."""
+    try:
+        with open(file, "rb") as start:
+            if start.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError("it is a pointer of Git LFS; get the file itself by: git lfs pull")
+        yield
     except UsageError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
@@ -131,13 +156,7 @@ def pick(
         MissingColumn: none of a column's names is there.
         UsageError: the entry is neither a text nor an object, or a value is not a valid text.
     """
-    row = {"instruction": value} if isinstance(value, str) else value
-    if not isinstance(row, dict):
-        kind = type(value).__name__
-        raise UsageError(
-            f"{file}, entry {number} is neither a text nor an object but of type {kind}"
-        )
-    texts = {}
+    row, texts = row_of(value, f"{file}, entry {number}"), {}
     for column, alternatives in columns.items():
         name = next((name for name in alternatives if name in row), None)
         if name is None:
@@ -148,22 +167,42 @@ def pick(
                 column,
                 present,
             )
-        text = row[name]
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise UsageError(f"{file}, entry {number}, column {name!r} is of type {kind}, not text")
-        if not _is_unicode(text):
-            raise UsageError(
-                f"{file}, entry {number}, column {name!r} is not valid Unicode: it has half a "
-                "surrogate pair; correct it, or leave the row out"
-            )
-        texts[column] = text
+        texts[column] = text_of(row[name], f"{file}, entry {number}, column {name!r}")
     return texts
+
+
+def row_of(value: object, place: str) -> dict:
+    """An entry of `raw_rows` as an object; a lone text is its `instruction`.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    row = {"instruction": value} if isinstance(value, str) else value
+    if not isinstance(row, dict):
+        kind = type(value).__name__
+        raise UsageError(f"{place} is neither a text nor an object but of type {kind}")
+    return row
+
+
+def text_of(value: object, place: str) -> str:
+    """A value that is a text which can be saved.
+
+    Raises:
+        UsageError: it is none; shows the start of what it is.
+    """
+    if not isinstance(value, str):
+        raise UsageError(f"{place} is of type {type(value).__name__}, not text: {str(value)[:40]}")
+    if not _is_unicode(value):
+        raise UsageError(
+            f"{place} is not valid Unicode: it has half a surrogate pair; correct it, or leave the "
+            "row out"
+        )
+    return value
 
 
 def form_of(file: Path) -> str:
     """The suffix that tells how to read a file, which may be packed by gzip."""
-    return Path(file.name.removesuffix(".gz")).suffix
+    return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def is_readable(file: Path) -> bool:
@@ -172,17 +211,22 @@ def is_readable(file: Path) -> bool:
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split in a folder: saved by `datasets`, or NAME with a data set's suffix.
+    """The files of each split in a folder.
+
+    A split was saved by `datasets`, or is a file NAME with a data set's suffix, or is files such as
+    NAME-00000-of-00002, there or one folder below, as in data sets of the hub.
 
     Raises:
         UsageError: see `saved_files`.
     """
-    files = {
-        file.name.removesuffix(suffix): [file]
-        for suffix in reversed(FILE_SUFFIXES)
-        for file in sorted(folder.glob(f"*{suffix}"))
-        if file.name not in ("dataset_dict.json", PREPARATION_FILE)
-    }
+    files: dict[str, list[Path]] = {}
+    for suffix in reversed(FILE_SUFFIXES):
+        found: dict[str, list[Path]] = {}
+        for file in sorted((*folder.glob(f"*{suffix}"), *folder.glob(f"*/*-of-*{suffix}"))):
+            if file.name not in DESCRIPTIONS and not file.name.startswith("."):
+                name = _NUMBERED.sub("", file.name.removesuffix(suffix))
+                found.setdefault(name, []).append(file)
+        files |= found
     states = sorted(folder.glob("*/state.json"))
     return files | {state.parent.name: saved_files(state.parent) for state in states}
 
@@ -202,13 +246,36 @@ def saved_files(folder: Path) -> list[Path]:
         ) from None
 
 
+def names_of(file: Path) -> list[str]:
+    """Every column of a table, or the names in the first object of another file."""
+    first = None if form_of(file) in _TABLES else next(raw_rows(file), None)
+    return names_of_table(file) or (list(first) if isinstance(first, dict) else [])
+
+
+@cache
+def say_unread_parts(file: Path) -> None:
+    """Say it once if a file has a part of its instructions in a column that is not read."""
+    if form_of(file) in (".txt", ".pkl") or os.environ.get("RANK", "0") != "0":
+        return
+    names = names_of(file)
+    if unread := [name for name in PARTS if "instruction" in names and name in names]:
+        say(
+            f"{file}: the column {unread[0]!r} is not read; python -m data.prepare_instructions "
+            "joins it to the instruction"
+        )
+
+
 def names_of_table(file: Path) -> list[str]:
     """Every column of a table; none for other files."""
-    if form_of(file) == ".parquet":
-        import pyarrow.parquet
+    with _explained(file):
+        if form_of(file) in _DELIMITERS:
+            with _opened(file, newline="") as stream:
+                return _header(file, stream)[1]
+        if form_of(file) == ".parquet":
+            import pyarrow.parquet
 
-        return pyarrow.parquet.read_schema(file).names
-    return next(_arrow_batches(file)).schema.names if form_of(file) == ".arrow" else []
+            return pyarrow.parquet.read_schema(file).names
+        return next(_arrow_batches(file)).schema.names if form_of(file) == ".arrow" else []
 
 
 def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[object]:
@@ -254,6 +321,61 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+# The separator of fields, where the header does not show another.
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_TABLES = (*_DELIMITERS, ".parquet", ".arrow")
+
+
+def _csv_rows(file: Path, names: Collection[str]) -> Iterator[object]:
+    """The rows of a table of texts in a file, whose first line names the columns."""
+    with _opened(file, newline="") as stream:
+        reader, header = _header(file, stream)
+        wanted = [(place, name) for place, name in enumerate(header) if name in names]
+        begun = reader.line_num
+        try:
+            for fields in reader:
+                if fields and len(fields) != len(header):
+                    raise csv.Error(f"it has {len(fields)} fields, and the header {len(header)}")
+                if fields:
+                    yield {name: fields[place] for place, name in wanted}
+                begun = reader.line_num
+        except csv.Error as error:
+            raise ValueError(
+                f"line {begun + 1} cannot be read as a row: {error}; put double quotes round a "
+                "text that has separators, quotes or line breaks, and double the quotes inside"
+            ) from None
+
+
+def _header(file: Path, stream: TextIO) -> tuple["Reader", list[str]]:
+    """A reader that stands after the line with the names of the columns, and these names."""
+    csv.field_size_limit(LONGEST_ROW)
+    first = stream.readline()
+    # Spreadsheets in countries with a decimal comma write semicolons, or say what they write.
+    if stated := re.fullmatch(r"sep=(.)\s*", first):
+        delimiter = stated[1]
+    else:
+        stream.seek(0)
+        others = ";\t" if form_of(file) == ".csv" else ""
+        bare = re.sub(r'"[^"]*"', "", first)
+        delimiter = max(_DELIMITERS[form_of(file)] + others, key=bare.count)
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    try:
+        header = next((fields for fields in reader if any(fields)), [])
+    except csv.Error as error:
+        raise ValueError(f"line 1 cannot be read as names of columns: {error}") from None
+    header = [name.strip() for name in header]
+    if not header:
+        raise ValueError("it has no first line with the names of the columns")
+    if twice := next((name for name in header if header.count(name) > 1), None):
+        raise ValueError(f"two columns have the name {twice!r}; rename one")
+    return reader, header
+
+
+def _whole_text(file: Path, _: Collection[str]) -> Iterator[object]:
+    with _opened(file) as stream:
+        yield stream.read()
+
+
 def _text_rows(file: Path, _: Collection[str]) -> Iterator[object]:
     with _opened(file) as stream:
         if stream.read(len(BEGIN)) == BEGIN:
@@ -273,8 +395,10 @@ def _json_rows(file: Path, _: Collection[str], *, may_be_one_object: bool) -> It
         stream.seek(0)
         lines = ((n, line) for n, line in enumerate(stream, start=1) if not line.isspace())
         head = list(islice(lines, 2))
-        if not may_be_one_object and (len(head) < 2 or not _is_json(head[0][1])):
-            _refuse_one_value(file)
+        may_be_one_value = len(head) < 2 or not _is_json(head[0][1])
+        if not may_be_one_object and may_be_one_value and (table := _table_by_columns(file)):
+            yield from table
+            return
         for number, line in chain(head, lines):
             try:
                 yield json.loads(line)
@@ -301,21 +425,39 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _refuse_one_value(file: Path) -> None:
-    """Say how to make a list of the one JSON value that a file is; return if it is not one."""
+def _table_by_columns(file: Path) -> list[dict] | None:
+    """The rows of the one JSON value that a file is, if it is a table by columns.
+
+    Returns:
+        None if the file is not one value.
+
+    Raises:
+        ValueError: it is another value; says how to make a list of it.
+    """
     with open_text(file) as stream:
         text = stream.read()
     try:
         value = json.loads(text if text.strip() else "null")
     except ValueError:
-        return
-    lists = (
-        [key for key in value if isinstance(value[key], list)] if isinstance(value, dict) else []
-    )
-    fix = f"save what stands under {lists[0]!r} alone" if lists else "put [ before and ] after it"
+        return None
+    columns = value if isinstance(value, dict) else {}
+    if columns and all(_is_column_of_pandas(column) for column in columns.values()):
+        columns = {name: list(column.values()) for name, column in columns.items()}
+    lists = {name: column for name, column in columns.items() if isinstance(column, list)}
+    holds_objects = any(isinstance(member, dict) for column in lists.values() for member in column)
+    same_length = len({len(column) for column in lists.values()}) == 1
+    if len(lists) == len(columns) and same_length and not holds_objects:
+        return [dict(zip(lists, members)) for members in zip(*lists.values())]
+    fix = "put [ before and ] after it"
+    if len(lists) == 1 and not lists.keys() & TURNS:  # else its lists are parts of a row
+        fix = f"save what stands under {next(iter(lists))!r} alone"
     raise ValueError(
         f"it must hold a list of texts or of objects as JSON, or an object a line; {fix}"
     )
+
+
+def _is_column_of_pandas(column: object) -> bool:
+    return isinstance(column, dict) and bool(column) and all(name.isdigit() for name in column)
 
 
 # Between two members of a list: a comma; and where no member follows, the closing bracket.
@@ -343,7 +485,7 @@ def _list_members(stream: TextIO) -> Iterator[object]:
             member, after = decoder.raw_decode(buffer, gap.end())
         except ValueError as error:
             problem, after = getattr(error, "msg", str(error)), len(buffer)
-        may_go_on = after == len(buffer) and after - position <= LONGEST_JSON_ROW
+        may_go_on = after == len(buffer) and after - position <= LONGEST_ROW
         if may_go_on and (block := stream.read(JSON_BLOCK)):
             buffer, position = buffer[position:] + block, 0
             continue
@@ -358,6 +500,9 @@ _READERS: dict[str, Callable[[Path, Collection[str]], Iterator[object]]] = {
     ".jsonl": partial(_json_rows, may_be_one_object=True),
     ".parquet": _parquet_rows,
     ".arrow": _arrow_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
     ".txt": _text_rows,
+    WHOLE_TEXT: _whole_text,
     ".pkl": lambda file, _: iter(read_pickled_strings(file.read_bytes())),
 }

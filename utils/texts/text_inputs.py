@@ -4,7 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.cli import UsageError, say
-from utils.texts.rows import FORMATS, SHARDS, is_readable, pick, raw_rows, saved_files, split_files
+from utils.texts.rows import (
+    FORMATS,
+    SHARDS,
+    is_readable,
+    pick,
+    raw_rows,
+    saved_files,
+    say_unread_parts,
+    split_files,
+)
 
 # The preferred name first.
 COLUMNS = {"instruction": ("instruction", "text")}
@@ -58,6 +67,7 @@ def entries_of(path: str, split: str | None = None) -> Iterator[str | None]:
     """
     names = [*COLUMNS["instruction"], "finish_reason"]
     for file in files_of(path, split):
+        say_unread_parts(file)
         for number, row in enumerate(raw_rows(file, names), start=1):
             yield None if _is_cut(row) else pick(file, number, row, COLUMNS)["instruction"]
 

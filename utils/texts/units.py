@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.cli import UsageError
 from utils.texts.data_sets import find_dataset, train_files
-from utils.texts.rows import MissingColumn, names_of_table, raw_rows
+from utils.texts.rows import MissingColumn, names_of, names_of_table, raw_rows
 
 if TYPE_CHECKING:
     import pyarrow
@@ -52,36 +52,56 @@ def read_units(
     numbers: dict[object, int] = {}
     units, kind = [], None
     for row, value in enumerate(_owners(data, column), start=1):
-        if isinstance(value, list) and value:
-            if owner is None:
-                raise UsageError(
-                    f"--unit_column {column}: row {row} has a list of {len(value)} owners; say "
-                    "which of them counts with --owner first or --owner last"
-                )
-            value = value[0 if owner == "first" else -1]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # tables of numbers with gaps
-        if value is None or value in ([], "") or value != value:
+        unit: object = owner_of(value, owner, f"--unit_column {column}: row {row}")
+        if unit is None:
             if not unowned_rows_are_units:
                 raise UsageError(
                     f"--unit_column {column}: row {row} has no owner; leave such rows out of the "
                     "data, or give --unowned_rows_are_units to take each as a unit of its own"
                 )
-            value = (row,)
-        elif isinstance(value, bool) or not isinstance(value, str | int):
+            unit = (row,)
+        elif kind not in (None, type(unit)):
             raise UsageError(
-                f"--unit_column {column}: row {row} is of type {type(value).__name__}, neither a "
-                "text nor a whole number"
-            )
-        elif kind not in (None, type(value)):
-            raise UsageError(
-                f"--unit_column {column}: row {row} is of type {type(value).__name__} and rows "
+                f"--unit_column {column}: row {row} is of type {type(unit).__name__} and rows "
                 f"before it of type {kind.__name__}, so one owner may pass for two; use one type"
             )
         else:
-            kind = type(value)
-        units.append(numbers.setdefault(value, len(numbers)))
+            kind = type(unit)
+        units.append(numbers.setdefault(unit, len(numbers)))
     return np.array(units, dtype=np.int64)
+
+
+def owner_of(value: object, owner: str | None, place: str) -> str | int | None:
+    """Whom a value of a column of units names; None for nobody.
+
+    Args:
+        value, owner: see `read_units`.
+        place: of the value, for an error message.
+
+    Raises:
+        UsageError: it is a list and `owner` is None, or no value that names a unit.
+    """
+    if isinstance(value, list) and value:
+        if owner is None:
+            raise UsageError(
+                f"{place} has a list of {len(value)} owners; say which of them counts with "
+                "--owner first or --owner last"
+            )
+        value = value[0 if owner == "first" else -1]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # tables of numbers with gaps
+    if value is None or value in ([], "") or value != value:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UsageError(
+            f"{place} is of type {type(value).__name__}, neither a text nor a whole number"
+        )
+    return value
+
+
+def is_owner_column(name: str) -> bool:
+    """Whether a column of this name is likely to say whose a row is."""
+    return name.lower().replace("_", "").replace("-", "") in OWNER_COLUMNS
 
 
 def rows_to_keep(units: np.ndarray, max_rows_per_unit: int) -> np.ndarray:
@@ -110,12 +130,9 @@ def largest_units(dataset_name: str) -> dict[str, int]:
     """
     if find_dataset(dataset_name) is None:
         return {}
-    file = train_files(dataset_name)[0]
-    first = next(iter(raw_rows(file)), None)
-    names = names_of_table(file) or (list(first) if isinstance(first, dict) else [])
     found = {}
-    for name in names:
-        if name.lower().replace("_", "").replace("-", "") in OWNER_COLUMNS:
+    for name in names_of(train_files(dataset_name)[0]):
+        if is_owner_column(name):
             try:
                 units = read_units(dataset_name, name, owner="first", unowned_rows_are_units=True)
             except UsageError:
