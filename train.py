@@ -499,10 +499,10 @@ def row_memory(
     Of a base whose configuration does not tell its shapes, per-example gradients alone.
     """
     architecture = Architecture.of_config(base.config.to_dict())
-    run = settings.footprint(architecture, dtype.itemsize) if architecture else None
+    row = settings.footprint(architecture, dtype.itemsize).row if architecture else RowMemory(0)
     shapes = Counter(tuple(tensor.shape) for tensor in parameters.values())
     matrices = tuple((count, d_in, d_out) for (d_out, d_in), count in shapes.items())
-    return RowMemory(run.row.token_bytes if run else 0, matrices)
+    return replace(row, matrices=matrices)
 
 
 def tokens_at_once(

@@ -4,8 +4,9 @@
 
 GiB of a base in bfloat16, 8 or 4 bits (embeddings and head stay in bfloat16), of the adapters, the
 optimizer's moments and the float32 sum of a step, of a chunk of logits, and of one sequence of
---max_seq_len tokens: its activations and its per-example gradients. For each card the most such
-sequences at once, for --perdevice_bs. utils/models/footprint.py has the formulas.
+--max_seq_len tokens: its activations, its per-example gradients, of which the larger counts, since
+these come while those go, and what one layer works with. For each card the most such sequences at
+once, for --perdevice_bs. utils/models/footprint.py has the formulas.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from utils.models.footprint import ATTENTION, CARDS, FLOAT, GIB, LLAMA, Training
 
 QUANTISATIONS = {"none": None, "8bit": 8, "4bit": 4}
 HEADINGS = ["model", "bits", "checkpointing", "base", "adapters", "optimizer", "sum", "logits",
-            "activations", "gradients"]  # fmt: skip
+            "activations", "gradients", "layer"]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,9 @@ def figures_of(settings: Settings, model: str, run: Training) -> dict:
         "optimizer": 2 * FLOAT * run.trained,
         "sum": FLOAT * run.trained,
         "logits": run.logits,
-        "activations": tokens * run.row.token_bytes,
+        "activations": tokens * run.row.held,
         "gradients": run.row.kept(tokens),
+        "layer": tokens * run.row.working,
         "most_sequences": {str(card): run.most_sequences(card) for card in settings.card},
     }
 

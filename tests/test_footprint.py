@@ -1,9 +1,13 @@
 """How much memory training takes by shapes: against what is kept, and what is measured."""
 
+import ast
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
-import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig
@@ -13,6 +17,7 @@ from tests.helpers import adapted_model, tiny_model
 from tests.paths import ROOT
 from utils.dp_utils import PerExampleGradients
 from utils.models.footprint import (
+    ATTENTION,
     CARDS,
     GIB,
     LLAMA,
@@ -29,7 +34,7 @@ THIRTEEN = Training(architecture=LLAMA["13b"], rank=8, max_seq_len=1024)
 
 
 def memory_of(parameters) -> RowMemory:
-    return RowMemory(1, tuple((1, p.shape[1], p.shape[0]) for p in parameters.values()))
+    return RowMemory(1, 0, tuple((1, p.shape[1], p.shape[0]) for p in parameters.values()))
 
 
 @pytest.mark.parametrize("rank", [2, 24])
@@ -108,11 +113,14 @@ def test_everything_that_takes_memory_raises_the_total_and_what_saves_it_lowers_
     total = THIRTEEN.total(4)
     more = {"rank": 16, "max_seq_len": 2048, "itemsize": 4, "units_at_once": 32,
             "target_modules": ("all-linear",), "architecture": LLAMA["70b"]}  # fmt: skip
-    less = {"bits": 8, "gradient_checkpointing": True, "is_private": False, "shards": 4}
+    less = {"bits": 8, "gradient_checkpointing": True, "shards": 4}
     for name, value in more.items():
         assert dataclasses.replace(THIRTEEN, **{name: value}).total(4) > total, name
     for name, value in less.items():
         assert dataclasses.replace(THIRTEEN, **{name: value}).total(4) < total, name
+    # The gradients of many examples count where activations are few.
+    many = dataclasses.replace(THIRTEEN, rank=64, gradient_checkpointing=True)
+    assert dataclasses.replace(many, is_private=False).total(4) < many.total(4)
     four = dataclasses.replace(THIRTEEN, bits=4).total(4)
     assert four < dataclasses.replace(THIRTEEN, bits=8).total(4)
 
@@ -147,40 +155,38 @@ def test_flags_choose_rows_and_columns(capsys):
                "--target_modules", "all-linear", "--max_seq_len", "2048"]  # fmt: skip
     assert benchmark.main(options) == 0
     header, _, *rows = capsys.readouterr().out.strip().splitlines()
-    assert header.endswith("| gradients | on 80 GiB |")
+    assert header.endswith("| layer | on 80 GiB |")
     assert [row.split(" | ")[0:3] for row in rows] == [["| 13b", "4", "no"], ["| 13b", "4", "yes"]]
 
 
 # ---------------------------------------------------------------- against measurement
 
 # How far the computed peak may be off the measured one.
-TOLERANCE = 0.25
+TOLERANCE = 0.2
+# Rank, target modules, rows, tokens, checkpointing.
+CASES = [
+    (*shape, checkpointing)
+    for shape in (
+        (8, "attention", 4, 512), (64, "all-linear", 4, 512),
+        (8, "attention", 64, 32), (64, "all-linear", 64, 32),
+    )
+    for checkpointing in (False, True)
+]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    ("rank", "targets", "rows", "tokens"),
-    [
-        (8, "attention", 4, 512),
-        (64, "all-linear", 4, 512),
-        (8, "attention", 64, 32),
-        (64, "all-linear", 64, 32),
-    ],
-)
-def test_the_computed_peak_is_the_measured_one(checkpointing, rank, targets, rows, tokens):
+def peak_of(case) -> tuple[int, int]:
+    """Bytes of the microbatch of a case beyond model and sum: measured and computed."""
+    rank, targets, rows, tokens, checkpointing = case
     base = tiny_model(
         "llama", vocab_size=2048, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=8,
     )  # fmt: skip
-    names = ["q_proj", "k_proj", "v_proj", "o_proj"] if targets == "attention" else targets
+    names = list(ATTENTION) if targets == "attention" else targets
     model = adapted_model(names, rank=rank, base=base, checkpointing=checkpointing)
-    gradients = PerExampleGradients(model)
-    language_model = LanguageModel(base)
-    architecture = Architecture.of_config(base.config.to_dict())
+    gradients, language_model = PerExampleGradients(model), LanguageModel(base)
     run = Training(
-        architecture=architecture, rank=rank, max_seq_len=tokens, itemsize=4,
-        target_modules=() if targets == "attention" else (targets,),
+        architecture=Architecture.of_config(base.config.to_dict()), rank=rank, max_seq_len=tokens,
+        itemsize=4, target_modules=() if targets == "attention" else (targets,),
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
     total = torch.zeros(gradients.num_parameters)
@@ -192,13 +198,19 @@ def test_the_computed_peak_is_the_measured_one(checkpointing, rank, targets, row
         gradients.add_clipped_sum(total, 1.0, "flat")
 
     step(1)
-    peaks = []
-    for count in (rows // 4, rows):
-        with PeakMemory(torch.device("cpu")) as memory:
-            step(count)
-        peaks.append(memory.peak)
-    measured = peaks[1] - peaks[0]
-    computed = (rows - rows // 4) * run.row.of(tokens)
-    print(f"measured {measured / 2**20:.0f} MiB, computed {computed / 2**20:.0f} MiB")
-    assert computed == pytest.approx(measured, rel=TOLERANCE)
-    assert np.isfinite(total.numpy()).all()
+    before = psutil.Process().memory_info().rss
+    with PeakMemory(torch.device("cpu")) as memory:
+        step(rows)
+    return memory.peak - before, rows * run.row.of(tokens) + run.logits
+
+
+@pytest.mark.slow
+def test_the_computed_peak_is_the_measured_one():
+    """In a process whose allocator gives back what is freed, so that the peak is what is in use."""
+    script = "from tests.test_footprint import *; print([peak_of(case) for case in CASES])"
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, check=True,
+                          env=os.environ | environment, capture_output=True, text=True)  # fmt: skip
+    peaks = ast.literal_eval(done.stdout.splitlines()[-1])
+    ratios = {case: computed / measured for case, (measured, computed) in zip(CASES, peaks)}
+    assert all(abs(ratio - 1) <= TOLERANCE for ratio in ratios.values()), (ratios, peaks)

@@ -238,7 +238,7 @@ def test_auto_tries_short_rows_too_and_the_allocator_is_set_up_before(
 
     monkeypatch.setattr(train, "pass_microbatch", pass_microbatch)
     monkeypatch.setattr(train, "use_expandable_segments", lambda: calls.append("allocator"))
-    more = [*KNOWN[1:], "--perdevice_bs=auto", "--num_epochs=0.2"]
+    more = [*KNOWN[1:], "--perdevice_bs=auto", "--num_epochs=0.2", "--lora_r=64"]
     argv = flags(tiny_model_dir, data[0], tmp_path, *more)
     assert in_process(train.main, argv) == 0
     assert calls[0] == "allocator"

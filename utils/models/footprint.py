@@ -33,11 +33,14 @@ class RowMemory:
     """What a row of a microbatch takes until its gradients are clipped, by its padded length alone.
 
     Attributes:
-        token_bytes: activations of a token.
+        held: bytes of a token that the forward pass keeps and the backward pass lets go of, layer
+            by layer, while it makes gradients.
+        working: bytes of a token that a layer needs meanwhile.
         matrices: (count, d_in, d_out) of the LoRA matrices whose per-example gradients are kept.
     """
 
-    token_bytes: int = 1
+    held: int = 1
+    working: int = 0
     matrices: tuple[tuple[int, int, int], ...] = ()
 
     def kept(self, tokens: int) -> int:
@@ -48,8 +51,8 @@ class RowMemory:
         )
 
     def of(self, tokens: int) -> int:
-        """Bytes of the row's activations and gradients."""
-        return tokens * self.token_bytes + self.kept(tokens)
+        """Bytes of the row at their height, either when the backward pass begins or at its end."""
+        return max(tokens * self.held, self.kept(tokens)) + tokens * self.working
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class Training:
         Frozen Linear layers keep nothing. Kept are float32 inputs of norms, what attention and
         the MLP's products need, and for the adapters their float32 inputs, which are copies
         unless the base is float32 too; with checkpointing the input of each layer, and one
-        layer in full. The gradients of as much as one layer keeps come on top.
+        layer in full. What a layer works with was measured to be a quarter of what it keeps.
         """
         shape, adapted = self.architecture, self.adapted
         inputs = {SAME_INPUT.get(n, n) if self.itemsize == FLOAT else n: s[0]
@@ -205,17 +208,17 @@ class Training:
             + self.itemsize * (3 if shape.gated else 2) * shape.inner
             + FLOAT * (sum(inputs.values()) + self.rank * len(adapted))
         )
-        ends = (FLOAT + 3 * self.itemsize) * shape.hidden
+        working = layer // 4
         if self.gradient_checkpointing:
-            activations = 2 * layer + shape.layers * self.itemsize * shape.hidden
+            held, working = shape.layers * self.itemsize * shape.hidden, layer + working
         else:
-            activations = (shape.layers + 1) * layer
+            held = shape.layers * layer
         matrices = [
             (shape.layers, *pair)
             for d_in, d_out in adapted.values()
             for pair in ((d_in, self.rank), (self.rank, d_out))
         ]
-        return RowMemory(activations + ends, tuple(matrices) if self.is_private else ())
+        return RowMemory(held, working, tuple(matrices) if self.is_private else ())
 
     @property
     def logits(self) -> int:
