@@ -9,8 +9,10 @@ prints an `accelerate launch` line on stdout; what it means goes to stderr. Past
 run it at once with --run, which passes its exit code on.
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
@@ -23,6 +25,7 @@ from utils.command_line.parser import (
     to_argv,
 )
 from utils.command_line.training_flags import TrainingSettings, check_training_settings, plan_of
+from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
 from utils.runs.run_folder import require_usable
 from utils.texts.data_sets import count_train_examples, tried_places
@@ -45,6 +48,12 @@ class Settings(TrainingSettings):
         f"its port; {DEFAULT_PORT} with several machines, any free one otherwise",
         type=positive_int,
     )
+    card: int | None = _launch(
+        "GiB of memory of each GPU: warn if the run does not fit, with the flags to change, as "
+        "computed from the shapes in the model's config.json",
+        type=int,
+        choices=CARDS,
+    )
     run: bool = _launch("run the command; pass on its exit code", False)
 
 
@@ -62,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         noise_multiplier=plan.noise_multiplier if plan else settings.noise_multiplier,
     )
 
-    for warning in warnings + size_warnings + plan_warnings:
+    for warning in warnings + size_warnings + plan_warnings + memory_warnings(settings):
         say(f"warning: {warning}")
     say_summary(settings, plan, num_examples)
     command = launch_command(
@@ -108,6 +117,47 @@ def train_examples(settings: Settings) -> tuple[int, list[str]]:
         if stated not in (None, found):
             raise UsageError(f"--{size_flag} {stated}, but {name} has {found}")
     return sizes[settings.size_flag], []
+
+
+def footprint_of(settings: Settings) -> Training | None:
+    """What decides the run's memory; None if no config.json that is here tells the shapes."""
+    from huggingface_hub import try_to_load_from_cache  # slow to import, and seldom needed
+
+    name, folder = settings.model_name, Path(settings.model_name).expanduser()
+    file = folder / "config.json"
+    if not folder.is_dir() and name.count("/") == 1:
+        cached = try_to_load_from_cache(name, "config.json")
+        file = Path(cached) if isinstance(cached, str) else file
+    if not file.is_file():
+        return None
+    architecture = Architecture.of_config(json.loads(file.read_text()))
+    if architecture is None:
+        return None
+    run = settings.footprint(architecture, 4 if settings.dtype == "float32" else 2)
+    shards = settings.gpus * settings.num_machines if settings.fsdp else 1
+    return replace(run, shards=shards)
+
+
+def memory_warnings(settings: Settings) -> list[str]:
+    """What is to be said of the card that the user names."""
+    card = settings.card
+    if card is None:
+        return []
+    run = footprint_of(settings)
+    if run is None:
+        return [
+            f"--card {card}: whether the run fits is not known, since {settings.model_name} has no "
+            "config.json here that tells its shapes"
+        ]
+    sequences = 1 if settings.perdevice_bs == "auto" else int(settings.perdevice_bs)
+    if run.fits(sequences, card):
+        return []
+    flags = remedy(run, sequences, card)
+    fix = f"use {flags}" if flags else "use a smaller model, or --fsdp and more --gpus"
+    return [
+        f"--card {card}: the run does not fit, it takes about {run.total(sequences) / GIB:.0f} GiB "
+        f"(computed, not measured); {fix}"
+    ]
 
 
 def say_summary(settings: Settings, plan: PrivacyPlan | None, num_examples: int) -> None:

@@ -16,22 +16,22 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, gather, reduce
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
 from utils.command_line.parser import read_flags
@@ -45,6 +45,7 @@ from utils.dp_utils import PerExampleGradients, assign_gradient
 from utils.files import write_atomic, write_json
 from utils.folders import portable, whole_folder
 from utils.models.adapter_info import adapter_sha256, write_adapter_info
+from utils.models.footprint import Architecture, RowMemory
 from utils.models.independence import (
     require_independent_examples,
     require_no_other_randomness,
@@ -61,14 +62,14 @@ from utils.models.loading import (
 )
 from utils.models.lora import attach_lora, default_target_modules, use_row_dropout
 from utils.models.losses import normalise
-from utils.models.memory import fitting_sequences
+from utils.models.memory import fitting_sequences, use_expandable_segments
 from utils.privacy.guarantee import write_report
 from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
-from utils.privacy.plan import PrivacyPlan, num_steps
-from utils.privacy.unit_sums import UNITS_AT_ONCE, Units
+from utils.privacy.plan import UNITS_AT_ONCE, PrivacyPlan, num_steps
+from utils.privacy.unit_sums import Units
 from utils.row_dropout import RowMasks
-from utils.runs.batching import Microbatch, Shapes, cut_microbatches, deal_parts
+from utils.runs.batching import Halving, Microbatch, Shapes, cut_microbatches, deal_parts
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
     is_loss_of_a_rank,
@@ -79,7 +80,7 @@ from utils.runs.distributed import (
     shard_base,
 )
 from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
-from utils.runs.probe import full_precision, probed
+from utils.runs.probe import HALVED, full_precision, probed
 from utils.runs.run_folder import (
     ADAPTER_HASH,
     begin,
@@ -102,6 +103,10 @@ NUMERICS = "numerics.json"
 LARGEST_UNITS = "largest_units.json"
 # Padded tokens of a microbatch with a fixed number of rows, at least: fewer leave a device idle.
 LEAST_TOKENS, LEAST_TOKENS_ON_A_CPU = 512, 128
+LACK_OF_MEMORY = (
+    "lack of memory on this device, with nothing left to halve: add --gradient_checkpointing, or "
+    "begin anew with a lower --max_seq_len or with --dtype bfloat16"
+)
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,7 @@ def main(
             training hands in its own.
     """
     settings = read_flags(TrainingSettings, __doc__, argv)
+    use_expandable_segments()
     # What saves the work, once there is some, if another process of the job is lost.
     rescue: list[Callable[[], object]] = []
     with held(settings.folder):
@@ -181,14 +187,17 @@ def main(
                 save()
             raise
         except RuntimeError as error:
-            if not is_loss_of_a_rank(error):
+            if isinstance(error, torch.OutOfMemoryError):
+                what = f"stopped by {LACK_OF_MEMORY}"
+            elif is_loss_of_a_rank(error):
+                what = "another process of this job has ended, so this one ends too"
+            else:
                 raise
             for save in rescue:
                 save()
-            reason = in_one_line(error, 160)
             say(
-                "error: another process of this job has ended, so this one ends too; the same "
-                f"command with --resume auto continues {settings.folder} ({reason})"
+                f"error: {what}; the same command with --resume auto continues "
+                f"{settings.folder} ({in_one_line(error, 160)})"
             )
             return EXIT_FAILED
 
@@ -259,12 +268,12 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         mechanism = plain(parameters, num_examples, total_bs, normalization, settings.seed)
     steps = num_steps(settings.num_epochs, num_examples, settings.total_bs)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.wd)
-    warmup = settings.warmup_steps
-    scheduler = transformers.get_scheduler(settings.lr_scheduler, optimizer, warmup, steps)
-    token_budget = settings.max_seq_len * sequences_at_once(mechanism, language_model, settings)
+    scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, steps)
+    memory = row_memory(base, parameters, settings, dtype) if plan else RowMemory()
+    token_budget = tokens_at_once(mechanism, language_model, settings, memory)
     shapes = None
     if plan:
-        fixed = fixed_shapes(settings, token_budget, device)
+        fixed = fixed_shapes(settings, token_budget, device, memory)
         shapes, numerics = probed(language_model, gradients, masks, fixed, largest_of_all)
         mechanism.numerics = str(numerics)
 
@@ -484,33 +493,60 @@ def begin_or_continue(
     return checkpoint
 
 
-def sequences_at_once(
-    mechanism: Mechanism, language_model: LanguageModel, settings: TrainingSettings
+def row_memory(
+    base: PreTrainedModel,
+    parameters: dict[str, nn.Parameter],
+    settings: TrainingSettings,
+    dtype: torch.dtype,
+) -> RowMemory:
+    """What a row of a DP run takes, from shapes alone.
+
+    Of a base whose configuration does not tell its shapes, per-example gradients alone.
+    """
+    architecture = Architecture.of_config(base.config.to_dict())
+    row = settings.footprint(architecture, dtype.itemsize).row if architecture else RowMemory(0)
+    shapes = Counter(tuple(tensor.shape) for tensor in parameters.values())
+    matrices = tuple((count, d_in, d_out) for (d_out, d_in), count in shapes.items())
+    return replace(row, matrices=matrices)
+
+
+def tokens_at_once(
+    mechanism: Mechanism,
+    language_model: LanguageModel,
+    settings: TrainingSettings,
+    memory: RowMemory,
 ) -> int:
-    """--perdevice_bs, or as many sequences of the greatest length as fit on every device."""
-    if settings.perdevice_bs != "auto":
-        return int(settings.perdevice_bs)
+    """Those of --perdevice_bs sequences of the greatest length, or of as many as fit everywhere.
+
+    Tried are microbatches of the lengths that take the most, short ones as well as the longest.
+    """
     state, max_seq_len = PartialState(), settings.max_seq_len
+    if settings.perdevice_bs != "auto":
+        return int(settings.perdevice_bs) * max_seq_len
     model = language_model.model.train()
-    total = torch.zeros(
-        sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
-        device=state.device,
-    )
+    trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+    # Next to the step's sum there will be the optimizer's two moments.
+    total, *_moments = torch.ones(3, trained, device=state.device)
 
     def step(sequences: int) -> None:
-        batch = language_model.public_batch(sequences, max_seq_len)
-        examples = np.zeros(sequences, dtype=np.int64)
-        mechanism.expect(examples, 1)
-        add_microbatch(mechanism, language_model, max_seq_len, examples, batch, total)
+        shapes = Shapes(max_seq_len, sequences * max_seq_len, None, memory)
+        for tokens in dict.fromkeys(shapes.samples()):
+            examples = np.zeros(shapes.most_rows(tokens), dtype=np.int64)
+            batch = language_model.public_batch(len(examples), tokens)
+            mechanism.expect(examples, 1)
+            pass_microbatch(mechanism, language_model, max_seq_len, examples, batch)
+            mechanism.add(total)
 
     count = torch.tensor([fitting_sequences(step, state.device)], device=state.device)
     sequences = int(gather(count).min())
     if state.is_main_process:
         say(f"--perdevice_bs auto: {sequences} sequences of {max_seq_len} tokens fit on a device")
-    return sequences
+    return sequences * max_seq_len
 
 
-def fixed_shapes(settings: TrainingSettings, token_budget: int, device: torch.device) -> Shapes:
+def fixed_shapes(
+    settings: TrainingSettings, token_budget: int, device: torch.device, memory: RowMemory
+) -> Shapes:
     """Shapes with a fixed number of rows, from public constants.
 
     The rows that fill up cost at most half of a microbatch for each padded length, so a microbatch
@@ -520,7 +556,7 @@ def fixed_shapes(settings: TrainingSettings, token_budget: int, device: torch.de
     together = settings.total_bs
     if settings.draws_units and settings.max_rows_per_unit:
         together = min(together, UNITS_AT_ONCE) * settings.max_rows_per_unit
-    return Shapes(settings.max_seq_len, token_budget, max(least, together // 4))
+    return Shapes(settings.max_seq_len, token_budget, max(least, together // 4), memory)
 
 
 def largest_of_all(number: float) -> float:
@@ -552,6 +588,7 @@ def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
     saved_at = step if run.is_continued else -1
     has_moved = step > 0
     total = torch.zeros(sum(p.numel() for p in run.parameters.values()), device=run.device)
+    halving, failed = Halving(run.shapes, may_halve=not run.is_sharded), False
 
     while step < run.steps:
         began = time.monotonic()
@@ -564,47 +601,33 @@ def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
         microbatches = own_microbatches(run, indices, lengths, run.shapes, parts)
 
         # Sum of clipped per-example gradients (of plain ones in a run without privacy).
-        total.zero_()
-        run.optimizer.zero_grad()
-        losses = torch.zeros(2, device=run.device)  # their sum, and of how many tokens
-        norms = []
-        for part in microbatches:
-            if stop_asked(run, stop):
-                break
-            if part is None:
-                with mechanism.capture(np.zeros(1, dtype=np.int64)):
-                    run.language_model.idle_pass()
-                continue
-            batch = run.data["train"].collate(
-                part.examples, run.pad_id, run.device, rows=part.rows, tokens=part.tokens
-            )
-            sums, counts, microbatch_norms = add_microbatch(
-                mechanism, run.language_model, settings.max_seq_len, part.examples, batch, total
-            )
-            norms.append(microbatch_norms)
-            losses += torch.stack([sums.nansum(), counts.sum()])
+        share = add_own_share(run, halving, microbatches, total, stop)
 
-        # Reduce over ranks. A stop asked of one rank abandons the step on all of them.
-        if anywhere(stop.requested, run.device):
+        # Reduce over ranks. What stops one of them abandons the step on all.
+        stopped, failed = agree(run, share, halving, stop, len(indices))
+        if stopped or failed:
             break
         total_of_all = reduce(total, "sum")
 
         # Release: with noise, once for the whole job, and on record before anybody can see it.
         released = broadcast(mechanism.release(total_of_all, step))
 
-        # Divide by the public batch size, and step.
+        # Divide by the public batch size, and step. Half a step is not to be saved.
         assign_gradient(run.parameters, released / mechanism.divisor)
+        del total_of_all, released
+        save_last = rescue.pop()
         before = None if has_moved else [p.detach().clone() for p in run.parameters.values()]
         learning_rate = run.optimizer.param_groups[0]["lr"]
         run.optimizer.step()
         run.scheduler.step()
         step += 1
+        rescue.append(save_last)
         if before is not None and learning_rate > 0:
             require_movement(before, run.parameters)
             has_moved = True
 
         # Tell the owner, and save.
-        loss_sum, loss_tokens = reduce(losses, "sum").tolist()
+        loss_sum, loss_tokens = reduce(share.losses, "sum").tolist()
         real_tokens, seconds = int(lengths[indices].sum()), time.monotonic() - began
         run.record(
             step,
@@ -614,7 +637,7 @@ def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
                 "batch_size": len(indices),
                 "real_tokens": real_tokens,
                 "seconds": seconds,
-                **mechanism.statistics(norms),
+                **mechanism.statistics(share.norms),
             },
         )
         progress.set_postfix_str(f"{real_tokens / seconds:.0f} real tokens/s")
@@ -628,8 +651,70 @@ def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
     # A checkpoint that the main process could not write may differ from what others believe.
     if on_main_process(lambda: saved_at != step):
         try_to_save(run, step, save)
-    finish(run, step, stop.signal_name)
-    return EXIT_OK if step == run.steps else EXIT_INTERRUPTED
+    finish(run, step, LACK_OF_MEMORY if failed else stop.signal_name)
+    return EXIT_FAILED if failed else EXIT_OK if step == run.steps else EXIT_INTERRUPTED
+
+
+@dataclass
+class Share:
+    """What this process has added to the sum of a step.
+
+    Attributes:
+        losses: float32 [2], their sum, and of how many tokens.
+        norms: what `mechanism.add` returned.
+        rows: examples that are in the sum.
+        out_of_memory: whether it ended early, so that the sum is not whole.
+    """
+
+    losses: torch.Tensor
+    norms: list[torch.Tensor] = field(default_factory=list)
+    rows: int = 0
+    out_of_memory: bool = False
+
+
+def add_own_share(
+    run: Run,
+    halving: Halving,
+    microbatches: list[Microbatch | None],
+    total: torch.Tensor,
+    stop: StopRequest,
+) -> Share:
+    """Put what this process's microbatches contribute into `total` [parameters], unless stopped.
+
+    A microbatch is added once it has passed as a whole, so running out of memory while it passes
+    leaves the sum as it was; running out of it later ends the share.
+    """
+    mechanism, data = run.mechanism, run.data["train"]
+    share = Share(torch.zeros(2, device=run.device))
+    total.zero_()
+
+    def attempt(part: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+        # Without privacy a pass that failed has left some gradients.
+        run.optimizer.zero_grad()
+        batch = data.collate(
+            part.examples, run.pad_id, run.device, rows=part.rows, tokens=part.tokens
+        )
+        max_seq_len = run.settings.max_seq_len
+        return pass_microbatch(mechanism, run.language_model, max_seq_len, part.examples, batch)
+
+    for microbatch in microbatches:
+        if stop_asked(run, stop):
+            break
+        if microbatch is None:
+            with mechanism.capture(np.zeros(1, dtype=np.int64)):
+                run.language_model.idle_pass()
+            continue
+        try:
+            for part, (sums, counts) in halving.passes(microbatch, attempt):
+                share.norms.append(mechanism.add(total))
+                share.losses += torch.stack([sums.nansum(), counts.sum()])
+                share.rows += len(part.examples)
+        except torch.OutOfMemoryError:
+            if run.is_sharded:  # The others are in the middle of a pass, which waits for this one.
+                raise
+            share.out_of_memory = True
+            break
+    return share
 
 
 def own_microbatches(
@@ -650,34 +735,55 @@ def own_microbatches(
     return [*own, *[None] * idle]
 
 
-def add_microbatch(
+def pass_microbatch(
     mechanism: Mechanism,
     language_model: LanguageModel,
     max_seq_len: int,
     examples: np.ndarray,
     batch: dict[str, torch.Tensor],
-    total: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Add what a microbatch contributes to the step's sum `total` [parameters], in place.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward and backward pass of a microbatch, after which `mechanism.add` adds it.
 
     Returns:
-        Summed losses, numbers of tokens with loss, and norms of gradients, each [examples].
+        Summed losses and numbers of tokens with loss, each [examples].
     """
     with mechanism.capture(examples, len(batch["lengths"])):
         sums, counts = language_model.example_losses(batch)
         losses = normalise(sums, counts, mechanism.loss_normalization, max_seq_len)
         losses.sum().backward()
-    return sums.detach(), counts, mechanism.add(total)
+    return sums.detach(), counts
 
 
-def anywhere(condition: bool, device: torch.device) -> bool:
-    """Whether a condition holds on any rank."""
-    return bool(reduce(torch.tensor(float(condition), device=device), "max"))
+def agree(
+    run: Run, share: Share, halving: Halving, stop: StopRequest, drawn: int
+) -> tuple[bool, bool]:
+    """Whether the step is abandoned, since a stop was asked for, and since a rank lacks memory.
+
+    Lets the report say, where that matters, that rows of one length passed in several shapes.
+
+    Raises:
+        RuntimeError: not all of the `drawn` rows are in the sums of all ranks, each once.
+    """
+    facts = [stop.requested, share.out_of_memory, halving.has_halved, share.rows]
+    stopped, failed, halved, rows = over_all_ranks(facts, run.device)
+    if not (stopped or failed or rows == drawn):
+        raise RuntimeError(f"{rows:.0f} rows of {drawn} that were drawn are in the sum")
+    mechanism, is_fixed = run.mechanism, run.shapes is not None and run.shapes.tokens is not None
+    if halved and is_fixed and run.is_main and HALVED not in mechanism.numerics:
+        mechanism.numerics = with_earlier(run.folder, HALVED)
+    return stopped > 0, failed > 0
+
+
+def over_all_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Sums of a few numbers over all ranks."""
+    return reduce(torch.tensor(numbers, dtype=torch.float32, device=device), "sum").tolist()
 
 
 def stop_asked(run: Run, stop: StopRequest) -> bool:
     """Whether this process, or with a sharded base any, was asked to stop."""
-    return anywhere(stop.requested, run.device) if run.is_sharded else stop.requested
+    if not run.is_sharded:
+        return stop.requested
+    return over_all_ranks([stop.requested], run.device)[0] > 0
 
 
 def ends_epoch(run: Run, step: int) -> bool:

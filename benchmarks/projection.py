@@ -6,12 +6,12 @@ Prints the tables of docs/scaling.md, which states the formulas. Nothing here is
 noise: the rest is counted from shapes, published peaks, and an assumed utilisation.
 """
 
-from dataclasses import dataclass
 from itertools import product
 
 from benchmarks.figures import markdown
 from utils.cli import run_cli
 from utils.command_line.parser import make_parser
+from utils.models.footprint import LLAMA, NF4_BYTES, Architecture, Training
 
 # An A100 SXM with 80 GB: published bf16 peak, and what training is assumed to reach of it.
 PEAK_FLOPS, UTILISATION, GPU_BYTES = 312e12, 0.35, 80e9
@@ -24,57 +24,29 @@ NOISE_PER_SECOND = 10e6 / 0.24
 BATCH, MEAN_TOKENS, MICROBATCH_TOKENS, RANK = 4096, 116, 4096, 8
 # Parameter, gradient, two moments, own sum, reduced sum (4 bytes each); noised and divided (8).
 ADAPTER_BYTES = 6 * 4 + 2 * 8
-# NF4: 4 bits a weight, 8 bits for every 64 of them, 32 bits for every 256 of those.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 LOGITS_BYTES = 3 * 128 * 2**20
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A LLaMA: numbers of layers, features, MLP features, key/value features, tokens."""
-
-    name: str
-    layers: int
-    d: int
-    d_mlp: int
-    d_kv: int
-    vocabulary: int = 32_000
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of all layers: q, o; k, v; gate, up, down; two norms."""
-        d = self.d
-        return self.layers * (2 * d * d + 2 * d * self.d_kv + 3 * d * self.d_mlp + 2 * d)
-
-    @property
-    def whole_parameters(self) -> int:
-        """Of embeddings, head and last norm, which every process holds whole."""
-        return 2 * self.vocabulary * self.d + self.d
-
-    @property
-    def adapter_parameters(self) -> int:
-        """LoRA on q, k, v, o: rank · (features in + features out) each."""
-        return self.layers * RANK * (2 * 2 * self.d + 2 * (self.d + self.d_kv))
-
-    @property
-    def activation_bytes(self) -> int:
-        """Of a token in one layer, kept for the backward pass.
-
-        In bf16 the inputs and outputs of norms, projections, attention and MLP; in float32 the
-        inputs of the four adapters, each with dropout of its own.
-        """
-        return 2 * (7 * self.d + 2 * self.d_kv + 4 * self.d_mlp) + 4 * 4 * self.d
+SHAPES = {name.upper(): shape for name, shape in LLAMA.items()}
 
 
-SHAPES = (
-    Shape("7B", 32, 4096, 11_008, 4096),
-    Shape("13B", 40, 5120, 13_824, 5120),
-    Shape("70B", 80, 8192, 28_672, 1024),
-)
+def adapter_parameters(shape: Architecture) -> int:
+    """LoRA on q, k, v, o."""
+    return Training(architecture=shape, rank=RANK, max_seq_len=MICROBATCH_TOKENS).trained
 
 
-def memory(shape: Shape, gpus: int, base: str) -> float:
+def activation_bytes(shape: Architecture) -> int:
+    """Of a token in one layer, kept for the backward pass.
+
+    In bf16 the inputs and outputs of norms, projections, attention and MLP; in float32 the
+    inputs of the four adapters, each with dropout of its own.
+    """
+    d = shape.hidden
+    return 2 * (7 * d + 2 * shape.key_value + 4 * shape.inner) + 4 * 4 * d
+
+
+def memory(shape: Architecture, gpus: int, base: str) -> float:
     """Bytes on one GPU, with gradient checkpointing.
 
     Args:
@@ -89,17 +61,17 @@ def memory(shape: Shape, gpus: int, base: str) -> float:
         weights = 2 * shape.layer_parameters
     examples = MICROBATCH_TOKENS / MEAN_TOKENS
     # Checkpoints between layers, and one layer's activations in full.
-    activations = MICROBATCH_TOKENS * (2 * shape.d * shape.layers + shape.activation_bytes)
+    activations = MICROBATCH_TOKENS * (2 * shape.hidden * shape.layers + activation_bytes(shape))
     return (
         weights
         + 2 * shape.whole_parameters
-        + shape.adapter_parameters * (ADAPTER_BYTES + 4 * examples)
+        + adapter_parameters(shape) * (ADAPTER_BYTES + 4 * examples)
         + activations
         + LOGITS_BYTES
     )
 
 
-def seconds_per_step(shape: Shape, gpus: int, *, sharded: bool) -> float:
+def seconds_per_step(shape: Architecture, gpus: int, *, sharded: bool) -> float:
     """Time of one logical step, with gradient checkpointing."""
     parameters = shape.layer_parameters + shape.whole_parameters
     # 2 each for the forward pass, its recomputation and the gradient of activations; the frozen
@@ -113,8 +85,8 @@ def seconds_per_step(shape: Shape, gpus: int, *, sharded: bool) -> float:
         passes = 2 * BATCH * MEAN_TOKENS / MICROBATCH_TOKENS / gpus
         gathering = passes * 2 * shape.layer_parameters * part_elsewhere / link
         computing = max(computing, gathering)
-    reducing = 2 * 4 * shape.adapter_parameters * part_elsewhere / link
-    return computing + reducing + shape.adapter_parameters / NOISE_PER_SECOND
+    reducing = 2 * 4 * adapter_parameters(shape) * part_elsewhere / link
+    return computing + reducing + adapter_parameters(shape) / NOISE_PER_SECOND
 
 
 def tables() -> str:
@@ -122,14 +94,14 @@ def tables() -> str:
     headings = ["model", "GPUs", "whole, GB", "sharded, GB", "4-bit, GB", "whole, s/step",
                 "sharded, s/step"]  # fmt: skip
     rows = []
-    for shape, gpus in product(SHAPES, GPUS):
+    for (name, shape), gpus in product(SHAPES.items(), GPUS):
         needed = {base: memory(shape, gpus, base) for base in ("whole", "sharded", "4-bit")}
         fits = {base: amount <= GPU_BYTES for base, amount in needed.items()}
         cells = [f"{needed[b] / 1e9:.1f}" if fits[b] else "does not fit" for b in needed]
         for base in ("whole", "sharded"):
             seconds = seconds_per_step(shape, gpus, sharded=base == "sharded")
             cells.append(f"{seconds:.0f}" if fits[base] else "")
-        rows.append([shape.name, str(gpus), *cells])
+        rows.append([name, str(gpus), *cells])
     return markdown(headings, rows)
 
 

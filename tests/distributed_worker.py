@@ -4,7 +4,8 @@
 
 JOBS.json holds a list of objects: `name`; `argv`, flags of train.py; `by_rank`, flags that only
 some ranks get (by rank, as text); `public_steps`, whether the optimizer is given one public vector
-in place of every gradient, so that each step starts from the same parameters whatever was summed.
+in place of every gradient, so that each step starts from the same parameters whatever was summed;
+`memory`, the padded tokens of a pass that fit on some ranks (by rank, as text).
 A process leaves NAME-RANK.npz (`clipped_sums`, on rank 0; `batches`, numbers of examples of its own
 in every step; `layers`, numbers of frozen parameters in the layers of a sharded base, here and in
 all) or, if the run was refused, NAME-RANK.json with the exit code and message.
@@ -14,14 +15,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
 import train
 from privacy_checks.observed_run import PublicSteps, observe
+from tests.test_out_of_memory import starve
 from utils.cli import UsageError
 from utils.privacy.mechanism import Private
 
@@ -56,11 +58,16 @@ def run(job: dict, folder: Path, rank: str) -> None:
     changes = [OwnShare, PublicSteps] if job.get("public_steps") else [OwnShare]
     file = folder / f"{job['name']}-{rank}"
     try:
-        with mock.patch.object(train, "shard_base", shard_and_count):
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(train, "shard_base", shard_and_count)
+            if rank in job.get("memory", {}):
+                starve(context, "after", job["memory"][rank])
             argv = job["argv"] + job.get("by_rank", {}).get(rank, [])
             seen = observe(argv, *changes, own=own)
     except UsageError as error:
         file.with_suffix(".json").write_text(json.dumps([2, str(error)]))
+    except KeyboardInterrupt:
+        file.with_suffix(".json").write_text(json.dumps([1, "not finished"]))
     except SystemExit as ended:
         file.with_suffix(".json").write_text(json.dumps([ended.code, ""]))
     else:

@@ -8,10 +8,11 @@ import torch
 
 from tests.helpers import adapted_model, random_examples, relative_error, tiny_model
 from utils.dp_utils import PerExampleGradients
+from utils.models.footprint import LLAMA, Training
 from utils.models.language_model import LanguageModel
 from utils.models.losses import normalise
 from utils.runs import batching
-from utils.runs.batching import MICROBATCH_TOKENS, Shapes
+from utils.runs.batching import MICROBATCH_TOKENS, Halving, Microbatch, Shapes
 
 
 def cut_microbatches(*arguments):
@@ -197,3 +198,135 @@ def test_empty_rows_add_exactly_zero(model_type, tokens, clip_function):
     assert (norms[3:] == 0).all()
     assert (norms[:3] > 0).all()
     assert relative_error(padded, alone.double()) < 1e-6
+
+
+# ---------------------------------------------------------------- memory of short rows
+
+# LoRA of a 13B model: rank 8 on q, k, v, o, and rank 64 on all linear layers with checkpointing.
+THIRTEEN = {
+    8: Training(architecture=LLAMA["13b"], rank=8, max_seq_len=MAX_SEQ_LEN).row,
+    64: Training(
+        architecture=LLAMA["13b"], rank=64, max_seq_len=MAX_SEQ_LEN,
+        target_modules=("all-linear",), gradient_checkpointing=True,
+    ).row,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", THIRTEEN)
+@pytest.mark.parametrize("kind", [FIXED, FREE], ids=["fixed", "free"])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_no_microbatch_takes_more_than_one_of_the_greatest_length(rank, kind, num_ranks):
+    memory = THIRTEEN[rank]
+    shapes = replace(kind, memory=memory, tokens=kind.tokens and 4 * MAX_SEQ_LEN)
+    lengths = np.concatenate([lognormal_lengths(500), np.arange(1, 1025), np.full(2000, 7)])
+    indices = np.arange(len(lengths))
+    ranks = batching.cut_microbatches(indices, lengths, shapes.token_budget, num_ranks, shapes)
+    parts = [part for rank in ranks for part in rank]
+    assert sorted(np.concatenate([part.examples for part in parts])) == indices.tolist()
+    whole = 4 * memory.of(MAX_SEQ_LEN)
+    assert max(part.rows * memory.of(part.tokens) for part in parts) <= whole
+    # Without the bound the gradients alone of the shortest rows would take more at rank 64.
+    shortest = min(part.tokens for part in parts)
+    without = shapes.token_budget // shortest * memory.kept(shortest)
+    assert (without > 1.5 * whole) is (rank == 64)
+    # And it costs little where gradients are small.
+    assert max(part.rows for part in parts) > {8: 300, 64: 10}[rank]
+
+
+def test_a_bound_on_memory_leaves_the_number_of_rows_to_the_padded_length():
+    shapes = replace(FIXED, memory=THIRTEEN[64], tokens=4096)
+    lengths = lognormal_lengths(500)
+    random = np.random.default_rng(0)
+    rows: dict[int, set[int]] = {}
+    for _ in range(5):
+        drawn = np.flatnonzero(random.random(500) < random.random())
+        (parts,) = batching.cut_microbatches(drawn, lengths, FIXED.token_budget, 1, shapes)
+        for part in parts:
+            rows.setdefault(part.tokens, set()).add(part.rows)
+            assert part.rows == shapes.rows(part.tokens)
+    assert all(len(found) == 1 for found in rows.values())
+
+
+def test_without_gradients_to_keep_the_budget_of_tokens_is_the_only_bound():
+    for padded in (1, 8, 17, 100, 1000, 1024):
+        assert FREE.most_rows(padded) == FREE.token_budget // padded
+
+
+# ---------------------------------------------------------------- halves
+
+
+def pass_all(halving, parts, fits):
+    """Those that passed, where `fits` says which do."""
+    passed = []
+
+    def attempt(part):
+        if not fits(part):
+            raise torch.OutOfMemoryError("pretended")
+        return part
+
+    for whole in parts:
+        passed += [part for part, result in halving.passes(whole, attempt) if part is result]
+    return passed
+
+
+@pytest.mark.parametrize("shapes", [None, FREE, FIXED], ids=["plain", "free", "fixed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_each_example_passes_once_and_in_order_whatever_runs_out(shapes, seed):
+    random = np.random.default_rng(seed)
+    lengths = lognormal_lengths(300)
+    (parts,) = batching.cut_microbatches(
+        np.flatnonzero(random.random(300) < 0.5), lengths, 4096, 1, shapes
+    )
+    for fits in (
+        lambda part: part.rows * part.tokens <= 1024,
+        lambda part: part.rows == 1 or random.random() < 0.4,
+        lambda part: part.rows == 1,
+    ):
+        passed = pass_all(Halving(shapes), parts, fits)
+        in_order = np.concatenate([part.examples for part in passed])
+        assert in_order.tolist() == np.concatenate([part.examples for part in parts]).tolist()
+        for part in passed:
+            assert 0 < len(part.examples) <= part.rows
+            assert shapes is FIXED or len(part.examples) == part.rows
+
+
+def test_a_half_of_a_fixed_number_of_rows_has_half_of_them_and_none_of_empty_rows_alone():
+    part = Microbatch(np.arange(5), rows=8, tokens=16)
+    few = Microbatch(np.arange(3), rows=8, tokens=16)
+    halving = Halving(FIXED)
+    passed = pass_all(halving, [part, few], lambda part: part.rows <= 4)
+    assert [(p.examples.tolist(), p.rows) for p in passed] == [([0, 1, 2, 3], 4), ([4], 4),
+                                                               ([0, 1, 2], 4)]  # fmt: skip
+
+
+def test_what_has_run_out_once_is_not_tried_again_and_is_said_once(capsys):
+    halving, tried = Halving(FREE), []
+    assert not halving.has_halved
+    parts = [Microbatch(np.arange(8), 8, 16) for _ in range(3)]
+    parts.append(Microbatch(np.arange(8), 8, 8))
+
+    def fits(part):
+        tried.append((part.rows, part.tokens))
+        return part.rows <= 2
+
+    pass_all(halving, parts, fits)
+    assert [rows for rows, tokens in tried if tokens == 16] == [8, 4, *[2] * 12]
+    assert [rows for rows, tokens in tried if tokens == 8] == [8, 4, *[2] * 4]
+    assert halving.has_halved
+    assert capsys.readouterr().err == batching.OUT_OF_MEMORY + "\n"
+
+
+def test_a_row_alone_that_does_not_fit_is_an_error_and_so_is_any_where_others_wait():
+    passed, four = [], Microbatch(np.arange(4), 4, 16)
+
+    def attempt(part):
+        if part.rows > 1 or part.examples[0] == 1:
+            raise torch.OutOfMemoryError("pretended")
+        passed.append(part.examples.tolist())
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(Halving(FREE).passes(four, attempt))
+    assert passed == [[0]]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(Halving(FREE, may_halve=False).passes(four, attempt))
+    assert passed == [[0]]

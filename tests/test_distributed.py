@@ -131,6 +131,9 @@ def two(parts, interrupted):
         "rate": "--lr=0.02",
     }
     jobs = observed_jobs(parts, output)
+    for name, fits in (("halved", 32), ("starved", 0)):
+        job, _ = observed_jobs(parts, folder / name)
+        jobs.append(job | {"name": name, "memory": {"1": fits}})
     # With a validation split, whose losses are computed in step too.
     sharded = ["--fsdp", f"--dataset_name={data}"]
     for job in observed_jobs(parts, folder / "sharded-runs", *sharded):
@@ -214,6 +217,18 @@ def test_a_sharded_base_gives_the_same_clipped_sums(two, alone, job):
         here, all_layers = np.load(two / f"sharded-{job}-{rank}.npz")["layers"]
         assert all_layers == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32)
         assert here == all_layers / 2
+
+
+def test_memory_that_runs_out_on_one_rank_changes_no_sum(two, alone):
+    assert_same_sums(two / "halved-0.npz", alone["many"])
+
+
+def test_a_rank_with_too_little_for_one_row_ends_all_of_them_and_the_step_is_saved(two, parts):
+    codes = [json.loads((two / f"starved-{rank}.json").read_text())[0] for rank in (0, 1)]
+    assert codes == [1, 1]
+    folder = parts[0] / "starved" / "many"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000000"]
+    assert steps_in(read_ledger(folder / LEDGER_FILE)) == []
 
 
 def test_a_machine_with_other_data_is_refused(four, parts):

@@ -188,6 +188,50 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(generate, tmp_p
         generate(*persons(data, tmp_path, "--unit_column=author"))
 
 
+THIRTEEN = {
+    "model_type": "llama", "hidden_size": 5120, "num_hidden_layers": 40, "vocab_size": 32_000,
+    "intermediate_size": 13_824, "num_attention_heads": 40,
+}  # fmt: skip
+
+
+def test_a_card_that_is_too_small_is_said_with_the_flags_to_change(generate, tmp_path):
+    model, data = tmp_path / "model", save_dataset(tmp_path)
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(THIRTEEN))
+
+    def said(*more):
+        command = flags(model, data, tmp_path, "--max_seq_len=1024", "--perdevice_bs=4", *more)
+        line, summary = generate(*command)
+        assert "--card" not in line
+        return [each for each in summary.splitlines() if "--card" in each]
+
+    assert said() == said("--card=80") == []
+    (line,) = said("--card=40")
+    assert re.match(r"warning: --card 40: the run does not fit, it takes about \d+ GiB", line)
+    assert line.endswith("; use --perdevice_bs 1")
+    assert said("--card=40", "--perdevice_bs=1") == said("--card=40", "--perdevice_bs=auto") == []
+    assert said("--card=24")[0].endswith("--gradient_checkpointing --load_in_8bit")
+    assert said("--card=24", "--perdevice_bs=1", "--gradient_checkpointing", "--fsdp",
+                "--gpus=8") == []  # fmt: skip
+    (line,) = said("--card=24", "--dtype=float32", "--lora_r=512", "--target_modules", "all-linear")
+    assert line.endswith("use a smaller model, or --fsdp and more --gpus")
+
+
+def test_a_card_means_nothing_without_the_shapes_of_the_model(generate, tmp_path, monkeypatch):
+    data = save_dataset(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    for model in (tmp_path / "empty", tmp_path / "nowhere", "some/where", "a/b/c"):
+        _, summary = generate(*flags(model, data, tmp_path, "--card=80"))
+        assert f"--card 80: whether the run fits is not known, since {model} has" in summary
+    (tmp_path / "config.json").write_text(json.dumps(THIRTEEN))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "config.json")
+    )
+    _, summary = generate(*flags("some/where", data, tmp_path, "--card=24"))
+    assert "the run does not fit" in summary
+
+
 def test_awkward_values_survive_the_shell(generate, tmp_path):
     data = save_dataset(tmp_path)
     awkward = 'it\'s a $HOME `id` "job" ; \\ é *'

@@ -102,10 +102,11 @@ def private(gradients, tmp_path):
 
 
 def captured(mechanism, gradients, model, examples):
-    """A pass of a microbatch of public tokens."""
-    with mechanism.capture(np.arange(examples)):
+    """A pass of a microbatch of public tokens, of so many rows or of these."""
+    examples = np.arange(examples) if isinstance(examples, int) else examples
+    with mechanism.capture(examples):
         sums, _ = LanguageModel(model.get_base_model()).example_losses(
-            LanguageModel(model.get_base_model()).public_batch(examples)
+            LanguageModel(model.get_base_model()).public_batch(len(examples))
         )
         sums.sum().backward()
 
@@ -197,6 +198,26 @@ def test_draws_are_fresh_unless_the_seed_is_known(gradients, tmp_path):
     assert known[0].draw(3).tolist() == known[1].draw(3).tolist()
     known[0].open(tmp_path)
     assert known[0].report(0)["guarantee"] is False
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [3], [5, 5]], ids=["added", "not drawn", "twice"])
+def test_a_row_that_was_not_drawn_or_is_in_the_sum_already_is_refused(gradients, rows):
+    model = adapted_model(["q_proj", "v_proj"])
+    mechanism = Private(PLAN, PerExampleGradients(model), RowMasks(b"k"))
+    mechanism.expect(np.array([0, 1, 2, 5]), 1)
+    total = torch.zeros(mechanism.gradients.num_parameters)
+
+    def add(examples):
+        captured(mechanism, None, model, np.array(examples))
+        mechanism.add(total)
+
+    add([0, 2])
+    before = total.clone()
+    with pytest.raises(RuntimeError, match="not drawn, or has been added"):
+        add(rows)
+    assert torch.equal(total, before)
+    mechanism.expect(np.array(rows), 1)
+    add(rows)
 
 
 def test_masks_are_told_the_step_and_the_rows_on_every_process(gradients):

@@ -1,13 +1,21 @@
 """How many sequences fit on a device."""
 
+import os
 import time
+from unittest import mock
 
 import pytest
 import torch
 
 import utils.models.memory
 from utils.cli import UsageError
-from utils.models.memory import MOST_SEQUENCES, PeakMemory, fitting_sequences
+from utils.models.memory import (
+    ALLOCATOR_VARIABLES,
+    MOST_SEQUENCES,
+    PeakMemory,
+    fitting_sequences,
+    use_expandable_segments,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MODEL, SEQUENCE = 1000, 50
@@ -76,3 +84,27 @@ def test_the_peak_of_a_block_is_measured_though_it_was_higher_before():
         peaks.append((memory.peak - before) / 2**20)
     assert [round(peak, -2) for peak in peaks] == [600, 100, 300]
     assert utils.models.memory._available(CPU) > 1 << 28
+
+
+@pytest.mark.parametrize("given", [None, *ALLOCATOR_VARIABLES])
+@pytest.mark.parametrize(
+    ("platform", "cuda"), [("linux", "13.0"), ("linux", None), ("win32", "13")]
+)
+def test_segments_are_expandable_where_there_are_such_and_the_user_said_nothing(
+    monkeypatch, given, platform, cuda
+):
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:512")
+    monkeypatch.setattr(utils.models.memory.sys, "platform", platform)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with mock.patch.dict(os.environ):
+        use_expandable_segments()
+        found = {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
+    if given:
+        assert found == {given: "max_split_size_mb:512"}
+    elif (platform, cuda) == ("linux", "13.0"):
+        assert found == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    else:
+        assert found == {}

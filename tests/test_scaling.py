@@ -14,15 +14,15 @@ def test_the_documented_tables_are_what_the_projection_prints():
 
 
 def test_the_shapes_are_those_of_llama():
-    sizes = [s.layer_parameters + s.whole_parameters for s in projection.SHAPES]
+    sizes = [s.layer_parameters + s.whole_parameters for s in projection.SHAPES.values()]
     # As transformers counts them in LLaMA 7B and 13B, and in Llama 2 70B.
     assert sizes == [6_738_415_616, 13_015_864_320, 68_976_648_192]
     # 8 · (in + out) of four square projections in each of 32 layers.
-    assert projection.SHAPES[0].adapter_parameters == 8_388_608
+    assert projection.adapter_parameters(projection.SHAPES["7B"]) == 8_388_608
 
 
 def test_memory_and_time_fall_as_they_must():
-    seven, _, seventy = projection.SHAPES
+    seven, _, seventy = projection.SHAPES.values()
     assert projection.memory(seventy, 64, "sharded") < projection.memory(seventy, 8, "sharded")
     assert projection.memory(seven, 1, "sharded") == projection.memory(seven, 8, "whole")
     times = [projection.seconds_per_step(seven, g, sharded=False) for g in projection.GPUS]

@@ -18,8 +18,9 @@ from utils.command_line.parser import (
     positive_float,
     positive_int,
 )
+from utils.models.footprint import Architecture, Training
 from utils.privacy.accounting import MAX_ROWS
-from utils.privacy.plan import ROWS, UNITS, PrivacyPlan, make_plan
+from utils.privacy.plan import ROWS, UNITS, UNITS_AT_ONCE, PrivacyPlan, make_plan
 from utils.texts.canaries import Canaries
 from utils.texts.data_sets import is_labelled
 from utils.texts.prompts import PROMPT_STYLES, UNCONDITIONAL
@@ -281,6 +282,24 @@ class TrainingSettings(JobSettings):
     def quantised_bits(self) -> int | None:
         """Bits to which the base is quantised; None for a base as it is."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    def footprint(self, architecture: Architecture, itemsize: int) -> Training:
+        """What of this run decides its memory.
+
+        Args:
+            itemsize: bytes of a number of the base.
+        """
+        return Training(
+            architecture=architecture,
+            rank=max([self.lora_r, *module_settings(self.rank_pattern, int).values()]),
+            max_seq_len=self.max_seq_len,
+            target_modules=tuple(self.target_modules or ()),
+            itemsize=itemsize,
+            bits=self.quantised_bits,
+            gradient_checkpointing=self.gradient_checkpointing,
+            is_private=self.eps != -1,
+            units_at_once=UNITS_AT_ONCE if self.draws_units else 0,
+        )
 
     @property
     def run_settings(self) -> dict:

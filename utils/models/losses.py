@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# Logits held at a time, in elements: 32 Mi of them are 128 MiB in float32.
-CHUNK_ELEMENTS = 1 << 25
+from utils.models.footprint import CHUNK_ELEMENTS
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 

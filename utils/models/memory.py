@@ -1,5 +1,7 @@
 """How much memory work takes at its height, and how many sequences fit on a device."""
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -7,12 +9,24 @@ import psutil
 import torch
 
 from utils.cli import UsageError
+from utils.models.footprint import USABLE_SHARE
 
-# What is used of the memory that there is; the rest is for fragmentation and for others.
-USABLE_SHARE = 0.9
 # Beyond this a device is busy, and larger microbatches gain nothing.
 MOST_SEQUENCES = 64
 SAMPLE_SECONDS = 0.002
+# Where users set up the allocator of GPUs: of this and of earlier versions of torch.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def use_expandable_segments() -> None:
+    """Let the allocator of NVIDIA's GPUs extend what it has, before anything is on a GPU.
+
+    Microbatches of many shapes otherwise leave holes that none of the next ones fits into. What the
+    user has set up stands.
+    """
+    has_them = sys.platform == "linux" and torch.version.cuda is not None
+    if has_them and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 class PeakMemory:
@@ -57,7 +71,8 @@ def fitting_sequences(step: Callable[[int], None], device: torch.device) -> int:
     the kernel's out-of-memory killer.)
 
     Args:
-        step: does all that a microbatch of so many sequences of the greatest length will do.
+        step: does all that microbatches will do which take as much as so many sequences of the
+            greatest length.
 
     Returns:
         1 to `MOST_SEQUENCES`.

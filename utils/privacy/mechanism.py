@@ -6,6 +6,7 @@ constant that decides privacy comes from the plan.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -165,8 +166,9 @@ class Private(Mechanism):
     Guarantee: if an example's gradient depends on nothing but the example, the parameters and the
     step, then adding or removing one example moves the sum of all that `add` adds in a step by at
     most the plan's clip norm, and the sequence of what `release` returns costs what the plan's
-    accountant says of `plan.events(steps)`. A step is on record before its noise is used. Keys
-    are fresh at every process start, so a resumed run repeats neither noise nor draws.
+    accountant says of `plan.events(steps)`. A row counts once: `add` refuses one that was not
+    drawn, or is in the sum already. A step is on record before its noise is used. Keys are fresh
+    at every process start, so a resumed run repeats neither noise nor draws.
 
     Args:
         plan: the source of every constant.
@@ -199,6 +201,7 @@ class Private(Mechanism):
         self._streams = {name: SecureRandom() for name in ("sampling", "noise")}
         self._ledger: Ledger | None = None
         self._captured = np.zeros(0, dtype=np.int64)
+        self._left: Counter[int] = Counter()
         assert (units is not None) == (plan.unit_sampling == UNITS)
         self._units = UnitSums(units) if units else None
 
@@ -222,6 +225,7 @@ class Private(Mechanism):
         self._masks.step = step
 
     def expect(self, examples: np.ndarray, num_ranks: int) -> list[np.ndarray] | None:
+        self._left = Counter(examples.tolist())
         return self._units.expect(examples, num_ranks) if self._units else None
 
     def capture(
@@ -235,6 +239,10 @@ class Private(Mechanism):
         return self.gradients.capture(rows)
 
     def add(self, total: torch.Tensor) -> torch.Tensor:
+        # A row that is added twice moves the sum by two clip norms.
+        self._left.subtract(self._captured.tolist())
+        if any(self._left[row] < 0 for row in self._captured.tolist()):
+            raise RuntimeError("a row that was not drawn, or has been added, would be added")
         plan = self.plan
         if self._units:
             return self._units.add(

@@ -19,6 +19,8 @@ from utils.privacy.accounting import (
 
 # What a step draws where a unit may have several rows.
 UNITS, ROWS = "units", "rows"
+# Units whose sums are kept at once while their rows pass, by a process.
+UNITS_AT_ONCE = 32
 
 
 def _sampled_rows(unit_sampling: str | None, max_rows_per_unit: int | None) -> int:

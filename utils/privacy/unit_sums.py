@@ -12,10 +12,8 @@ import numpy as np
 import torch
 
 from utils.dp_utils import PerExampleGradients, clip_factors
+from utils.privacy.plan import UNITS_AT_ONCE
 from utils.secure_random import SecureRandom
-
-# Units whose sums are kept at once while their rows pass, by a process.
-UNITS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,16 @@
 """Microbatches: what of a logical batch is computed at once, in which shape, on which process."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import torch
+
+from utils.cli import say
+from utils.models.footprint import RowMemory
+
+Result = TypeVar("Result")
 
 # What a microbatch costs besides its padded tokens (reading the weights, launching kernels), as a
 # number of tokens.
@@ -11,6 +19,10 @@ MICROBATCH_TOKENS = 128
 MICROBATCHES_PER_RANK = 8
 # Lengths of the grid lie so far apart at least, and up to this share of themselves.
 GRID_STEP, GRID_SHARE = 8, 1 / 8
+OUT_OF_MEMORY = (
+    "out of memory in the middle of a step: such microbatches pass in halves from now on; nothing "
+    "is lost or counted twice, and a lower --perdevice_bs saves the time"
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +54,14 @@ class Shapes:
         token_budget: padded tokens of a microbatch, at most.
         tokens: padded tokens of a microbatch with a fixed number of rows, which empty ones fill
             up; None where any number of rows computes the same.
+        memory: of a row. No microbatch takes more than one of the greatest length does; of short
+            rows, whose gradients take more for each token than long ones' do, fewer pass together.
     """
 
     max_seq_len: int
     token_budget: int
     tokens: int | None
+    memory: RowMemory = RowMemory()
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         """The padded length of examples of so many tokens, int64 of the same shape."""
@@ -56,10 +71,21 @@ class Shapes:
         steps = np.maximum(GRID_STEP, 1 << np.maximum(exponents, 0))
         return np.minimum(-(-lengths // steps) * steps, self.max_seq_len)
 
+    def most_rows(self, padded: int) -> int:
+        """How many rows of this padded length pass together at most."""
+        longest = self.max_seq_len
+        whole = self.token_budget * self.memory.of(longest)
+        return max(1, whole // (longest * self.memory.of(padded)))
+
     def rows(self, padded: int) -> int:
         """How many rows of this padded length pass together, if `tokens` fixes them."""
         assert self.tokens is not None
-        return max(1, min(self.tokens, self.token_budget) // padded)
+        return max(1, min(self.tokens // padded, self.most_rows(padded)))
+
+    def samples(self) -> list[int]:
+        """Padded lengths to try: the shortest, one between, and the longest."""
+        between = round(self.max_seq_len**0.5) + GRID_STEP
+        return self.padded(np.array([1, between, self.max_seq_len])).tolist()
 
 
 def cut_microbatches(
@@ -74,8 +100,9 @@ def cut_microbatches(
     Examples are sorted by length, the longest first, so that a budget that does not fit shows at
     once. Without `shapes` they are cut where that makes the sum of padded tokens
     (examples · longest) and of what each microbatch costs besides them least; with them, examples
-    of one padded length pass together. No microbatch passes the budget, but for one example that
-    does alone. Each goes to the rank with the fewest padded tokens so far.
+    of one padded length pass together. No microbatch passes the budget, nor takes more memory than
+    `shapes` allow, but for one example that does alone. Each goes to the rank with the fewest
+    padded tokens so far.
 
     Args:
         indices: int64, the logical batch.
@@ -136,7 +163,10 @@ def _cuts_of_shapes(
     cuts, first = [], 0
     for size, count in zip(*np.unique(-sizes, return_counts=True)):
         tokens, last = -int(size), first + int(count)
-        most = shapes.rows(tokens) if shapes.tokens else max(1, token_budget // tokens)
+        if shapes.tokens:
+            most = shapes.rows(tokens)
+        else:
+            most = max(1, min(token_budget // tokens, shapes.most_rows(tokens)))
         for start in range(first, last, most):
             end = min(start + most, last)
             cuts.append((start, end, most if shapes.tokens else end - start, tokens))
@@ -165,3 +195,73 @@ def _cheapest_cuts(sizes: np.ndarray, token_budget: int) -> list[tuple[int, int]
         cuts.append((start, int(ends[start])))
         start = cuts[-1][1]
     return cuts
+
+
+class Halving:
+    """Passes microbatches, in halves where memory runs out.
+
+    Guarantee: whatever runs out of memory when, every example of a microbatch is in exactly one of
+    the passes that are yielded, in the microbatch's order. A half of a microbatch with a fixed
+    number of rows has half of that number, so it is computed in another shape than its length
+    alone decides; see `has_halved`.
+
+    Args:
+        shapes: those of the microbatches.
+        may_halve: False where other processes wait for each pass of this one.
+    """
+
+    def __init__(self, shapes: Shapes | None, *, may_halve: bool = True):
+        self._fixed = shapes is not None and shapes.tokens is not None
+        self._may_halve = may_halve
+        self._most: dict[int, int] = {}
+
+    @property
+    def has_halved(self) -> bool:
+        """Whether memory has run out so far."""
+        return bool(self._most)
+
+    def passes(
+        self, part: Microbatch, attempt: Callable[[Microbatch], Result]
+    ) -> Iterator[tuple[Microbatch, Result]]:
+        """Attempt a microbatch, or what it has to be parted into.
+
+        Args:
+            attempt: a pass, of which nothing counts yet; it has to leave nothing that counts
+                where it raises.
+
+        Yields:
+            What passed, and what the attempt gave; it may be counted before the next one begins.
+
+        Raises:
+            torch.OutOfMemoryError: a single row does not fit, or nothing may be halved.
+        """
+        waiting = [part]
+        while waiting:
+            part = waiting.pop()
+            if part.rows > self._most.get(part.tokens, part.rows):
+                waiting += reversed(self._halves(part))
+                continue
+            try:
+                result = attempt(part)
+            except torch.OutOfMemoryError:
+                if part.rows == 1 or not self._may_halve:
+                    raise
+            else:
+                yield part, result
+                continue
+            # Here the error is gone, and with it what the failed pass held.
+            torch.cuda.empty_cache()
+            if not self._most:
+                say(OUT_OF_MEMORY)
+            self._most[part.tokens] = -(-part.rows // 2)
+            waiting.append(part)
+
+    def _halves(self, part: Microbatch) -> list[Microbatch]:
+        """Both halves, or one where the rows of the other would all be empty."""
+        rows = -(-part.rows // 2)
+        cuts = [part.examples[:rows], part.examples[rows:]]
+        return [
+            Microbatch(cut, rows if self._fixed else len(cut), part.tokens)
+            for cut in cuts
+            if len(cut)
+        ]

@@ -17,13 +17,16 @@ from utils.cli import UsageError
 from utils.dp_utils import PerExampleGradients
 from utils.models.language_model import LanguageModel
 from utils.row_dropout import RowMasks
-from utils.runs.batching import GRID_STEP, Shapes
+from utils.runs.batching import Shapes
 
 # Beyond this share of its norm an example's gradient must not follow its company.
 LARGEST_DIFFERENCE = 0.01
 # Of the weights that LoRA starts at zero, while the probe lasts: with zeros, half of the gradients
 # would be zero.
 PROBE_SCALE = 0.01
+
+# What a report says where rows of one length passed in several shapes, for want of memory.
+HALVED = "not exact: memory ran out, and rows of one length passed in different shapes"
 
 # The number of rows of a pass, the place of the example, and which rows are empty.
 Pass = tuple[int, int, bool]
@@ -86,7 +89,7 @@ def probed(
     weight = next(model.parameters())
     place = f"{weight.device.type} in {str(weight.dtype).removeprefix('torch.')}"
     probe = _Probe(language_model, gradients, masks)
-    free, lengths = replace(shapes, tokens=None), _lengths(shapes)
+    free, lengths = replace(shapes, tokens=None), shapes.samples()
     model.train()
     with _public_weights(gradients.parameters):
         # Few rows of one length first: most devices show it at once.
@@ -108,14 +111,8 @@ def probed(
     return shapes, Numerics(found, place)
 
 
-def _lengths(shapes: Shapes) -> list[int]:
-    """Padded lengths to probe: the shortest, one between, and the longest."""
-    between = round(shapes.max_seq_len**0.5) + GRID_STEP
-    return shapes.padded(np.array([1, between, shapes.max_seq_len])).tolist()
-
-
 def _in_any_number(shapes: Shapes, tokens: int) -> list[Pass]:
-    most = max(1, shapes.token_budget // tokens)
+    most = shapes.most_rows(tokens)
     passes = [(1, 0, True), (2, 1, False), (3, 1, False), (most, most - 1, False), (1, 0, True)]
     return [each for each in passes if each[0] <= most]
 
