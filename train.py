@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -238,7 +238,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     masks = row_masks(model, settings)
     if is_sharded:
         shard_base(model, device)
-    model.to(device)
+    model.to(device, non_blocking=True)
     language_model = LanguageModel(base)
 
     # Mechanism and optimizer.
@@ -563,16 +563,14 @@ def learn(run: Run, rescue: list[Callable[[], None]]) -> int:
         run.optimizer.zero_grad()
         losses = torch.zeros(2, device=run.device)  # their sum, and of how many tokens
         norms = []
-        for part in microbatches:
+        for microbatch in batches(run, "train", microbatches):
             if stop_asked(run, stop):
                 break
-            if part is None:
+            if microbatch is None:
                 with mechanism.capture(np.zeros(1, dtype=np.int64)):
                     run.language_model.idle_pass()
                 continue
-            batch = run.data["train"].collate(
-                part.examples, run.pad_id, run.device, rows=part.rows, tokens=part.tokens
-            )
+            part, batch = microbatch
             sums, counts, microbatch_norms = add_microbatch(
                 mechanism, run.language_model, settings.max_seq_len, part.examples, batch, total
             )
@@ -649,6 +647,24 @@ def own_microbatches(
     return [*own, *[None] * idle]
 
 
+def batches(
+    run: Run, split: str, microbatches: list[Microbatch | None]
+) -> Iterator[tuple[Microbatch, dict[str, torch.Tensor]] | None]:
+    """Microbatches with their tensors, which are on their way to the device one pass ahead."""
+
+    def with_tensors(part: Microbatch | None) -> tuple[Microbatch, dict[str, torch.Tensor]] | None:
+        if part is None:
+            return None
+        rows, tokens = part.rows, part.tokens
+        return part, data.collate(part.examples, run.pad_id, run.device, rows=rows, tokens=tokens)
+
+    data, ahead = run.data[split], map(with_tensors, microbatches)
+    following = next(ahead, None)
+    for _ in microbatches:
+        current, following = following, next(ahead, None)
+        yield current
+
+
 def add_microbatch(
     mechanism: Mechanism,
     language_model: LanguageModel,
@@ -709,14 +725,14 @@ def validation_loss(
     language_model = run.language_model
     language_model.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
-    for microbatch in microbatches:
+    for microbatch in batches(run, "val", microbatches):
         if stop_asked(run, stop):
             sums[2] = 1
             break
         if microbatch is None:
             language_model.example_losses(language_model.public_batch(1))
             continue
-        batch = run.data["val"].collate(microbatch.examples, 0, run.device)
+        _, batch = microbatch
         losses, counts = language_model.example_losses(batch)
         sums[0] += losses.sum()
         sums[1] += counts.sum()
