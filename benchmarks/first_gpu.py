@@ -24,7 +24,7 @@ from utils.cli import EXIT_OK, run_cli
 from utils.command_line.parser import flag, read_flags
 
 FOLDER = ROOT / "first_gpu"
-MODEL: dict[str, object] = {
+MODEL: dict[str, int] = {
     "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 22, "vocab_size": 32000,
     "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048,
 }  # fmt: skip
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_OK
 
 
-def prepare(folder: Path, model: dict[str, object]) -> None:
+def prepare(folder: Path, model: dict[str, int]) -> None:
     """Write `model/`, `mixed.jsonl` and `rows-TOKENS.jsonl`.
 
     Args:

@@ -134,11 +134,19 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model_dir, data, tmp_path_factory):
+def one_layer(tmp_path_factory):
+    """A model so small that the pretend device is done with it soon."""
+    folder = tmp_path_factory.mktemp("models") / "one-layer"
+    tiny.save_tiny_model(folder, num_hidden_layers=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(one_layer, data, tmp_path_factory):
     """Flags of a DP run in bfloat16 of two steps, and the folder that it wrote."""
     folder = tmp_path_factory.mktemp("runs")
     argv = flags(
-        tiny_model_dir, data, folder, "--dtype=bfloat16", "--gradient_checkpointing",
+        one_layer, data, folder, "--dtype=bfloat16", "--gradient_checkpointing",
         "--perdevice_bs=auto", "--save_steps=1", *SHORT, "--insecure_fixed_noise_seed=3",
     )  # fmt: skip
     assert in_process(train.main, argv) == EXIT_OK
@@ -243,12 +251,12 @@ def test_a_row_that_is_left_out_moves_no_other(dtype):
 
 
 @pytest.mark.parametrize("engine", ["static", "continuous", "vllm"])
-def test_texts_are_drawn_by(engine, trained, tiny_model_dir, tmp_path):
+def test_texts_are_drawn_by(engine, trained, one_layer, tmp_path):
     if engine == "vllm":
         pytest.importorskip("vllm")
     _, run = trained
     argv = [
-        f"--model_name={tiny_model_dir}", f"--adapter_path={run / 'adapter'}", "--job_sess=job",
+        f"--model_name={one_layer}", f"--adapter_path={run / 'adapter'}", "--job_sess=job",
         f"--output_dir={tmp_path}", "--instruction_file=utils/syn_instruct.txt", "--top_p=0.95",
         "--prompt_style=uncond_generation", "--num_samples=6", "--max_seq_len=16",
         f"--engine={engine}", "--dtype=bfloat16",
