@@ -240,7 +240,7 @@ def _notice_waiting(
         if to_device != isinstance(source, PretendTensor):
             pinned = not to_device or getattr(source, "is_pretend_pinned", False)
             asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-            if source.dim() and not (pinned and asynchronous):
+            if not (pinned and asynchronous):
                 counts.wait("copy to the device" if to_device else "copy to the CPU")
     elif name in INDEXED and own:
         indices = [index for index in args[1] if index is not None]
