@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -252,7 +252,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     masks = row_masks(model, settings)
     if is_sharded:
         shard_base(model, device)
-    model.to(device)
+    model.to(device, non_blocking=True)
     language_model = LanguageModel(base)
 
     # Mechanism and optimizer.
@@ -684,28 +684,27 @@ def add_own_share(
     A microbatch is added once it has passed as a whole, so running out of memory while it passes
     leaves the sum as it was; running out of it later ends the share.
     """
-    mechanism, data = run.mechanism, run.data["train"]
+    mechanism = run.mechanism
     share = Share(torch.zeros(2, device=run.device))
     total.zero_()
 
     def attempt(part: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
         # Without privacy a pass that failed has left some gradients.
         run.optimizer.zero_grad()
-        batch = data.collate(
-            part.examples, run.pad_id, run.device, rows=part.rows, tokens=part.tokens
-        )
+        batch = whole_batch if part is whole else tensors_of(run, "train", part)
         max_seq_len = run.settings.max_seq_len
         return pass_microbatch(mechanism, run.language_model, max_seq_len, part.examples, batch)
 
-    for microbatch in microbatches:
+    for microbatch in batches(run, "train", microbatches):
         if stop_asked(run, stop):
             break
         if microbatch is None:
             with mechanism.capture(np.zeros(1, dtype=np.int64)):
                 run.language_model.idle_pass()
             continue
+        whole, whole_batch = microbatch
         try:
-            for part, (sums, counts) in halving.passes(microbatch, attempt):
+            for part, (sums, counts) in halving.passes(whole, attempt):
                 share.norms.append(mechanism.add(total))
                 share.losses += torch.stack([sums.nansum(), counts.sum()])
                 share.rows += len(part.examples)
@@ -733,6 +732,26 @@ def own_microbatches(
     own = ranks[run.accelerator.process_index]
     idle = max(map(len, ranks)) - len(own) if run.is_sharded else 0
     return [*own, *[None] * idle]
+
+
+def batches(
+    run: Run, split: str, microbatches: list[Microbatch | None]
+) -> Iterator[tuple[Microbatch, dict[str, torch.Tensor]] | None]:
+    """Microbatches with their tensors, which are on their way to the device one pass ahead."""
+    ahead = (
+        None if part is None else (part, tensors_of(run, split, part)) for part in microbatches
+    )
+    following = next(ahead, None)
+    for _ in microbatches:
+        current, following = following, next(ahead, None)
+        yield current
+
+
+def tensors_of(run: Run, split: str, part: Microbatch) -> dict[str, torch.Tensor]:
+    """A microbatch of a split, on the device."""
+    return run.data[split].collate(
+        part.examples, run.pad_id, run.device, rows=part.rows, tokens=part.tokens
+    )
 
 
 def pass_microbatch(
@@ -816,14 +835,14 @@ def validation_loss(
     language_model = run.language_model
     language_model.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
-    for microbatch in microbatches:
+    for microbatch in batches(run, "val", microbatches):
         if stop_asked(run, stop):
             sums[2] = 1
             break
         if microbatch is None:
             language_model.example_losses(language_model.public_batch(1))
             continue
-        batch = run.data["val"].collate(microbatch.examples, 0, run.device)
+        _, batch = microbatch
         losses, counts = language_model.example_losses(batch)
         sums[0] += losses.sum()
         sums[1] += counts.sum()

@@ -85,9 +85,6 @@ def require_same_settings(settings: Settings) -> None:
     write_json(file, given)
 
 
-Item = TypeVar("Item")
-
-
 def side_by_side(jobs: int, step: Callable[[Item], None], items: Sequence[Item]) -> None:
     """A step for every item, so many at once, each on its share of the cores."""
     cores = sorted(sched_getaffinity(0))

@@ -61,15 +61,17 @@ def clipped_sum(
         module._forward_hooks.clear()
     gradients = PerExampleGradients(model)
     language_model = LanguageModel(model.get_base_model())
-    total = torch.zeros(gradients.num_parameters)
+    device = next(model.parameters()).device
+    total = torch.zeros(gradients.num_parameters, device=device)
     indices = np.arange(len(data)) if indices is None else indices
     norms = torch.zeros(len(data))
     for part in cut_microbatches(indices, data.lengths, budget)[0]:
         microbatch = part.examples
         with gradients.capture(len(microbatch)):
-            sums, counts = language_model.example_losses(data.collate(microbatch, pad_id=0))
+            batch = data.collate(microbatch, pad_id=0, device=device)
+            sums, counts = language_model.example_losses(batch)
             normalise(sums, counts, normalization, max_seq_len).sum().backward()
-        norms[microbatch] = gradients.add_clipped_sum(total, clip_norm, clip_function)
+        norms[microbatch] = gradients.add_clipped_sum(total, clip_norm, clip_function).cpu()
     return total, norms[indices]
 
 

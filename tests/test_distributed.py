@@ -320,3 +320,17 @@ def test_adapters_that_differ_between_ranks_stop_the_job(monkeypatch):
     tensors["b"][1] = torch.finfo(torch.float32).smallest_normal
     with pytest.raises(RuntimeError, match=r"ranks \[2\] differ"):
         distributed.require_same_tensors(tensors)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_loss"),
+    [
+        (torch.distributed.DistBackendError("no words"), True),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1."), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), False),
+        (RuntimeError("q_proj was used twice in one forward pass"), False),
+    ],
+)
+def test_the_loss_of_a_rank_is_known_by_what_it_says(error, is_loss):
+    assert distributed.is_loss_of_a_rank(error) == is_loss

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from scipy import stats
 from privacy_checks.tiny_model import tiny_llama
 from utils.cli import UsageError
 from utils.folders import names_in
-from utils.sampling import engines
+from utils.sampling import continuous, engines
 from utils.sampling.decoding import Completion, Decoding, Request
 from utils.sampling.engines import complete, fitting_batch_size
 from utils.sampling.shards import (
@@ -288,10 +289,43 @@ def test_logits_that_are_no_numbers_end_it_in_a_line(engine, decoding):
         tokens_of(engine, model, random_requests(5), decoding)
 
 
-def test_the_model_keeps_its_attention(model):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_model_is_as_it_was(engine, model):
+    before = model.config._attn_implementation, model.generation_config
+    tokens_of(engine, model, random_requests(2), SAMPLING)
+    assert (model.config._attn_implementation, model.generation_config) == before
+
+
+def test_attention_that_an_engine_exchanges_while_it_begins_is_put_back(model, monkeypatch):
+    begin = type(model).init_continuous_batching
+
+    def exchanging(self, *given, **options):
+        self.set_attn_implementation("eager")
+        return begin(self, *given, **options)
+
+    monkeypatch.setattr(type(model), "init_continuous_batching", exchanging)
     before = model.config._attn_implementation
     tokens_of("continuous", model, random_requests(2), SAMPLING)
-    assert model.config._attn_implementation == before
+    assert model.config._attn_implementation == before != "eager"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "fix"),
+    [
+        (torch.bfloat16, (8, 0), "pip install flash-attn"),
+        (torch.bfloat16, (7, 5), "compute capability 8.0 or more"),
+        (torch.float32, (9, 0), "it takes bfloat16"),
+    ],
+)
+def test_a_gpu_without_flash_attention_says_so(dtype, capability, fix, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    model = SimpleNamespace(config=config, device=torch.device("cuda", 0), dtype=dtype)
+    continuous._choose_attention(model)
+    assert fix in capsys.readouterr().err
+    config._attn_implementation = "flash_attention_2"
+    continuous._choose_attention(model)
+    assert not capsys.readouterr().err
 
 
 def test_too_little_memory_is_said_in_a_line(model):

@@ -4,13 +4,14 @@ Everything here works on sums of clipped per-example gradients, flattened into o
 over all trainable tensors. The division by the public batch size is the caller's, in one place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from utils.cli import UsageError
+from utils.devices import to_device
 from utils.secure_random import SecureRandom, grid_spacing, round_to_grid
 
 AUTOMATIC_CLIPPING_STABILITY = 0.01
@@ -137,7 +138,6 @@ class PerExampleGradients:
                 )
             layer.register_forward_hook(self._make_hook(name))
         self.num_parameters = sum(tensor.numel() for tensor in self.parameters.values())
-        self._anchor = torch.zeros((), requires_grad=True)
         self._num_examples = 0
         self._captured: dict[str, _Instantiated | _Pair] = {}
 
@@ -145,8 +145,9 @@ class PerExampleGradients:
         def hook(_module: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor):
             if not self._num_examples:
                 return None
-            anchor = self._anchor.to(output.device)
-            return _Tap.apply(output, inputs[0], anchor, lambda x, g: self._deposit(name, x, g))
+            return _Tap.apply(
+                output, inputs[0], self._anchor, lambda x, g: self._deposit(name, x, g)
+            )
 
         return hook
 
@@ -175,6 +176,9 @@ class PerExampleGradients:
         """
         self._num_examples = num_examples
         self._captured.clear()
+        # One for all layers, made on their device: a copy from the CPU would wait for it.
+        device = next(iter(self.parameters.values())).device
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
         for tensor in self.parameters.values():
             tensor.requires_grad_(False)
         try:
@@ -186,6 +190,7 @@ class PerExampleGradients:
         missing = [name for name in self.parameters if name not in self._captured]
         if missing:
             raise RuntimeError(f"no per-example gradient for {missing[0]} ({len(missing)} in all)")
+        settle(self._captured.values())
 
     @torch.no_grad()
     def of_example(self, place: int) -> torch.Tensor:
@@ -280,15 +285,20 @@ class _Pair:
 
     "Book-keeping" (Bu et al., 2023, "Differentially Private Optimization on Large Model at Small
     Cost"): the backward pass is not repeated with the clip factors. Examples whose terms cancel
-    are instantiated all the same: what is added is then what was measured, to the last bit.
+    are instantiated all the same, by `settle`: what is added is then what was measured, to the last
+    bit.
     """
 
     def __init__(self, inputs: torch.Tensor, output_gradients: torch.Tensor):
         self.inputs, self.output_gradients = inputs, output_gradients
-        self.norms, cancelled = ghost_norms(inputs, output_gradients)
-        self.apart = cancelled.nonzero().flatten()
-        self.exact = _Instantiated(inputs[self.apart], output_gradients[self.apart])
-        self.norms[self.apart] = self.exact.norms
+        self.norms, self.cancelled = ghost_norms(inputs, output_gradients)
+        self.exact: _Instantiated | None = None
+
+    def instantiate(self, apart: torch.Tensor) -> None:
+        """Instantiate the examples at the places `apart`, int64 on the device."""
+        self.apart = apart
+        self.exact = _Instantiated(self.inputs[apart], self.output_gradients[apart])
+        self.norms[apart] = self.exact.norms
 
     def of_example(self, place: int) -> torch.Tensor:
         return self.output_gradients[place].t() @ self.inputs[place]
@@ -299,8 +309,9 @@ class _Pair:
         self.output_gradients = self.output_gradients.masked_fill(examples[:, None, None], 0.0)
 
     def add_weighted_sum(self, total: torch.Tensor, factors: torch.Tensor) -> None:
-        self.exact.add_weighted_sum(total, factors[self.apart])
-        factors = factors.index_fill(0, self.apart, 0.0)
+        if self.exact:
+            self.exact.add_weighted_sum(total, factors[self.apart])
+            factors = factors.index_fill(0, self.apart, 0.0)
         factors = factors.repeat_interleave(self.inputs.shape[1]).unsqueeze(1)
         inputs, gradients = self.inputs.flatten(0, 1), self.output_gradients.flatten(0, 1)
         # The wider of the two comes last: the other way round takes BLAS up to eight times longer.
@@ -308,6 +319,21 @@ class _Pair:
             total.add_(((inputs * factors).t() @ gradients).t())
         else:
             total.add_((gradients * factors).t() @ inputs)
+
+
+def settle(layers: Iterable[_Instantiated | _Pair]) -> None:
+    """Instantiate the examples of pairs whose terms cancel, wherever there are some.
+
+    Whether there are is asked of the device once, for all layers together.
+    """
+    pairs = [layer for layer in layers if isinstance(layer, _Pair)]
+    if not pairs:
+        return
+    cancelled = torch.stack([pair.cancelled for pair in pairs]).cpu()  # [layers, examples]
+    places = to_device(cancelled.nonzero()[:, 1], pairs[0].norms.device)
+    for pair, apart in zip(pairs, places.split(cancelled.sum(dim=1).tolist())):
+        if len(apart):
+            pair.instantiate(apart)
 
 
 class _Tap(torch.autograd.Function):

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.devices import to_device
+
 # The increment and the multipliers of SplitMix64 (Steele, Lea and Flood, 2014), as signed numbers.
 _GAMMA, _FIRST, _SECOND = (
     value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -67,7 +69,7 @@ class RowDropout(nn.Module):
         examples, tokens, features = inputs.shape
         if examples != len(self._masks.rows):
             raise RuntimeError(f"{examples} examples pass, masks are of {len(self._masks.rows)}")
-        seeds = torch.tensor(self._masks.seeds(self._layer), device=inputs.device)
+        seeds = to_device(torch.tensor(self._masks.seeds(self._layer)), inputs.device)
         return inputs * (kept(seeds, tokens, features, self.p) / (1 - self.p)).to(inputs.dtype)
 
 

@@ -1,9 +1,10 @@
 """A causal language model cut into decoder and head, for per-example losses."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel, masking_utils
 
 from utils.cli import UsageError, say
 from utils.dp_utils import PerExampleGradients
@@ -73,7 +74,8 @@ class LanguageModel:
 
     def _decode(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         part = self.model if self._own_head else self.model.base_model
-        return part(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+        with _no_packed_rows():
+            return part(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._own_head:
@@ -97,6 +99,21 @@ class LanguageModel:
         parts = self._head(self._decode(ids, None)).float()
         self.model.train(training)
         return torch.allclose(own, parts, rtol=1e-4, atol=1e-4 * own.abs().max().item())
+
+
+@contextmanager
+def _no_packed_rows() -> Iterator[None]:
+    """A pass in which each row is one text.
+
+    Without a mask transformers looks, in every pass, at whether positions begin anew within a row:
+    a GPU would be waited for only to learn that they never do.
+    """
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def require_coverage(gradients: PerExampleGradients, language_model: LanguageModel) -> None:

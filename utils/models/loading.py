@@ -32,12 +32,22 @@ def quiet_libraries() -> None:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The base model's dtype; `auto` is bfloat16 on GPUs that have it and float32 elsewhere."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    """The base model's dtype; `auto` is bfloat16 on GPUs that have it and float32 elsewhere.
+
+    Raises:
+        UsageError: bfloat16 on a GPU that only emulates it.
+    """
+    # What is emulated is said to be supported, unless one asks for what the GPU has.
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"
+    if name == "bfloat16" and not has_bfloat16:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UsageError(
+            f"--dtype bfloat16: this GPU's compute capability is {major}.{minor}, below 8.0: it "
+            "would emulate bfloat16, slowly and with other rounding; use --dtype float32"
+        )
+    return DTYPES[name]
 
 
 def share_cores(num_processes: int) -> None:

@@ -98,8 +98,10 @@ def example_losses(
     # The token at a position is predicted from the one before it, so position 0 has no loss.
     has_loss = (positions >= loss_starts[:, None]) & (positions < lengths[:, None])
     counts = has_loss.sum(dim=1)
+    # The one place where a GPU is waited for: from here on all shapes are known.
     sizes = counts.tolist()
-    states, targets = hidden[:, :-1][has_loss], input_ids[:, 1:][has_loss]
+    rows, places = has_loss.nonzero_static(size=sum(sizes)).unbind(dim=1)
+    states, targets = hidden[rows, places], input_ids[rows, places + 1]
     losses = token_losses(states, targets, sizes, head, vocabulary)
     return torch.stack([own.sum() for own in losses.split(sizes)]), counts
 

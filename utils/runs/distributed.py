@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from utils.cli import EXIT_USAGE, UsageError
+from utils.devices import has_usable_accelerator
 from utils.models.loading import share_cores
 from utils.runs.stopping import launched_by_accelerate
 
@@ -35,7 +36,7 @@ def make_accelerator(tracker: str | None, project_dir: Path) -> Accelerator:
         UsageError: the tracker's package is not installed.
     """
     # Without a GPU, processes find each other only where accelerate is told to use the CPU.
-    cpu = not torch.accelerator.is_available()
+    cpu = not has_usable_accelerator()
     if tracker and importlib.util.find_spec(tracker) is None:
         raise UsageError(f"--report_to {tracker}: pip install {tracker}")
     accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=project_dir)
@@ -135,4 +136,4 @@ def shard_base(model: PeftModel, device: torch.device) -> None:
 
 def is_loss_of_a_rank(error: Exception) -> bool:
     """Whether an error says that another process of the job is gone."""
-    return isinstance(error, DistError) or "gloo" in str(error)
+    return isinstance(error, DistError) or any(name in str(error) for name in ("gloo", "NCCL"))

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from utils.cli import UsageError
+from utils.cli import UsageError, say
 from utils.sampling.decoding import (
     Completion,
     Decoding,
@@ -55,6 +55,32 @@ def continuous_draw(seed: int, drawer: Drawer):
     return ContinuousDraw()
 
 
+def can_take_flash(model: PreTrainedModel) -> bool:
+    """Whether flash attention computes in this model's dtype, on its device."""
+    return (
+        model.device.type == "cuda"
+        and model.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(model.device) >= (8, 0)
+    )
+
+
+def _choose_attention(model: PreTrainedModel) -> None:
+    """Let each request see its own keys alone, or say what that takes."""
+    attention = model.config._attn_implementation
+    if attention == "sdpa" and model.device.type == "cpu":
+        AttentionInterface.register(RAGGED_SDPA, ragged_attention)
+        model.set_attn_implementation(RAGGED_SDPA)
+    elif "flash" not in attention and model.device.type == "cuda":
+        if can_take_flash(model):
+            fix = "pip install flash-attn (or kernels, which fetches it from the hub)"
+        else:
+            fix = "it takes bfloat16 on a GPU of compute capability 8.0 or more"
+        say(
+            "warning: no flash attention for --engine continuous, so each token is compared with "
+            f"the keys of all sequences; {fix}, or use --engine static"
+        )
+
+
 def continuous_engine(
     model: PreTrainedModel,
     requests: Iterable[Request],
@@ -73,7 +99,6 @@ def continuous_engine(
     )
 
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
-    model.generation_config = GenerationConfig()
     if model.device.type == "cuda":
         # Flash attention's decoding kernel takes pages of 256.
         page_size, max_requests = 256, REQUESTS_PER_SEQUENCE_ON_GPU * batch_size
@@ -85,6 +110,7 @@ def continuous_engine(
         max_batch_tokens=max(512, max_requests),
         max_requests_per_batch=max_requests,
         allow_block_sharing=False,
+        auto_switch_to_flash=can_take_flash(model),
     )
     manager = model.init_continuous_batching(
         GenerationConfig(do_sample=False), continuous_batching_config=config
@@ -94,10 +120,7 @@ def continuous_engine(
     manager.logit_processor = ContinuousBatchingLogitsProcessorList(processors)
     # Its one row of arguments; the list counts those of processors that it converts itself.
     manager.logit_processor.tensors_required = 1
-    attention = model.config._attn_implementation
-    if attention == "sdpa" and model.device.type == "cpu":
-        AttentionInterface.register(RAGGED_SDPA, ragged_attention)
-        model.set_attn_implementation(RAGGED_SDPA)
+    _choose_attention(model)
     try:
         manager.warmup()
     except MemoryError as error:
@@ -134,4 +157,3 @@ def continuous_engine(
             yield completion_of(int(result.request_id), result.generated_tokens, decoding.stop_ids)
     finally:
         manager.stop(hard_stop=True)
-        model.set_attn_implementation(attention)

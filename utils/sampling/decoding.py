@@ -9,9 +9,12 @@ every stop would keep the short texts, which are finished first, and redraw the 
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from utils.cli import UsageError
 
@@ -71,6 +74,22 @@ def completion_of(sample_id: int, tokens: list[int], stop_ids: frozenset[int]) -
         if token in stop_ids:
             return Completion(sample_id, tokens[:number], STOP)
     return Completion(sample_id, tokens, LENGTH)
+
+
+@contextmanager
+def own_settings_aside(model: PreTrainedModel) -> Iterator[None]:
+    """A block in which what a model brings along (its temperature, top-p, length) decides nothing.
+
+    Afterwards the model is as it was, and so is its attention, which an engine may exchange.
+    """
+    attention, generation_config = model.config._attn_implementation, model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = generation_config
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
 
 
 def uniform_bits(seed: int, sample: str, position: int) -> int:

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from typing import TypeAlias
 
@@ -24,6 +24,7 @@ from utils.sampling.decoding import (
     Drawer,
     Request,
     completion_of,
+    own_settings_aside,
     uniform_bits,
 )
 from utils.sampling.vllm_engine import ModelFolder, vllm_engine
@@ -68,8 +69,9 @@ def complete(
             else:
                 too_long.append(Completion(request.sample_id, [], PROMPT_TOO_LONG))
 
+    loaded = isinstance(model, PreTrainedModel)
     drawn = ENGINES[engine](model, fitting(), decoding, batch_size, should_stop)
-    with closing(drawn):
+    with own_settings_aside(model) if loaded else nullcontext(), closing(drawn):
         for completion in drawn:
             yield completion
             while too_long:
@@ -137,8 +139,6 @@ def static_engine(
     batches_sorted_together: int = 64,
 ) -> Generator[Completion, None, None]:
     """`generate` on left-padded batches of prompts of similar length."""
-    # What a model brings along (its own temperature, top-p, length) decides nothing here.
-    model.generation_config = GenerationConfig()
     drawer = Drawer(decoding, model.device)
     requests = iter(requests)
     while pool := list(islice(requests, batch_size * batches_sorted_together)):

@@ -69,6 +69,8 @@ class TokenisedExamples:
         """
         import torch
 
+        from utils.devices import to_device
+
         rows = rows or len(indices)
         lengths, loss_starts = np.zeros((2, rows), dtype=np.int64)
         lengths[: len(indices)] = self.lengths[indices]
@@ -80,7 +82,7 @@ class TokenisedExamples:
         input_ids = np.full(is_token.shape, pad_id, dtype=np.int64)
         input_ids[is_token] = self.ids[(offsets[:, None] + positions)[is_token]]
         arrays = {"input_ids": input_ids, "lengths": lengths, "loss_starts": loss_starts}
-        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        return {name: to_device(torch.from_numpy(a), device) for name, a in arrays.items()}
 
 
 # Rows that are tokenised, and written, at once.
