@@ -331,8 +331,8 @@ def placed_answers(folder: Path) -> Iterator[tuple[int, dict]]:
             record["instruction_sha256"] = record.pop("id")
         if not _is_record(record):
             raise UsageError(
-                f"{folder} is missing or not what annotate writes: {path.name}, line {number} is no "
-                f"answer; restore it, or {REMEDY}"
+                f"{folder} is missing or not what annotate writes: {path.name}, line {number} is "
+                f"no answer; restore it, or {REMEDY}"
             )
         yield place, record
 
