@@ -599,7 +599,7 @@ def test_samples_of_an_adapter_that_is_not_covered_are_refused(folders, capsys):
 def test_annotated_instructions_that_may_be_private_are_refused(folders, capsys):
     record = next(read_jsonl("annotations/answers.jsonl"))
     with JsonlAppender("annotations/answers.jsonl") as file:
-        file.append([record | {"id": "x", "instruction": PRIVATE_QUESTION}])
+        file.append([record | {"instruction_sha256": "0" * 64, "instruction": PRIVATE_QUESTION}])
     assert "1 of 9 instructions are in none of" in refused([*folders, "--output", "out"], capsys)
     page, _ = page_of(folders, "--internal")
     assert PRIVATE_QUESTION in page

@@ -183,9 +183,9 @@ def test_a_microbatch_waits_three_times_for_the_gpu_however_many_layers(
 ):
     tiny.save_tiny_model(tmp_path / "model", num_hidden_layers=layers)
     seen, ends, steps = [], [], []
-    original, assign = train.add_microbatch, train.assign_gradient
+    original, assign = train.pass_microbatch, train.assign_gradient
 
-    def add_microbatch(*given):
+    def pass_microbatch(*given):
         result = original(*given)
         ends.append((len(steps), len(seen)))
         return result
@@ -194,14 +194,14 @@ def test_a_microbatch_waits_three_times_for_the_gpu_however_many_layers(
         steps.append(len(seen))
         return assign(*given)
 
-    monkeypatch.setattr(train, "add_microbatch", add_microbatch)
+    monkeypatch.setattr(train, "pass_microbatch", pass_microbatch)
     monkeypatch.setattr(train, "assign_gradient", assign_gradient)
     monkeypatch.setattr(train, "probed", lambda *given: (given[3], Numerics(0.0, "nothing")))
     more = ("--target_modules=all-linear", "--lora_r=64", *SHORT)
     with waiting_noticed(seen):
         argv = flags(str(tmp_path / "model"), data, tmp_path, "--no_eval_at_start", *more)
         assert in_process(train.main, argv) == EXIT_OK
-    # From the end of one microbatch to the end of the next of the same step.
+    # From the end of one pass to the end of the next of the same step, what is added between them.
     waited = [
         Counter(seen[first:last])
         for (step, first), (same_step, last) in zip(ends, ends[1:])

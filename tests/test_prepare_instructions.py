@@ -213,7 +213,7 @@ def test_what_is_kept_and_dropped_is_counted_and_called_private(prepare, capsys)
               w[-1].endswith("%")}  # fmt: skip
     assert counts == {"kept": 1, "empty": 2, "no answer": 1, "no owner": 1, "not English": 2}
     (shown,) = [line for line in table if line.startswith("  instruction: ")]
-    assert shown == "  instruction: a " + "b" * 158 + "..."
+    assert shown == "  instruction: a\ufffd" + "b" * 158 + "..."
     assert "--unit_column user --max_rows_per_unit K --prompt_style vicuna" in table[-1]
 
 

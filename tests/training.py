@@ -46,7 +46,7 @@ def flags(model: str, dataset: str, output_dir: Path, *more: str, dp: bool = Tru
         f"--dataset_name={dataset}", f"--model_name={model}", f"--output_dir={output_dir}",
         "--job_sess=job", "--prompt_style=uncond_generation", "--max_seq_len=32", "--total_bs=8",
         "--perdevice_bs=2", "--num_epochs=1", "--lr=0.01", "--loss_normalization=tokens",
-        "--lora_dropout=0", "--save_steps=3", *(private if dp else []), *more,
+        "--lora_dropout=0", "--save_steps=3", *(private if dp else ["--eps=-1"]), *more,
     ]  # fmt: skip
 
 

@@ -80,47 +80,58 @@ def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-class _Lasting(io.FileIO):
+class _Lasting(io.TextIOWrapper):
     """A standard stream that outlives its reader: what nobody can read any more goes nowhere.
 
+    Errors are met here and not below, in a class of the raw stream: an interrupt there would come
+    between a write and its being noted, and the text would be written twice.
+
     Args:
-        descriptor: of the stream, which stays open.
+        stream: a pipe's (such as to `head`), or a terminal's; its descriptor stays open.
         product: whether it carries what a command makes, of which a full disk must not keep a part.
     """
 
-    def __init__(self, descriptor: int, product: bool):
-        super().__init__(descriptor, "w", closefd=False)
+    def __init__(self, stream: TextIO, product: bool):
+        super().__init__(
+            io.BufferedWriter(io.FileIO(stream.fileno(), "w", closefd=False)),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=getattr(stream, "line_buffering", False),
+            write_through=getattr(stream, "write_through", False),
+        )
         self._product = product
 
-    # Any: what may be written, a buffer, has no name of its own before Python 3.12.
-    def write(self, data: Any, /) -> int:
+    def write(self, text: str, /) -> int:
         try:
-            return super().write(data)
+            return super().write(text)
         except OSError as error:
-            if self._product and error.errno not in _READER_GONE:
-                raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
-            return memoryview(data).nbytes
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if self._product and error.errno not in _READER_GONE:
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
 
 
 def _lasting(stream: TextIO | None, *, product: bool) -> TextIO:
-    """A standard stream whose reader may go: a pipe's (such as `head`), or a terminal's."""
+    """A standard stream whose reader may go."""
     if stream is None:  # closed before the command began
         return open(os.devnull, "w")
     try:
-        raw = _Lasting(stream.fileno(), product)
+        lasting = _Lasting(stream, product)
     except (OSError, ValueError):  # no file, as in a test
         return stream
     stream.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw),
-        encoding=stream.encoding,
-        errors=stream.errors,
-        line_buffering=getattr(stream, "line_buffering", False),
-        write_through=getattr(stream, "write_through", False),
-    )
+    return lasting
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
