@@ -8,6 +8,7 @@ import torch
 
 import utils.runs.checkpointing
 from tests.faults import on_small_disk
+from tests.training import run_process
 from utils.cli import UsageError
 from utils.runs.checkpointing import (
     ADAPTER_FILE,
@@ -148,3 +149,20 @@ def test_a_disk_that_is_full_at_any_point_costs_the_new_checkpoint_alone(tmp_pat
     *full, last = finished.stdout.splitlines()
     assert full == [f"{room} 28 ['step-000001'] 1" for room in (0, 8, 100, 250, 400, 590)]
     assert last == "2"
+
+
+def test_an_optimizer_that_the_disk_does_not_take_whole_is_no_checkpoint(tmp_path):
+    """Not even where there is room for what is written after it."""
+    script = """
+import resource, sys
+import torch
+from utils.runs.checkpointing import load_last_good, save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    optimizer = {"moments": torch.zeros(100_000)}
+    save_checkpoint(sys.argv[1], 1, {"a": torch.nn.Parameter(torch.zeros(9))}, optimizer, {}, keep=2)
+except OSError as error:
+    print(error.errno, load_last_good(sys.argv[1]))
+"""
+    finished = run_process("-c", script, str(tmp_path))
+    assert finished.stdout == f"{errno.EFBIG} None\n", finished.stderr
