@@ -160,7 +160,8 @@ from utils.runs.checkpointing import load_last_good, save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     optimizer = {"moments": torch.zeros(100_000)}
-    save_checkpoint(sys.argv[1], 1, {"a": torch.nn.Parameter(torch.zeros(9))}, optimizer, {}, keep=2)
+    weights = {"a": torch.nn.Parameter(torch.zeros(9))}
+    save_checkpoint(sys.argv[1], 1, weights, optimizer, {}, keep=2)
 except OSError as error:
     print(error.errno, load_last_good(sys.argv[1]))
 """
