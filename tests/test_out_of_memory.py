@@ -107,7 +107,9 @@ def undisturbed(data, tiny_model_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("units", [False, True], ids=["rows", "units"])
-@pytest.mark.parametrize("where", ["forward", "backward", "at random"])
+@pytest.mark.parametrize(
+    "where", ["forward", "backward", pytest.param("at random", marks=pytest.mark.slow)]
+)
 def test_every_drawn_row_is_added_once_whatever_runs_out(
     monkeypatch, tmp_path, data, tiny_model_dir, undisturbed, where, units
 ):

@@ -81,6 +81,11 @@ def run(tiny_model_dir, letters, tmp_path):
     return call
 
 
+def slow(value):
+    """A parameter for `pytest -m slow`."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def stepwise(calls):
     """A function that does as the next of `calls` each time; an exception among them is raised."""
     remaining = iter(calls)
@@ -221,7 +226,7 @@ def test_private_is_for_its_owner_alone_from_its_first_moment(run, private_modes
 TOKENISING = ("utils.texts.tokens.training_ids", "utils.texts.tokens.open_tokens")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 @pytest.mark.parametrize("target", [*TOKENISING, "train.load_base_model"])
 def test_a_signal_before_the_first_step_leaves_nothing(
     tiny_model_dir, letters, tmp_path, target, number
@@ -539,7 +544,7 @@ def test_kill_9_loses_nothing_but_steps_since_the_checkpoint(
         ("train.write_report", 2),  # it is in the ledger, and not in the report
     ],
 )
-@pytest.mark.parametrize("dp", [True, False])
+@pytest.mark.parametrize("dp", [True, slow(False)])
 def test_a_kill_at_the_end_is_repaired_by_the_same_command(
     run, tiny_model_dir, letters, tmp_path, capsys, target, call, dp
 ):
