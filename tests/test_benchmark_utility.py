@@ -39,6 +39,7 @@ def study(tiny_model_dir, tmp_path_factory):
         yield flags, json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_set_is_tuned_on_scored_and_paid_for(study):
     _, found = study
     assert found["sizes"]["private"] == len(TEXTS) - 30
@@ -64,6 +65,7 @@ def test_every_set_is_tuned_on_scored_and_paid_for(study):
     assert len({*losses, found["base"]["loss"]["value"]}) == len(losses) + 1
 
 
+@pytest.mark.slow
 def test_the_loose_accountant_buys_more_noise_for_the_same_claim(study):
     _, found = study
     sigma = {name: each["noise_multiplier"] for name, each in found["generators"].items()}
@@ -75,6 +77,7 @@ def test_the_loose_accountant_buys_more_noise_for_the_same_claim(study):
         assert found == pytest.approx(noise, abs=0.0015)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(study):
     flags, found = study
     before = len(ran)
@@ -85,6 +88,7 @@ def test_it_goes_on_where_it_was(study):
         utility.main([*flags, "--num_selected=9"])
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each(study):
     _, found = study
     lines = utility.table(found).splitlines()

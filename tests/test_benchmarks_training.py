@@ -38,6 +38,7 @@ def job(tmp_path):
     return Job("ours-dp", str(tmp_path), 2, 16, 1, 8, ["q_proj", "o_proj"], "float32", 1)
 
 
+@pytest.mark.slow
 def test_our_engines_are_measured_and_written(texts, tmp_path, capsys):
     arguments = ["--quick", "--dataset_name", texts, "--engines", *OURS, "--rounds", "1"]
     assert training.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0

@@ -85,7 +85,8 @@ def test_torn_lines_and_other_json_are_refused():
 
 
 def test_an_unknown_name_tells_what_was_tried_and_what_makes_data(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable HF_HUB_OFFLINE was read when the library was imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"tried data/nowhere.*prepare_chatbot_arena"):
         load_splits("nowhere")
 

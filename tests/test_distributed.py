@@ -187,7 +187,7 @@ def assert_same_sums(report, expected):
 
 
 @pytest.mark.parametrize("job", BATCHES)
-@pytest.mark.parametrize("processes", ["two", "four"])
+@pytest.mark.parametrize("processes", ["two", pytest.param("four", marks=pytest.mark.slow)])
 def test_any_number_of_processes_has_the_same_clipped_sums(request, alone, processes, job):
     assert_same_sums(request.getfixturevalue(processes) / f"{job}-0.npz", alone[job])
 
