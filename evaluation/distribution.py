@@ -27,7 +27,15 @@ from evaluation.measures import lexical
 from evaluation.measures.intervals import SEEDS, mean_and_spread
 from evaluation.measures.manifold import mean_similarity, nearest_similarity, overlap
 from evaluation.measures.mauve import mauve
-from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
+from evaluation.results import (
+    LENGTHS,
+    Chart,
+    Result,
+    Score,
+    require_new_result,
+    table,
+    write_result,
+)
 from resample_with_dp_histogram import embed
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, read_flags
@@ -223,7 +231,7 @@ def evaluate(sets: dict[str, TextSet], size: int, num_seeds: int, private: bool)
         scores=scores,
         charts=[
             Chart(
-                "Lengths of the texts", "words", "share of the texts at most as long",
+                LENGTHS, "words", "share of the texts at most as long",
                 {name: lexical.length_line(found.lengths) for name, found in sets.items()},
             )
         ],

@@ -43,7 +43,15 @@ from evaluation.measures.overlap import (
 )
 from evaluation.measures.personal_data import KINDS, find
 from evaluation.perplexity import example_losses
-from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
+from evaluation.results import (
+    PER_TEXTS,
+    Chart,
+    Result,
+    Score,
+    require_new_result,
+    table,
+    write_result,
+)
 from resample_with_dp_histogram.embed import DEFAULT_MODEL, embed_in_memory, load_model
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, natural_int, read_flags
@@ -64,7 +72,7 @@ TOOL = "memorisation"
 # Headings of --help.
 NEAREST, CANARIES = "nearest neighbours", "canaries"
 NGRAMS = (5, 8, 13)
-PER_TEXTS, MORE = " per 1,000 texts", ": more than by chance"
+MORE = ": more than by chance"
 # Nearest rows of which a training row and a held-out one are sought: one in 2^15 texts lacks one.
 NEIGHBOURS = 16
 # Padded tokens of canaries on the device at once.

@@ -19,12 +19,12 @@ import jinja2
 from markupsafe import Markup, escape
 
 from evaluation.page.material import Sources, collect
-from evaluation.page.printing import counted, markdown, one_line, plain, portable_word
+from evaluation.page.printing import counted, markdown, one_line, percent, plain, portable_word
 from evaluation.page.sections import Page
 from evaluation.results import PRIVATE_FOLDER, shown
 from privacy_checks.composition import ALLOW_ABOVE_TARGET, exit_code
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, natural_int, read_flags
+from utils.command_line.parser import command_line, flag, natural_int, read_flags
 from utils.files import write_atomic
 from utils.folders import claimed, private_folder
 
@@ -66,7 +66,8 @@ def write_page(settings: Settings) -> int:
     }
     for path in paths.values():
         require_replaceable(path, settings.overwrite)
-    page = Page(collect(settings), settings.num_shown)
+    own = command_line("evaluation.report", Settings, settings)
+    page = Page(collect(settings), settings.num_shown, own)
     if internal:
         private_folder(folder)
     for suffix, path in paths.items():
@@ -118,7 +119,7 @@ def environment(page: Page, suffix: str, escaped: Callable[[str], str]) -> jinja
     made.globals |= {"page": page, "blocks": f"blocks{suffix}.j2", "mark": MARK}
     # Python's format, such as {{ 0.5 | format(".3f") }}.
     made.filters |= {"format": format, "shown": shown, "word": portable_word}
-    made.filters |= {"counted": counted, "one_line": one_line}
+    made.filters |= {"counted": counted, "one_line": one_line, "percent": percent}
     return made
 
 

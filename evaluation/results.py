@@ -18,6 +18,10 @@ from utils.printable import printable
 from utils.versions import versions_of
 
 PRIVATE_FOLDER = "private"
+# Ends the names of counts of personal data.
+PER_TEXTS = " per 1,000 texts"
+# The title of the chart of which a page shows one.
+LENGTHS = "Lengths of the texts"
 VERSIONED = ("torch", "transformers", "numpy", "faiss-cpu", "sentence-transformers")
 
 

@@ -38,7 +38,7 @@ from resample_with_dp_histogram.embeddings import (
     write_identity,
 )
 from utils.cli import UsageError, in_one_line, run_cli, say
-from utils.command_line.parser import flag, parser_of
+from utils.command_line.parser import command_line, flag, parser_of
 from utils.files import fsync_folder, write_atomic, write_json
 from utils.folders import (
     locked,
@@ -115,6 +115,12 @@ def read_settings(argv: list[str] | None) -> Settings:
     return Settings(**vars(parser.parse_args(argv)))
 
 
+def command_of(settings: Settings) -> list[str]:
+    """The words of the command that `settings` are of."""
+    kind = "--private" if settings.private else "--synthetic"
+    return [*command_line("resample_with_dp_histogram.embed", _Flags, settings), kind]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = read_settings(argv)
     check_unit_flags(settings)
@@ -149,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
             "num_texts": len(texts),
             "dimensions": model.get_embedding_dimension(),
             "num_embedded": 0,
+            "commands": [command_of(settings)],
         }
         begin(folder, settings.private, manifest, units)
         devices = settings.devices or default_devices()

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, read_flags
+from utils.command_line.parser import command_line, flag, read_flags
 from utils.files import hashes_of, sha256_of, write_json
 from utils.folders import PREPARATION_FILE, claimed, whole_folder
 from utils.sampling.shards import Origin, origins
 from utils.texts.text_filters import comparison_form
 from utils.texts.text_inputs import FORMATS, files_of, read_entries
 
+EXTRACT = "resample_with_dp_histogram.extract"
 INSTRUCTIONS_FILE = "instructions.jsonl"
 EMPTY, TRUNCATED, DUPLICATE = "empty", "truncated", "duplicate"
 
@@ -74,6 +75,7 @@ def extract(settings: Settings) -> None:
         preparation = {"sources": settings.instructions, "kept": len(kept), "dropped": dropped}
         written = {INSTRUCTIONS_FILE: sha256_of(folder / INSTRUCTIONS_FILE)}
         preparation |= {"inputs_sha256": hashes, "outputs_sha256": written}
+        preparation["commands"] = [command_line(EXTRACT, Settings, settings)]
         write_json(folder / PREPARATION_FILE, preparation)
     say(f"wrote {output / INSTRUCTIONS_FILE}")
 

@@ -22,6 +22,7 @@ resampling_report.json. In private/ is the fingerprint of the private rows.
 """
 
 import io
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,13 @@ from resample_with_dp_histogram.selection import (
     total_variation,
 )
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, natural_int, positive_int, read_flags
+from utils.command_line.parser import (
+    command_line,
+    flag,
+    natural_int,
+    positive_int,
+    read_flags,
+)
 from utils.files import hashes_of, sha256_of, write_json
 from utils.folders import claimed, private_folder, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
@@ -231,13 +238,16 @@ def select(settings: Settings) -> None:
             offsets=clusters.offsets,
             synthetic_bins=synthetic_bins,
         )
+        embedded = [each.manifest.get("commands", []) for each in (synthetic, private)]
+        own = command_line("resample_with_dp_histogram.resample", Settings, settings)
         report |= {
+            "commands": [*itertools.chain(*embedded), own],
             "inputs_sha256": hashes_of(files_of(settings.synthetic_instructions, settings.split)),
             "outputs_sha256": {SELECTED_FILE: sha256_of(folder / SELECTED_FILE)},
         }
         write_json(folder / "resampling_report.json", report)
-        own = private_folder(folder / PRIVATE_FOLDER)
-        write_identity(own, private.manifest["texts_sha256"])
+        hidden = private_folder(folder / PRIVATE_FOLDER)
+        write_identity(hidden, private.manifest["texts_sha256"])
     say_end(output, ledger, report)
 
 

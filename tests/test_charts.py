@@ -105,3 +105,21 @@ def test_a_line_of_one_point_is_a_dot():
 def test_odd_texts_and_numbers_make_a_chart():
     lines = {"漢字 " + "long " * 30: [[0, float("nan")], [1, 1.0]], "empty": []}
     assert charts.line_chart(CHART | {"lines": lines}, "odd").startswith("<svg ")
+
+
+def test_ticks_of_whole_numbers_are_whole_and_legends_are_not_cut():
+    long = "everything that was sampled, " * 4
+    svg = charts.line_chart(CHART | {"lines": {long: [[0, 1.0], [3, 2.0]], "b": [[1, 1.0]]}}, "key")
+    texts = [text.strip() for text in Elements(svg).texts if text.strip()]
+    shown = " ".join(texts)
+    assert " ".join(long.split()) in shown
+    assert {"0", "1", "2", "3"} <= set(texts)
+    assert not {"0.5", "1.5", "2.5"} & set(texts[: texts.index("step")])
+    halves = charts.line_chart(CHART | {"lines": {"a": [[0.5, 1.0], [1.5, 2.0]]}}, "key")
+    assert "0.75" in Elements(halves).texts or "0.8" in Elements(halves).texts
+
+
+def test_a_boundary_is_drawn_where_it_is_and_named():
+    words = "run 2 begins"
+    assert words not in charts.line_chart(CHART, "key")
+    assert words in charts.line_chart(CHART | {"boundaries": {1: words}}, "key")

@@ -16,7 +16,7 @@ import pytest
 import inference
 from evaluation import report
 from evaluation.page import material
-from evaluation.page.printing import markdown
+from evaluation.page.printing import markdown, percent
 from evaluation.results import Result, Score, write_result
 from privacy_checks import composition
 from query_gpt35_for_annotation import annotate
@@ -244,16 +244,26 @@ def test_every_stage_is_there_with_its_numbers(folders):
         f"{extraction['kept']} distinct instructions kept",
         f"of {selection['selection']['pool']} over 4 bins",
         "asked 8 instructions: 8 ok; 80 prompt and 160 answer tokens; $0.0003",
-        f"to {selection['total_variation_to_private']['selected']:.3f} (0: equal",
-        "win rate, answers: 0.58 (0.49 to 0.66) with 0.5 for the control, n 1,234",
-        f"n {selection['selection']['pool']} and 8)",
+        f"{percent(selection['total_variation_to_private']['selected'])} of them would have to be",
+        "answers: a judge preferred its answers in 58% of 1,234 pairs (49% to 66%); 50% is a draw.",
+        f"Selecting 8 of {selection['selection']['pool']} synthetic texts",
         "not told apart from the control",
         "better than the control",
         "python -m privacy_checks.report outputs/instructions outputs/answers --histogram",
         "accelerate launch inference.py --model_name",
-        ANSWER,
+        "python -m resample_with_dp_histogram.extract --instructions inference_outputs/instruct",
+        "python -m resample_with_dp_histogram.resample --private_embeddings private_data --synth",
+        "python -m query_gpt35_for_annotation.annotate --instructions selected/selected.jsonl "
+        "--output annotations --max_tokens 64",
+        "python -m evaluation.report outputs/instructions outputs/answers --histogram",
+        "<h1>Synthetic instructions learnt from letters and labelled_letters</h1>",
+        "run 2 begins",
     ):
-        assert content in page, content
+        assert content in html.unescape(page), content
+    assert ANSWER in page
+    page, text = page_of(folders, "--overwrite", "--data_name", "our <support> letters")
+    assert "<h1>Synthetic instructions learnt from our &lt;support&gt; letters</h1>" in page
+    assert re.search(r"\nMade on \d+ \w+ 20\d\d", text)
 
 
 def test_the_internal_page_has_what_is_private_and_says_so(folders):

@@ -48,7 +48,11 @@ def test_shards_become_distinct_instructions_and_every_drop_is_counted(tmp_path,
             [*(tmp_path / f"shards/shard-{n}.jsonl" for n in range(3)), tmp_path / "more.txt"]
         ),
         "outputs_sha256": {"instructions.jsonl": sha256_of(tmp_path / "out/instructions.jsonl")},
-    }
+        "commands": [
+            ["python", "-m", "resample_with_dp_histogram.extract", "--instructions", *sources,
+             "--output", str(tmp_path / "out")]
+        ],
+    }  # fmt: skip
     assert "9 texts: 3 kept; dropped: 2 empty, 2 truncated, 2 duplicate" in capsys.readouterr().err
 
 

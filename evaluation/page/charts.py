@@ -24,7 +24,8 @@ SERIES = ("#f00001", "#f00002", "#f00003", "#f00004", "#f00005", "#f00006")
 # In addition to colour, so that lines differ without it.
 STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)))
 MARKS = ("o", "s", "^", "D", "v", "P")
-WIDTH, LINES_HEIGHT = 5.2, 3.3  # inches of 72 units
+WIDTH, LINES_HEIGHT, LINE_HEIGHT = 5.2, 3.1, 0.2  # inches of 72 units
+LEGEND_WIDTH, MOST_CHARACTERS = 52, 240
 FONT_SIZE = 10.5
 SETTINGS = {
     "svg.fonttype": "none", "font.size": FONT_SIZE, "axes.edgecolor": INK, "axes.labelcolor": INK,
@@ -41,28 +42,41 @@ def line_chart(chart: dict, key: str) -> str:
 
     Args:
         chart: the fields of `evaluation.results.Chart`; of the kind "marked", each line's points
-            have marks of their own.
+            have marks of their own. May have "boundaries": words by the x where they apply from.
         key: a name that no other chart of the page has.
 
     Returns:
         An `<svg>` element with a text alternative.
     """
     with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": key}):
-        figure = Figure(figsize=(WIDTH, LINES_HEIGHT), layout="constrained")
+        labels = [_wrapped(label, LEGEND_WIDTH) for label in chart["lines"]]
+        columns = 1 if max(map(len, labels), default=0) > LEGEND_WIDTH // 2 else 2
+        lines = sum(label.count("\n") + 1 for label in labels) / columns
+        figure = Figure(figsize=(WIDTH, LINES_HEIGHT + LINE_HEIGHT * lines), layout="constrained")
         axes = figure.subplots()
-        for number, (label, points) in enumerate(chart["lines"].items()):
+        for number, points in enumerate(chart["lines"].values()):
             x, y = zip(*points) if points else ((), ())
             axes.plot(
                 x, y, drawstyle="steps-mid" if chart["kind"] == "step" else "default",
                 color=SERIES[number % len(SERIES)], linestyle=STYLES[number % len(STYLES)],
                 marker=_mark(chart["kind"], number, len(points)), markersize=4.5,
-                label=_short(label),
+                label=labels[number],
             )  # fmt: skip
-        axes.set_xlabel(_short(chart["x_label"]))
-        axes.set_ylabel(_short(chart["y_label"], 36))
+        for x, words in chart.get("boundaries", {}).items():
+            axes.axvline(x, color=INK, linewidth=0.8, linestyle=":")
+            axes.annotate(
+                words, (x, 0), xycoords=("data", "axes fraction"), xytext=(4, 5),
+                textcoords="offset points", rotation=90, va="bottom",
+            )  # fmt: skip
+        axes.set_xlabel(_wrapped(chart["x_label"], 60))
+        axes.set_ylabel(_wrapped(chart["y_label"], 36))
         _tidy(axes)
-        if len(chart["lines"]) > 1:
-            figure.legend(loc="outside upper left", ncols=2, handlelength=2.4, columnspacing=1.2)
+        if all(float(x).is_integer() for points in chart["lines"].values() for x, _ in points):
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if len(labels) > 1:
+            figure.legend(
+                loc="outside upper left", ncols=columns, handlelength=2.4, columnspacing=1.2
+            )
         return _inline(figure, describe(chart))
 
 
@@ -133,9 +147,14 @@ def _mark(kind: str, number: int, num_points: int) -> str | None:
     return "." if num_points == 1 else None
 
 
-def _short(text: str, width: int = 44) -> str:
+def _short(text: str, width: int) -> str:
     text = printable(text)
     return textwrap.shorten(text, width, placeholder=" …") if len(text) > width else text
+
+
+def _wrapped(text: str, width: int) -> str:
+    """The whole of a label, in as many lines as it needs; only an endless one is cut."""
+    return textwrap.fill(_short(text, MOST_CHARACTERS), width)
 
 
 def _tidy(axes: Axes, rows: bool = True) -> None:

@@ -168,6 +168,11 @@ class Sources:
     delta: float | None = flag(
         "the runs' if left out; needed where they differ", type=positive_float
     )
+    data_name: str | None = flag(
+        "what the private data are called on the page, in your own words; the names of the data "
+        "sets if left out",
+        metavar="WORDS",
+    )
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,7 @@ class Material:
 
     Attributes:
         composed: of `privacy_checks.composition.composed_report`.
+        data_name: what the private data are called.
         curve: epsilon over steps; empty without a guarantee.
         total_variation: delta at epsilon 0: a bound on how far one row can move the distribution
             of all outputs. None without a guarantee.
@@ -187,6 +193,7 @@ class Material:
     ledgers: list[Path]
     runs: list[Training]
     synthetic_runs: list[Training]
+    data_name: str = ""
     curve: list[dict] = field(default_factory=list)
     total_variation: float | None = None
     samples: list[Samples] = field(default_factory=list)
@@ -215,7 +222,7 @@ def collect(sources: Sources) -> Material:
                 "private rows; name it before the flags, as a RUN"
             )
     composed = composed_report(sources.run, ledgers, sources.delta)
-    material = Material(internal, composed, ledgers, runs, synthetic_runs)
+    material = Material(internal, composed, ledgers, runs, synthetic_runs, data_name(sources, runs))
     if composed["guarantee"]:
         events = events_of(composed["mechanisms"])
         variation = compute_delta(events, 0.0, ADD_REMOVE)
@@ -249,6 +256,14 @@ def collect(sources: Sources) -> Material:
         results=[each for path in sources.evaluations for each in read_folder(path, internal)],
         real=read_instructions(str(sources.real), sources.split) if sources.real else [],
     )
+
+
+def data_name(sources: Sources, runs: list[Training]) -> str:
+    """What the private data are called: as their owner says, or by the data sets' last names."""
+    if sources.data_name:
+        return sources.data_name
+    names = [Path(str(run.arguments.get("dataset_name"))).name for run in runs]
+    return " and ".join(dict.fromkeys(names))
 
 
 def links_of(
@@ -392,7 +407,13 @@ def read_extraction(folder: Path) -> dict:
     """Read how many texts `resample_with_dp_histogram.extract` kept and dropped."""
     found = read_object(folder / PREPARATION_FILE, "extract", kept=int, dropped=dict)
     with damage_named(folder / PREPARATION_FILE, "extract"):
-        return found | {"dropped": {str(why): int(n) for why, n in found["dropped"].items()}}
+        dropped = {str(why): int(n) for why, n in found["dropped"].items()}
+        return found | {"dropped": dropped, "commands": commands_of(found)}
+
+
+def commands_of(record: dict) -> list[list[str]]:
+    """The words of the commands that made a folder; earlier versions kept none."""
+    return [list(map(str, words)) for words in record.get("commands", [])]
 
 
 def read_selection(folder: Path, ledgers: Sequence[Path]) -> Selection:
@@ -421,6 +442,7 @@ def read_selection(folder: Path, ledgers: Sequence[Path]) -> Selection:
         if not all(0 < len(each) == len(histograms["private"]) for each in histograms.values()):
             raise ValueError
         texts = [str(row["instruction"]) for row in read_jsonl(folder / SELECTED_FILE)]
+        report |= {"commands": commands_of(report)}
     return Selection(folder, report, histograms, texts)
 
 

@@ -71,3 +71,8 @@ def one_line(text: Markup) -> Markup:
 def counted(numbers: dict[str, int]) -> str:
     """How many there are of each, for a sentence."""
     return ", ".join(f"{number:,} {what}" for what, number in numbers.items())
+
+
+def percent(share: float) -> str:
+    """A share in hundredths, to three digits."""
+    return f"{100 * share:.3g}%"

@@ -2,7 +2,8 @@
 
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,18 +13,25 @@ import numpy as np
 from markupsafe import Markup
 
 from evaluation.page import charts
-from evaluation.page.material import Material, Samples, Selection
+from evaluation.page.material import Annotations, Material, Samples, Selection
 from evaluation.page.printing import Verbatim, portable, portable_word
-from evaluation.results import interval
+from evaluation.results import LENGTHS, PER_TEXTS, interval, shown
 from privacy_checks.composition import curve_by_run
+from query_gpt35_for_annotation.job import MAX_TOKENS_NAMES, VENDOR_URL, JobSettings
 from utils.command_line.parser import parser_of, to_argv
 from utils.command_line.sampling_flags import SamplingSettings
 from utils.privacy.guarantee import claim, conditions, exception, name_of_unit
+from utils.versions import toolkit_commit
 
 # The section of a tool's results; each other tool has one of its own.
 SECTIONS = {
     "distribution": "close", "perplexity": "better", "judge": "better", "memorisation": "leak",
 }  # fmt: skip
+TRAIN, ANNOTATE = "accelerate launch train.py", "python -m query_gpt35_for_annotation.annotate"
+# Names of scores that answer a question, the first one first.
+HEADLINES = (
+    "MAUVE", "gain on the base model per token (nats)", "win rate", "exact duplicates, share",
+)  # fmt: skip
 # Odds before, for which the odds after are given.
 PRIORS = (0.5, 0.1, 0.01)
 # Above it the bound on the odds of the worst case says little by itself.
@@ -48,15 +56,31 @@ class Page:
 
     Attributes:
         num_shown: texts of each kind.
+        own_command: the words of the command that makes the page.
     """
 
     material: Material
     num_shown: int
+    own_command: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
+        """What was made of which data, in words."""
+        samples = self.material.samples
+        made = "Synthetic instructions" if any(not each.prompted for each in samples) else "A model"
+        return f"{made} learnt from {self.material.data_name}"
+
+    @property
+    def released(self) -> str:
         """The runs' names."""
         return " and ".join(portable_word(run.folder) for run in self.material.runs)
+
+    @cached_property
+    def origin(self) -> str:
+        """When the page was made, and by which commit."""
+        today, commit = datetime.now(UTC), toolkit_commit()
+        made = f"Made on {today.day} {today:%B %Y}"
+        return f"{made} by commit {commit} of the toolkit" if commit else made
 
     @cached_property
     def sections(self) -> list[str]:
@@ -67,9 +91,16 @@ class Page:
         hidden = any(samples.hidden for samples in self.material.samples)
         filled |= {"texts"} if self.text_sets or self.answers or self.annotated or hidden else set()
         questions = ["close", "better", "leak", "texts", *self.tools]
-        shown = [key for key in questions if key in filled or key == "better"]
+        found = [key for key in questions if key in filled]
         covered = self.guarantee or self.material.internal
-        return ["guarantee", *(shown if covered else []), "pipeline", "reproduce"]
+        return ["guarantee", *(found if covered else []), "pipeline", "reproduce"]
+
+    @property
+    def cards(self) -> list[str]:
+        """Keys of the sections that have an answer in short."""
+        answered = {finding["section"] for finding in self.findings} | {"guarantee", "leak"}
+        answered |= {"close"} if self.material.selection else set()
+        return [key for key in self.sections if key in answered]
 
     # -------------------------------------------------------------------- the guarantee
 
@@ -105,9 +136,12 @@ class Page:
         runs = curve_by_run(composed, self.material.curve)
         # Numbered, since what is portable of two paths may be the same.
         names = [f"{n}. {portable_word(Path(run))}" for n, run in enumerate(runs, start=1)]
+        starts = [points[0][0] for points in runs.values() if points]
+        boundaries = {step: f"run {n} begins" for n, step in enumerate(starts, start=1) if n > 1}
         curve = {
             "title": "Privacy spent over training, run after run",
             "x_label": "logical steps", "y_label": f"epsilon at delta {delta}", "kind": "marked",
+            "boundaries": boundaries,
             "lines": dict(zip(names if len(runs) > 1 else ["epsilon"], runs.values())),
         }  # fmt: skip
         return {
@@ -150,15 +184,30 @@ class Page:
                 | {"n_in_words": "not on record" if score["n"] is None else f"{score['n']:,}"}
                 for score in result["scores"]
             ]
-            compared = [score for score in scores if score["control"] is not None]
             own = {
                 "section": section[result["tool"]],
                 "scores": scores,
-                "headline": next(iter(compared or scores), None),
-                "charts": result_charts(result, number),
+                "headline": headline(scores),
+                "charts": result_charts(result, number, self.longest_chart == number),
+                **personal_data(scores),
             }
             found.append(result | own)
         return found
+
+    @cached_property
+    def longest_chart(self) -> int | None:
+        """The result that shows the lengths of more sets of texts than the page itself can.
+
+        One chart of lengths is enough; None where it is the page's own.
+        """
+        sets = {
+            number: len(chart["lines"])
+            for number, result in enumerate(self.material.results)
+            for chart in result["charts"]
+            if chart["title"] == LENGTHS
+        }
+        best = max(sets, key=lambda number: sets[number], default=None)
+        return best if best is not None and sets[best] > len(self.text_sets) else None
 
     @cached_property
     def losses(self) -> list[Chart]:
@@ -182,10 +231,12 @@ class Page:
     @cached_property
     def text_sets(self) -> dict[str, list[str]]:
         """The sets of texts of the instructions, by what they are called on the page."""
+        drawn = [samples for samples in self.material.samples if not samples.prompted]
         sets = {
-            f"synthetic, {portable_word(samples.folder)}": [each["text"] for each in samples.shown]
-            for samples in self.material.samples
-            if not samples.prompted
+            f"synthetic, {portable_word(samples.folder)}" if len(drawn) > 1 else "synthetic": [
+                each["text"] for each in samples.shown
+            ]
+            for samples in drawn
         }
         if self.material.selection:
             sets["selected"] = self.material.selection.texts
@@ -196,7 +247,8 @@ class Page:
     def closeness(self) -> list[Chart]:
         """Topics before and after the selection, and lengths."""
         found = [topics_chart(self.material.selection)] if self.material.selection else []
-        return found + ([lengths_chart(self.text_sets)] if self.text_sets else [])
+        own = self.text_sets and self.longest_chart is None
+        return found + ([lengths_chart(self.text_sets)] if own else [])
 
     @property
     def lengths(self) -> list[list[str]]:
@@ -252,15 +304,22 @@ class Page:
     def commands(self) -> list[str]:
         """What was run, as far as it is on record, and what checks the guarantee."""
         material = self.material
-        runs = material.runs + material.synthetic_runs
-        lines = [command("accelerate launch train.py", run.argv[1:]) for run in runs]
+        lines = [command(TRAIN, run.argv[1:]) for run in material.runs]
         for samples in material.samples:
             lines.append(command("accelerate launch inference.py", sampling_argv(samples)))
+        records = [material.extraction, material.selection and material.selection.report]
+        for words in (words for record in records for words in (record or {}).get("commands", [])):
+            lines.append(command("", words))
+        if material.annotations:
+            lines.append(command(ANNOTATE, annotation_argv(material.annotations)))
+        for run in material.synthetic_runs:
+            lines.append(command(TRAIN, run.argv[1:]))
         for result in material.results:
             lines.append(command(f"python -m evaluation.{result['tool']}", result["argv"][1:]))
         check = [str(run.folder) for run in material.runs]
         check += ["--histogram", *map(str, material.ledgers)] if material.ledgers else []
         lines.append(command("python -m privacy_checks.report", check))
+        lines.append(command("", self.own_command))
         return list(dict.fromkeys(lines))
 
     @property
@@ -308,6 +367,25 @@ def odds(epsilon: float) -> list[tuple[str, str]]:
     return rows
 
 
+def headline(scores: list[dict]) -> dict | None:
+    """The score that answers the section's question."""
+    compared = [score for score in scores if score["control"] is not None] or scores
+    known = [score for name in HEADLINES for score in compared if score["name"] == name]
+    return next(iter(known or compared), None)
+
+
+def personal_data(scores: list[dict]) -> dict[str, list[str]]:
+    """What was found of personal data, with how many there are in 1,000 texts, and what was not."""
+    kinds = [score for score in scores if score["name"].endswith(PER_TEXTS)]
+    name = {score["name"]: score["name"].removesuffix(PER_TEXTS) for score in kinds}
+    return {
+        "found": [
+            f"{shown(each['value'])} {name[each['name']]}" for each in kinds if each["value"]
+        ],
+        "not_found": [name[each["name"]] for each in kinds if not each["value"]],
+    }
+
+
 def spread(score: dict) -> str:
     """A score's interval; none of a single example, which is in every draw."""
     alone = score["n"] == 1 and score["low"] == score["high"]
@@ -329,11 +407,12 @@ def reading(score: dict) -> str:
 # ------------------------------------------------------------------------ charts and texts
 
 
-def result_charts(result: dict, number: int) -> list[Chart]:
+def result_charts(result: dict, number: int, with_lengths: bool) -> list[Chart]:
     """Scores of one name that have intervals and can be compared, and the result's own charts.
 
     Args:
         number: of the result on the page.
+        with_lengths: whether its chart of lengths is the one that the page shows.
     """
     control, found = portable(result["control"]), []
     scores = [score | {"subject": portable(score["subject"])} for score in result["scores"]]
@@ -344,6 +423,8 @@ def result_charts(result: dict, number: int) -> list[Chart]:
             svg = Markup(charts.score_chart(name, same, control, f"scores-{number}-{place}"))
             found.append(Chart(name, svg, charts.describe_scores(name, same, control)))
     for place, chart in enumerate(result["charts"]):
+        if chart["title"] == LENGTHS and not with_lengths:
+            continue
         words = {key: portable(chart[key]) for key in ("title", "x_label", "y_label")}
         lines = {portable(label): points for label, points in chart["lines"].items()}
         found.append(line_chart(chart | words | {"lines": lines}, f"result-{number}-{place}"))
@@ -366,7 +447,7 @@ def lengths_chart(sets: dict[str, list[str]]) -> Chart:
         shares = np.histogram(np.minimum(each, longest), edges)[0] / len(each)
         lines[name] = list(zip(middles.tolist(), shares.tolist()))
     chart = {
-        "title": "Lengths of the texts", "x_label": "characters", "y_label": "share of the texts",
+        "title": LENGTHS, "x_label": "characters", "y_label": "share of the texts",
         "kind": "step", "lines": lines,
     }  # fmt: skip
     return line_chart(chart, "lengths")
@@ -412,6 +493,21 @@ def cut(text: str) -> Verbatim:
 def command(program: str, words: list) -> str:
     """A line for a shell, without this machine's paths."""
     return portable(shlex.join([*program.split(), *map(portable_word, words)]))
+
+
+def annotation_argv(annotations: Annotations) -> list[str]:
+    """Flags that answers were asked with; the address of a server of one's own is left out."""
+    manifest, parser = annotations.manifest, parser_of(JobSettings, "")
+    asked = dict(manifest["decoding"])
+    for name in MAX_TOKENS_NAMES[1:]:
+        if name in asked:
+            asked |= {"max_tokens": asked[name], "max_tokens_parameter": name}
+    files = " ".join(manifest.get("inputs_sha256", {}))
+    own = [f"--instructions={files}", f"--output={annotations.folder}"]
+    given = vars(parser.parse_args(own)) | asked | {"model": manifest["model"]}
+    if manifest["base_url"] != VENDOR_URL:
+        given["base_url"] = "BASE_URL"
+    return to_argv(parser, SimpleNamespace(**given))
 
 
 def sampling_argv(samples: Samples) -> list[str]:

@@ -86,8 +86,10 @@ def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
         value = getattr(settings, action.dest, action.default)
         if action.dest == "help" or (value == action.default and not action.required):
             continue
-        flag = action.option_strings[0]
-        if action.nargs == 0:
+        flag = next(iter(action.option_strings), None)
+        if flag is None:  # what stands before the flags
+            argv = [*map(str, value), *argv]
+        elif action.nargs == 0:
             argv.append(flag)
         elif action.nargs == "+":
             argv += [flag, *map(str, value)]
@@ -96,6 +98,17 @@ def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
             # A value that begins with a dash would be read as a flag.
             argv += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return argv
+
+
+def command_line(module: str, flags: type, settings: object) -> list[str]:
+    """The words of a command that does the same again, for its record.
+
+    Args:
+        module: which python runs.
+        flags: the dataclass that makes its parser.
+        settings: its values.
+    """
+    return ["python", "-m", module, *to_argv(parser_of(flags, ""), settings)]
 
 
 def job_name(text: str) -> str:
