@@ -96,13 +96,14 @@ class Page:
     @cached_property
     def guarantee(self) -> dict | None:
         """The figures of the guarantee; None without one."""
-        composed = self.material.composed
+        material, composed = self.material, self.material.composed
         if not composed["guarantee"]:
             return None
+        unit = name_of_unit(composed).replace("example", "row")
         (bounds,) = composed["epsilon"].values()
         (other_deltas,) = composed["epsilon_at_other_deltas"].values()
         epsilon, delta = bounds["upper"], f"{composed['delta']:g}"
-        runs = curve_by_run(composed, self.material.curve)
+        runs = curve_by_run(composed, material.curve)
         # Numbered, since what is portable of two paths may be the same.
         names = [f"{n}. {portable_word(Path(run))}" for n, run in enumerate(runs, start=1)]
         curve = {
@@ -116,14 +117,14 @@ class Page:
             "is_large": epsilon > LARGE_EPSILON,
             "delta": delta,
             "claim": claim(composed),
-            "conditions": conditions(composed),
+            "conditions": [best_catch(material.catch_rates, unit), *conditions(composed)],
             "accountant": bounds["accountant"],
-            "guess": best_guess(self.material),
+            "guess": best_guess(material),
             "factor": factor(epsilon),
             "odds": odds(epsilon),
-            "unit": name_of_unit(composed).replace("example", "row"),
+            "unit": unit,
             "exception": exception(composed),
-            "num_histograms": len(composed["mechanisms"]) - len(self.material.runs),
+            "num_histograms": len(composed["mechanisms"]) - len(material.runs),
             "other_deltas": other_deltas,
             "rows_of_one_person": composed["rows_of_one_person"],
             "curve": line_chart(curve, "epsilon"),
@@ -288,6 +289,19 @@ def best_guess(material: Material) -> str:
     if material.total_variation is None:
         raise ValueError("without a guarantee no guess is bounded")
     return f"{math.ceil((1 + material.total_variation) / 2 * 1e4) / 100:g}%"
+
+
+def best_catch(rates: dict[float, float], unit: str) -> str:
+    """How many of the units that were in the data an attack finds at most, in a sentence.
+
+    Args:
+        rates: see `Material.catch_rates`.
+    """
+    bounds = [
+        f"{math.ceil(rate * 1e4) / 100:g}% at a false-alarm rate of {alarms * 100:g}%"
+        for alarms, rate in rates.items()
+    ]
+    return f"Of the {unit}s that were in the data no attack finds more than {', '.join(bounds)}."
 
 
 def factor(epsilon: float) -> str:
