@@ -11,6 +11,7 @@ from evaluation import report
 from evaluation.page import sections
 from evaluation.page.material import Material, Samples
 from evaluation.page.printing import one_line
+from evaluation.results import Result, Score
 from utils.privacy.accounting import SampledGaussian, compute_delta
 
 
@@ -32,6 +33,28 @@ def test_the_bound_on_a_guess_is_that_of_the_best_test():
     material = Material(True, {}, [], [], [], total_variation=variation)
     best = 0.5 * (1 + math.erf(1 / (2 * sigma) / math.sqrt(2)))
     assert best <= float(sections.best_guess(material).rstrip("%")) / 100 <= best + 1e-4
+
+
+def test_what_an_attack_finds_is_rounded_up():
+    told = sections.best_catch({0.001: 0.01201, 0.01: 0.09705}, "person")
+    assert told == (
+        "Of the persons that were in the data no attack finds more than 1.21% at a false-alarm "
+        "rate of 0.1%, 9.71% at a false-alarm rate of 1%."
+    )
+
+
+def test_the_headline_of_copies_is_how_many_there_are():
+    """The first figure; of other results the first that has a control."""
+
+    def headline(tool: str) -> str:
+        scores = [vars(Score("share", "texts", 1.0)), vars(Score("more", "texts", 0.1, control=0))]
+        result = vars(Result(tool, "", True, "", [], "chance")) | {"scores": scores, "charts": []}
+        material = Material(True, {"guarantee": False}, [], [], [], results=[result])
+        (finding,) = sections.Page(material, 0).findings
+        return finding["headline"]["name"]
+
+    assert headline("memorisation") == "share"
+    assert headline("perplexity") == "more"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import train
 from privacy_checks.composition import composed_report
 from privacy_checks.tiny_model import save_tiny_model
 from tests.faults import Terminal, on_small_disk
+from tests.helpers import slow
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.training import (
@@ -80,11 +81,6 @@ def run(tiny_model_dir, letters, tmp_path):
         return tmp_path / output / "job"
 
     return call
-
-
-def slow(value):
-    """A parameter for `pytest -m slow`."""
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def stepwise(calls):

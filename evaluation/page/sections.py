@@ -151,7 +151,9 @@ class Page:
                 | {"n_in_words": "not on record" if score["n"] is None else f"{score['n']:,}"}
                 for score in result["scores"]
             ]
-            compared = [score for score in scores if score["control"] is not None]
+            # Of copies, how many there are says more than how many more there are than by chance.
+            counts_copies = result["tool"] == "memorisation" and result["private"]
+            compared = [] if counts_copies else [s for s in scores if s["control"] is not None]
             own = {
                 "section": section[result["tool"]],
                 "scores": scores,
