@@ -963,6 +963,8 @@ def say_start(run: Run) -> None:
     num_examples = run.mechanism.num_examples
     say(f"{num_parameters:,} trainable parameters, {num_examples:,} examples, {run.steps:,} steps")
     say(run.mechanism.describe())
+    if "val" not in run.data:
+        say("no validation split: no loss on rows that are held out will be known")
     if run.first_step:
         say(f"continuing {run.folder} after step {run.first_step:,}")
 
