@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from evaluation import report
 from evaluation.page import sections
-from evaluation.page.material import Material, Samples
+from evaluation.page.material import Material, Samples, Training
 from evaluation.page.printing import one_line
 from evaluation.results import Result, Score
 from utils.privacy.accounting import SampledGaussian, compute_delta
@@ -70,10 +70,39 @@ def test_the_headline_of_copies_is_how_many_there_are():
     ],
 )
 def test_a_score_is_read_by_its_interval(value, better, reading):
-    score = {"value": value, "low": value - 0.1, "high": value + 0.1, "control": 0.5}
+    score = {"value": value, "low": value - 0.1, "high": value + 0.1, "control": 0.5, "n": 100}
     assert sections.reading(score | {"better": better}) == reading
     for missing in ("control", "low"):
         assert sections.reading(score | {"better": better, missing: None}) == ""
+
+
+@pytest.mark.parametrize(
+    ("better", "value", "reading"),
+    [
+        ("higher", 0.9, "too few texts"),
+        ("lower", 0.1, "too few texts"),
+        ("lower", 0.5, "too few texts"),
+        ("lower", 0.9, "worse than the control"),
+    ],
+)
+def test_few_texts_decide_nothing_but_that_there_is_a_leak(better, value, reading):
+    score = {"value": value, "low": value - 0.1, "high": value + 0.1, "control": 0.5, "n": 27}
+    assert sections.reading(score | {"better": better}) == reading
+
+
+@pytest.mark.parametrize(
+    ("data", "title"),
+    [
+        (["data/quickstart_instructions", "labelled_quickstart"], "a and b (a demonstration)"),
+        (["data/quickstart_instructions", "mine"], "a and b"),
+    ],
+)
+def test_the_quick_starts_page_is_called_a_demonstration(data, title):
+    runs = [
+        Training(Path(folder), {"dataset_name": name}, [], {}, None, None, [])
+        for folder, name in zip("ab", data)
+    ]
+    assert sections.Page(Material(False, {}, [], runs, []), 0).title == title
 
 
 def test_a_single_example_has_no_interval():

@@ -26,6 +26,10 @@ SECTIONS = {
 }  # fmt: skip
 # Odds before, for which the odds after are given.
 PRIORS = (0.5, 0.1, 0.01)
+# What fewer texts do not show may be there all the same.
+LEAST_TEXTS = 100
+# Of the data that `data/prepare_quickstart.py` makes.
+QUICKSTART = ("quickstart_instructions", "labelled_quickstart", "labelled_quickstart_synthetic")
 # Above it the bound on the odds of the worst case says little by itself.
 LARGE_EPSILON = 3
 LENGTH_BINS, SHOWN_CHARACTERS = 24, 700
@@ -55,8 +59,10 @@ class Page:
 
     @property
     def title(self) -> str:
-        """The runs' names."""
-        return " and ".join(portable_word(run.folder) for run in self.material.runs)
+        """The runs' names, and whether they are the quick start's, which are too small for more."""
+        names = " and ".join(portable_word(run.folder) for run in self.material.runs)
+        data = {Path(str(run.arguments.get("dataset_name"))).name for run in self.material.runs}
+        return f"{names} (a demonstration)" if data <= {*QUICKSTART} else names
 
     @cached_property
     def sections(self) -> list[str]:
@@ -331,10 +337,16 @@ def spread(score: dict) -> str:
 
 
 def reading(score: dict) -> str:
-    """A score against its control, as far as its interval tells them apart."""
+    """A score against its control, as far as its interval tells them apart, and its texts do.
+
+    A figure that is better the lower it is tells of a leak however few texts show it.
+    """
     control = score["control"]
     if control is None or score["low"] is None or score["high"] is None:
         return ""
+    shows_leak = score["better"] == "lower" and score["low"] > control
+    if score["n"] is not None and score["n"] < LEAST_TEXTS and not shows_leak:
+        return "too few texts"
     if score["low"] <= control <= score["high"]:
         return "not told apart from the control"
     above = score["value"] > control
