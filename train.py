@@ -910,7 +910,8 @@ def finish(run: Run, step: int, stopped_by: str) -> None:
     """
     if run.is_main:
         canaries = {"canaries": run.settings.canaries.num_rows}
-        report = run.mechanism.report(step) | canaries | {ADAPTER_HASH: None}
+        # Of a finished run whose adapter was moved away, the report names the one on record.
+        report = run.mechanism.report(step) | canaries | {ADAPTER_HASH: run.mechanism.adapter}
         write_report(run.folder, report)
         if step == run.steps:
             sha256 = save_adapter(run, report)
@@ -929,6 +930,9 @@ def save_adapter(run: Run, report: dict) -> str:
     """Write the adapter, its model card and its training style, in one piece; returns its hash.
 
     One that is on record already stays as it is: another version of PEFT writes another one.
+
+    Raises:
+        UsageError: the one on record is not there, and what is written now differs from it.
     """
     settings, final = run.settings, run.folder / "adapter"
     if final.exists() and run.mechanism.adapter == adapter_sha256(final):
@@ -946,6 +950,8 @@ def save_adapter(run: Run, report: dict) -> str:
         run.model.save_pretrained(temporary, save_embedding_layers=False)
         write_adapter_info(temporary, info)
         write_atomic(temporary / "README.md", card)
+        if run.mechanism.adapter:
+            run.mechanism.record_adapter(adapter_sha256(temporary))
     return adapter_sha256(final)
 
 
@@ -957,6 +963,8 @@ def say_start(run: Run) -> None:
     num_examples = run.mechanism.num_examples
     say(f"{num_parameters:,} trainable parameters, {num_examples:,} examples, {run.steps:,} steps")
     say(run.mechanism.describe())
+    if "val" not in run.data:
+        say("no validation split: no loss on rows that are held out will be known")
     if run.first_step:
         say(f"continuing {run.folder} after step {run.first_step:,}")
 

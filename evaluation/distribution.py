@@ -58,6 +58,8 @@ COMPARISONS = {
     MAUVE: "higher", "density": "", "precision": "higher", "recall": "higher", "coverage": "higher",
     SHARED: "higher", DIVERGENCE: "lower",
 }  # fmt: skip
+# Between 0 and 1, and so are the ends of their intervals.
+SHARES = {*COMPARISONS, "distinct-1", "distinct-2", "distinct-3"} - {"density"}
 
 COMPARISON_NOTES = [
     f"Precision: share of the texts near real ones; recall: share of the real texts near them "
@@ -261,6 +263,8 @@ def scores_of(
         if subject != REAL:
             mean, *ends = mean_and_spread(found)
             low, high = (None, None) if subject in fixed else ends
+            if name in SHARES and low is not None and high is not None:
+                low, high = max(0.0, low), min(1.0, high)
             better = COMPARISONS.get(name, "")
             scores.append(Score(name, subject, mean, low, high, control, better, counts[subject]))
     return scores

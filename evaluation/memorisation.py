@@ -4,10 +4,11 @@
         --private data/quickstart_instructions --held_out data/quickstart_instructions \\
         --embedding_model data/quickstart_embedder --output evaluation_outputs/mine
 
-Held-out rows are of the same source as the private ones and were never trained on, so whatever
-synthetic texts share with them is coincidence. Measured are exact copies, runs of words in common,
-nearest neighbours among embeddings, strings that look like personal data, and, with --run, how
-well the model of a run with --num_canaries knows their secrets.
+The first figure is the share of the synthetic texts that are copies or near copies of any private
+row. Held-out rows are of the same source as the private ones and were never trained on, so whatever
+synthetic texts share with as many of them is coincidence. Measured are copies, runs of words in
+common, nearest neighbours among embeddings, strings that look like personal data, and, with --run,
+how well the model of a run with --num_canaries knows their secrets.
 
 Figures that private or held-out rows went into go under OUTPUT/private. Counts of personal data in
 the synthetic texts, and canaries where the run has a guarantee, go to OUTPUT. What was found is
@@ -15,6 +16,7 @@ counted and never written.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from evaluation.measures.copies import LEAST_WORDS, NEAR, near_copies
 from evaluation.measures.exposure import exposure_by_chance, exposures, secrets_found
 from evaluation.measures.intervals import (
     BOOTSTRAP,
@@ -72,7 +75,7 @@ TOOL = "memorisation"
 # Headings of --help.
 NEAREST, CANARIES = "nearest neighbours", "canaries"
 NGRAMS = (5, 8, 13)
-MORE = ": more than by chance"
+SYNTHETIC, MORE = "synthetic texts", ": more than by chance"
 # Nearest rows of which a training row and a held-out one are sought: one in 2^15 texts lacks one.
 NEIGHBOURS = 16
 # Padded tokens of canaries on the device at once.
@@ -127,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = read_instructions(settings.held_out, settings.held_out_split)
     if training == held_out:
         raise UsageError("--private and --held_out are the same rows: nothing would be a control")
-    sets = {"synthetic texts": synthetic}
+    sets = {SYNTHETIC: synthetic}
     if settings.selected:
         sets["selected texts"] = read_instructions(settings.selected, settings.split)
     encoder = None if settings.no_embeddings else load_model(settings.embedding_model)
@@ -135,24 +138,30 @@ def main(argv: list[str] | None = None) -> None:
     reference = make_reference(training, held_out, settings.seed)
     texts, forms = distinct(synthetic)
     notes = [
+        f"a near copy has {LEAST_WORDS} words or more, and {NEAR:.0%} of the words of text and row "
+        "stand in both in one order",
         f"{len(texts):,} distinct synthetic texts (of {len(synthetic):,}), {len(training):,} "
         f"private and {len(held_out):,} held-out rows, compared in parts of {reference.size:,} "
-        "rows: figures are means over the parts of a set",
+        f"rows: figures {in_parts(reference)!r} are means over the parts of a set, and tell a leak "
+        "from chance; how much was copied the figures of any private row tell",
         "a leak is a figure that is more than by chance with its whole interval; the more rows are "
         "held out, the smaller the leak that shows",
     ]
     say("looking for copies and common runs of words")
-    scores, chart, run_notes = overlap_scores(texts, forms, reference)
+    sides = training, held_out
+    scores = copy_scores([comparison_form(text) for text in synthetic], sides, reference)
+    overlap, chart, run_notes = overlap_scores(texts, forms, reference)
+    scores += overlap
     notes += run_notes + [copies_note(forms, training, held_out)]
     if encoder:
-        sides, most = (training, held_out), settings.max_embedded
-        scores += neighbour_scores(texts, sides, encoder, most, settings.seed)
+        scores += neighbour_scores(texts, sides, encoder, settings.max_embedded, settings.seed)
     say("looking for personal data")
     found_in = {name: personal_data(rows) for name, rows in sets.items()}
-    scores += verbatim_scores(found_in["synthetic texts"], reference)
+    found_in_training = personal_data(training)
+    scores += verbatim_scores(found_in[SYNTHETIC], found_in_training, reference)
     released = [score for each in found_in.items() for score in personal_data_scores(*each)]
     controls = dict(zip(KINDS, personal_data_counts(personal_data(held_out)).mean(axis=0) * 1000))
-    for score in personal_data_scores("training rows", personal_data(training)) + released:
+    for score in personal_data_scores("training rows", found_in_training) + released:
         control = controls[score.name.removesuffix(PER_TEXTS)]
         scores.append(replace(score, control=float(control)))
     released_notes = ["what has no fixed form, such as names, is not counted as personal data"]
@@ -254,12 +263,81 @@ def compared(
 # ------------------------------------------------------------------------ shared rows
 
 
+def in_parts(reference: Reference) -> str:
+    """The subject of figures that are means over parts."""
+    return f"{SYNTHETIC}, by parts of {reference.size:,} rows"
+
+
+def copy_scores(
+    forms: list[str], sides: tuple[list[str], list[str]], reference: Reference
+) -> list[Score]:
+    """How many of the synthetic texts are copies of any private row, or of some of either set.
+
+    Args:
+        forms: of all synthetic texts, one for each time that it stands there; those without a word
+            are left out.
+        sides: training and held-out rows.
+    """
+    counts = Counter(form for form in forms if form)
+    known, times = list(counts), np.array(list(counts.values()))
+    training, held_out = ({comparison_form(row) for row in rows} - {""} for rows in sides)
+    rows = sorted(training | held_out)
+    texts, places = near_copies(known, rows)
+    is_training = np.array([row in training for row in rows])
+    is_near = np.zeros(len(known), dtype=bool)
+    is_near[texts[is_training[places]]] = True
+    is_equal = np.array([form in training for form in known])
+    lengths = np.array([form.count(" ") + 1 for form in known])
+    found_as: list[tuple[str, np.ndarray, int]] = [
+        ("copies or near copies of any private row, share", is_near, 1),
+        ("copies of any private row but for case and punctuation, share", is_equal, 1),
+    ]
+    own = [row for row in rows if row in training]
+    runs = list(islice(shared_runs(known, own, np.ones(len(own), np.uint64)), max(NGRAMS)))
+    for length in NGRAMS:
+        found = runs[length - 1] if length <= len(runs) else np.zeros(len(known))
+        name = f"texts that share {length} words in a row with any private row, of those as long"
+        if lengths.max() >= length:
+            found_as.append((f"{name}, share", found > 0, length))
+    of_any = f"{SYNTHETIC}, all {len(sides[0]):,} private rows"
+    scores = []
+    for name, is_found, least in found_as:
+        values = np.repeat(is_found, times * (lengths >= least)).astype(float)
+        interval = share_interval(values)
+        scores.append(Score(name, of_any, float(values.mean()), *interval, n=len(values)))
+
+    row_forms = [comparison_form(row) for row in reference.texts]
+    parts = exact_matches(keys(rows), keys(row_forms), reference.parts)
+    found_in = np.zeros(len(known), dtype=np.uint64)
+    np.bitwise_or.at(found_in, texts, parts[places])
+    number = min(reference.num_training, reference.num_held_out)
+
+    def shares(is_training: np.ndarray) -> tuple[float, float]:
+        """Of texts found in as many parts of what is named the training rows, and of the others."""
+        both = []
+        for named in (is_training, ~is_training):
+            some = np.bitwise_or.reduce(reference.bits[named][:number])
+            both.append(float(((found_in & some) > 0) @ times / times.sum()))
+        return both[0], both[1]
+
+    name = "copies or near copies of as many rows of either set, share"
+    of_some = f"{SYNTHETIC}, {number * reference.size:,} rows of either set"
+    value, control = shares(reference.is_training)
+    more = more_than_by_chance(lambda named: np.subtract(*shares(named)), reference.is_training)
+    n = int(times.sum())
+    return [
+        *scores,
+        Score(name, of_some, value, control=control, better="lower", n=n),
+        Score(name + MORE, of_some, *more, 0.0, "lower", n),
+    ]
+
+
 def overlap_scores(
     texts: list[str], forms: list[str], reference: Reference
 ) -> tuple[list[Score], Chart, list[str]]:
     """Copies and common runs of words, with the distribution of the latter and notes."""
     row_forms = [comparison_form(text) for text in reference.texts]
-    subject = "synthetic texts"
+    subject = in_parts(reference)
     scores, notes = [], []
     for name, ours, rows in (
         ("exact copies of a row, share", texts, reference.texts),
@@ -292,7 +370,7 @@ def overlap_scores(
             ("training rows", reference.is_training), ("held-out rows", ~reference.is_training),
         )
     }  # fmt: skip
-    title = "Runs of words that synthetic texts share"
+    title = f"Runs of words that synthetic texts share with {reference.size:,} rows"
     chart = Chart(title, "words in a row", "share of synthetic texts", lines, "step")
     return scores, chart, notes
 
@@ -398,19 +476,28 @@ def personal_data_scores(subject: str, found: list[Found]) -> list[Score]:
     return scores
 
 
-def verbatim_scores(synthetic: list[Found], reference: Reference) -> list[Score]:
+def verbatim_scores(
+    synthetic: list[Found], training: list[Found], reference: Reference
+) -> list[Score]:
     """How many of the strings in synthetic texts stand in rows too; none if there are none."""
     found_in = {string: 0 for strings in synthetic for _, string in strings}
     if not found_in:
         return []
+    known = {string for strings in training for _, string in strings}
     for text, part in zip(reference.texts, reference.parts.tolist()):
         for _, string in find(text):
             if string in found_in:
                 found_in[string] |= part
     parts = reference.shares(np.array(list(found_in.values()), dtype=np.uint64))
-    subject = f"{len(found_in):,} strings of synthetic texts"
-    name = "personal data that stands in a row verbatim, share"
-    return compared(name, subject, parts, reference, len(found_in))
+    copied = np.array([string in known for string in found_in], dtype=float)
+    name, subject = "personal data that stands in", f"{len(found_in):,} strings of {SYNTHETIC}"
+    of_any = Score(
+        f"{name} any private row verbatim, share", subject, float(copied.mean()),
+        *share_interval(copied), n=len(copied),
+    )  # fmt: skip
+    by_parts = f"{subject}, by parts of {reference.size:,} rows"
+    name = f"{name} a row verbatim, share"
+    return [of_any, *compared(name, by_parts, parts, reference, len(found_in))]
 
 
 # ------------------------------------------------------------------------ canaries

@@ -6,8 +6,9 @@
 
 Loss falls on the same tokens as in training: on every token of an instruction, or, for pairs, on
 the answer. `exp` of the loss per token is the perplexity. Merged models are models: name one as
---model_name. Held-out texts are private data unless --public says otherwise, so the figures go
-under OUTPUT/private.
+--model_name. Texts that the run of an adapter was trained on are refused, where its folder is here.
+Held-out texts are private data unless --public says otherwise, so the figures go under
+OUTPUT/private.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from utils.models.language_model import LanguageModel
 from utils.models.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
 from utils.runs.batching import cut_microbatches
-from utils.texts.data_sets import load_split
+from utils.runs.run_folder import private_identity_of
+from utils.texts.data_sets import find_dataset, load_split, rows_fingerprint
 from utils.texts.tokens import TokenisedExamples, tokenised
 
 TOOL = "perplexity"
@@ -61,6 +63,11 @@ def main(argv: list[str] | None = None) -> None:
         for notice in check_adapter(adapter, settings.prompt_style):
             say(f"warning: {notice}")
     rows = load_split(settings.dataset_name, settings.split)
+    place = find_dataset(settings.dataset_name)
+    if place and place.is_file():
+        say(f"{place} has no splits: all its rows are taken for held-out ones")
+    for adapter in settings.adapter_path:
+        require_unseen(rows["instruction"], adapter)
     rows = rows.select(range(min(len(rows), settings.num_rows)))
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model_name)
@@ -78,6 +85,35 @@ def main(argv: list[str] | None = None) -> None:
     result = compare(losses, settings.model_name, settings.public)
     write_result(settings.output, result, vars(settings))
     print(table(result))
+
+
+def require_unseen(texts: list[str], adapter: str) -> None:
+    """Refuse texts that the run of an adapter was trained on; say what cannot be known.
+
+    Args:
+        texts: of all rows of the split.
+        adapter: its folder, in that of its run.
+
+    Raises:
+        UsageError: they are the training rows, or more than half of them are among these.
+    """
+    known = private_identity_of(Path(adapter).resolve().parent)
+    place = known.get("dataset_name", "")
+    is_here = bool(place) and find_dataset(place) is not None
+    training = set(load_split(place, "train")["instruction"]) if is_here else set()
+    is_training_set = known.get("rows_fingerprint") == rows_fingerprint(texts)
+    seen = len(texts) if is_training_set else sum(text in training for text in texts)
+    if 2 * seen > len(texts):
+        raise UsageError(
+            f"--dataset_name: the run of {adapter} was trained on {seen:,} of these {len(texts):,} "
+            "texts, so they are not held out; name a split or a file that it did not read"
+        )
+    if seen:
+        say(f"{seen:,} of {len(texts):,} texts are among those that {adapter} was trained on")
+    elif not is_here:
+        say(
+            f"warning: the training data of {adapter} is not here, to tell that it saw no such text"
+        )
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from query_gpt35_for_annotation.job import (
     number_within,
     pending_instructions,
     read_job,
-    read_records,
+    read_outcomes,
 )
 from query_gpt35_for_annotation.rate_limits import RateBudget
 from query_gpt35_for_annotation.spending import Price, PriceSettings, Spending, estimate, price_of
@@ -336,12 +336,11 @@ def finish_job(job: Job, settings: RunSettings, usable: Callable[[dict], bool] =
 
 def print_estimate(job: Job, price: Price | None, limit: int | None) -> None:
     """The product of --dry_run, on stdout."""
-    records = read_records(job.folder)
-    check_folder(job, records)
-    lengths = [
-        record["usage"]["completion_tokens"] for record in records.values() if record["usage"]
-    ]
-    for line in estimate(pending_instructions(job, records, limit), job, price, lengths):
+    outcomes = read_outcomes(job.folder)
+    check_folder(job, outcomes)
+    found = (outcome["answer_tokens"] for outcome in outcomes.values())
+    lengths = [tokens for tokens in found if tokens is not None]
+    for line in estimate(pending_instructions(job, outcomes, limit), job, price, lengths):
         print(line)
 
 

@@ -98,13 +98,13 @@ class _TryAgain(Exception):
 
 
 class _Careful(openai.DefaultAsyncHttpxClient):
-    """Follows no redirect to another host, and reads no body without end."""
+    """Follows no redirect to another server, and reads no body without end."""
 
     async def send(self, request: Any, **options: Any) -> Any:
         """Send `request` and read the answer.
 
         Raises:
-            StopRun: a redirect to another host, or too many.
+            StopRun: a redirect to another server, or too many.
             _TryAgain: the body is too large.
         """
         options |= {"stream": True, "follow_redirects": False}
@@ -113,7 +113,7 @@ class _Careful(openai.DefaultAsyncHttpxClient):
             try:
                 if response.next_request is None:
                     return await self._whole(response)
-                request = self._same_host(request, response.next_request)
+                request = self._same_server(request, response.next_request)
             finally:
                 await response.aclose()
         raise StopRun(f"the server redirects {_MOST_REDIRECTS} times; name its own --base_url")
@@ -135,12 +135,15 @@ class _Careful(openai.DefaultAsyncHttpxClient):
         )
 
     @staticmethod
-    def _same_host(request: Any, following: Any) -> Any:
+    def _same_server(request: Any, following: Any) -> Any:
         old, new = request.url, following.url
-        if new.host != old.host or (old.scheme, new.scheme) == ("https", "http"):
+        # The usual port of a scheme is None: from http's to https' two ports mean one server.
+        usual = (old.scheme, old.port, new.scheme, new.port) == ("http", None, "https", None)
+        same = (old.scheme, old.port) == (new.scheme, new.port) or usual
+        if new.host != old.host or not same:
             raise StopRun(
-                f"the server redirects to {new.scheme}://{new.host}, which would get the "
-                "instructions and is not the --base_url; name that if you trust it"
+                f"the server redirects to {new.scheme}://{new.netloc.decode()}, which would get "
+                "the instructions and is not the --base_url; name that if you trust it"
             )
         return following
 

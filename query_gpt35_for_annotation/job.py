@@ -245,7 +245,7 @@ def check_folder(job: Job, records: dict[str, dict]) -> None:
     Instructions may be added and the server may move, so that what was paid for stays of use.
 
     Args:
-        records: those of `job.folder`.
+        records: those of `job.folder`, of which the status counts.
 
     Raises:
         UsageError: names each setting that differs, or counts the other instructions.
@@ -317,6 +317,26 @@ def read_records(folder: Path) -> dict[str, dict]:
     return {record["instruction_sha256"]: record for _, record in placed_answers(folder)}
 
 
+def read_outcomes(folder: Path) -> dict[str, dict]:
+    """Of the records of `read_records` the `status` and the `answer_tokens` alone (None: unknown).
+
+    Equal ones are one object, so that a million take 300 MB.
+
+    Raises:
+        UsageError: see `placed_answers`.
+    """
+    found: dict[str, dict] = {}
+    known: dict[tuple[str, int | None], dict] = {}
+    if answers_file(folder).exists():
+        for _, record in placed_answers(folder):
+            tokens = record["usage"]["completion_tokens"] if record["usage"] else None
+            outcome = {"status": record["status"], "answer_tokens": tokens}
+            found[record["instruction_sha256"]] = known.setdefault(
+                (record["status"], tokens), outcome
+            )
+    return found
+
+
 def placed_answers(folder: Path) -> Iterator[tuple[int, dict]]:
     """Every record in `folder`, after its place in the file, see `utils.files.placed_records`.
 
@@ -357,7 +377,7 @@ def is_done(record: dict) -> bool:
 
 
 def pending_instructions(job: Job, records: dict[str, dict], limit: int | None) -> Iterator[str]:
-    """The job's first `limit` instructions, without those that have an outcome."""
+    """The job's first `limit` instructions, without those whose record has an outcome."""
     done = {key for key, record in records.items() if is_done(record)}
     return (text for text in islice(job.instructions, limit) if instruction_id(text) not in done)
 

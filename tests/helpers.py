@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -13,6 +14,11 @@ from utils.models.lora import attach_lora
 from utils.models.losses import normalise
 from utils.runs.batching import cut_microbatches
 from utils.texts.tokens import TokenisedExamples
+
+
+def slow(*values):
+    """Parameters for `pytest -m slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def tiny_model(model_type, *, seed=0, **settings) -> PreTrainedModel:

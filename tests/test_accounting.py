@@ -23,6 +23,7 @@ from utils.privacy.accounting import (
     EpsilonClaim,
     SampledGaussian,
     calibrate_noise_multiplier,
+    catch_rates,
     compute_delta,
     compute_epsilon,
     epsilon_bounds,
@@ -648,3 +649,26 @@ print(time.process_time())
     assert (done.returncode, done.stderr) == (0, "")
     # About 1.9 s on an idle core; processor time, so that busy neighbours do not count.
     assert float(done.stdout) < 6
+
+
+# ---------------------------------------------------------------- attacks
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0, 8.0])
+@pytest.mark.parametrize("steps", [1, 9])
+def test_finds_of_a_gaussian_are_those_of_its_best_test(sigma, steps):
+    """At a false-alarm rate a the best test finds Phi(Phi^-1(a) + mu) (Dong, Roth and Su 2022)."""
+    alarms = [1e-4, 0.001, 0.01, 0.3]
+    found = catch_rates([SampledGaussian(1.0, sigma, steps)], alarms)
+    exact = norm.cdf(norm.ppf(alarms) + np.sqrt(steps) / sigma)
+    assert (found >= exact * (1 - 1e-9)).all()
+    assert (found <= exact * 1.002 + 1e-9).all()
+
+
+def test_finds_of_a_sampled_mechanism_are_bounded_by_its_attack():
+    """One step of a sampled Gaussian, attacked by thresholds on the sum."""
+    rate, sigma = 0.2, 0.7
+    (found,) = catch_rates([SampledGaussian(rate, sigma, 1)], [0.01])
+    threshold = norm.isf(0.01) * sigma
+    attack = rate * norm.sf((threshold - 1) / sigma) + (1 - rate) * 0.01
+    assert attack * (1 - 1e-9) <= found <= attack * 1.05

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 
 from query_gpt35_for_annotation import annotate
-from query_gpt35_for_annotation.job import Job, instruction_id, read_records
+from query_gpt35_for_annotation.job import Job, instruction_id, read_outcomes, read_records
 from query_gpt35_for_annotation.spending import Price, Spending
 from tests.annotation_server import KEY, MinuteLimit, Reply, Server, answer, completion, error
 from tests.json_lines import jsonl
@@ -473,6 +473,9 @@ def test_a_dry_run_estimates_and_sends_nothing(tmp_path, capsys):
         assert "at most, if each answer takes 50: 50,000 answer tokens, $0.08" in first
         run(tmp_path, server, 1000, limit=100)
         capsys.readouterr()
+        # Of a hundred answers an estimate holds what tells them apart, and no text.
+        outcomes = read_outcomes(tmp_path / "out").values()
+        assert (len(outcomes), len(set(map(id, outcomes)))) == (100, 1)
         annotate.main(command)
     likely = capsys.readouterr().out
     assert "900 instructions to ask" in likely

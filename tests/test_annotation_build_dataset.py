@@ -8,9 +8,10 @@ from datasets import DatasetDict, load_from_disk
 import generate_train_command
 from query_gpt35_for_annotation import build_dataset
 from query_gpt35_for_annotation.client import answer_record
+from query_gpt35_for_annotation.job import VENDOR_URL
 from tests.training import run_process
 from utils.cli import UsageError
-from utils.files import JsonlAppender
+from utils.files import JsonlAppender, write_json
 from utils.texts.data_sets import count_train_examples, load_splits
 
 LEFT_OUT = ("truncated", "refused", "empty", "failed", "unanswered")
@@ -155,3 +156,7 @@ def test_a_million_rows_take_less_than_a_gigabyte(tmp_path):
     assert len(load_from_disk(output)["train"]) == 900_000
     instructions = ("--instructions", tmp_path / "instructions.jsonl")
     assert megabytes("dry", *instructions, "--output", tmp_path / "new", "--dry_run") < 1024
+    decoding = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 1024}
+    manifest = {"model": "gpt-3.5-turbo", "base_url": VENDOR_URL, "decoding": decoding}
+    write_json(tmp_path / "answers" / "manifest.json", manifest)
+    assert megabytes("dry", *instructions, "--output", tmp_path / "answers", "--dry_run") < 1024

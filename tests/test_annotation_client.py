@@ -7,9 +7,16 @@ import re
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 
-from query_gpt35_for_annotation.client import Client, read_completion, retry_after_seconds
+from query_gpt35_for_annotation.client import (
+    Client,
+    StopRun,
+    _Careful,
+    read_completion,
+    retry_after_seconds,
+)
 from query_gpt35_for_annotation.job import Job
 from query_gpt35_for_annotation.rate_limits import RateBudget
 from query_gpt35_for_annotation.spending import BudgetReached, Price, Spending
@@ -310,14 +317,22 @@ def test_one_refused_instruction_is_no_refused_key():
 
 @pytest.mark.parametrize(
     ("place", "followed"),
-    [("{same}/v1/elsewhere", True), ("http://127.0.0.2:1/v1", False), ("//localhost/v1", False)],
+    [
+        ("{same}/v1/elsewhere", True),
+        ("http://127.0.0.2:1/v1", False),
+        ("//localhost/v1", False),
+        ("http://127.0.0.1:1/v1", False),
+        ("http://127.0.0.1/v1", False),
+        ("https{rest}/v1/elsewhere", False),
+    ],
 )
-def test_a_redirect_to_another_host_is_refused(place, followed):
+def test_a_redirect_to_another_server_is_refused(place, followed):
     def behave(request):
         if "elsewhere" in request.path:
             return answer(request)
         same = server.url.removesuffix("/v1")
-        return Reply({}, 307, {"location": place.format(same=same)})
+        rest = same.removeprefix("http")
+        return Reply({}, 307, {"location": place.format(same=same, rest=rest)})
 
     with Server(behave) as server:
         (record,), reason = ask(server, "q")
@@ -327,6 +342,17 @@ def test_a_redirect_to_another_host_is_refused(place, followed):
         assert len(server.requests) == 1
         assert "redirects to" in reason
         assert record["unmetered_attempts"] == 0
+
+
+def test_a_redirect_to_the_encrypted_form_of_one_server_is_followed():
+    """The usual ports of http and https differ, and are one server's; the way back is not taken."""
+    plain, encrypted = (
+        httpx2.Request("POST", f"{scheme}://a.b/v1") for scheme in ("http", "https")
+    )
+    assert _Careful._same_server(plain, encrypted) is encrypted
+    for old, new in ((encrypted, plain), (plain, httpx2.Request("POST", "https://a.b:8443/v1"))):
+        with pytest.raises(StopRun, match="redirects to"):
+            _Careful._same_server(old, new)
 
 
 def test_a_redirect_in_a_circle_ends():

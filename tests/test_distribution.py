@@ -303,3 +303,18 @@ def test_the_command_runs_with_an_encoder_on_odd_texts(tmp_path):
     assert "exact duplicates, share" in done.stdout
     _, scores = read(tmp_path / "out" / "distribution.json")
     assert scores["exact duplicates, share", "synthetic"]["value"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"), [("MAUVE", (0.9, 1.0)), ("distinct-2", (0.9, 1.0)), ("density", (0.9, 1.06))]
+)
+def test_the_interval_of_a_share_ends_at_one(name, ends):
+    values = [0.98 - 0.08, 0.98, 0.98 + 0.08] if name == "density" else [0.9, 1.0, 1.0, 1.0]
+    (score,) = distribution.scores_of(name, {"synthetic": values}, {"synthetic": 9}, set())
+    assert (score.low, score.high) == (pytest.approx(ends[0], abs=0.03), pytest.approx(ends[1]))
+
+
+def test_the_interval_of_a_share_does_not_begin_below_zero():
+    values = {"synthetic": [0.0, 0.0, 0.0, 0.1]}
+    (score,) = distribution.scores_of("recall", values, {"synthetic": 9}, set())
+    assert score.low == 0 < score.value < score.high

@@ -14,6 +14,7 @@ from evaluation.memorisation import (
     MORE,
     canary_scores,
     compared,
+    copy_scores,
     distinct,
     main,
     personal_data,
@@ -21,10 +22,12 @@ from evaluation.memorisation import (
     read_run,
 )
 from privacy_checks.tiny_model import save_tiny_model
+from tests.helpers import slow
 from tests.resampling import save_tiny_encoder
 from tests.training import flags, in_process, save_dataset
 from utils.cli import UsageError
 from utils.texts.canaries import secrets
+from utils.texts.text_filters import comparison_form
 
 NUM_HELD_OUT, NUM_TRAINING, NUM_SYNTHETIC, NUM_COPIES = 120, 130, 120, 60
 WORDS = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "um")]
@@ -191,6 +194,78 @@ def test_equal_sizes_are_what_makes_a_clean_set_clean(sets, tmp_path, monkeypatc
     monkeypatch.setattr(memorisation, "make_reference", lopsided)
     private, _ = measure(sets, "clean", tmp_path / "lopsided", "--no_embeddings")
     assert scores(private)[FIGURES[5] + MORE]["low"] > 0
+
+
+# ---------------------------------------------------------------- how much was copied
+
+NEAR_COPIES = "copies or near copies of any private row, share"
+AS_MANY = "copies or near copies of as many rows of either set, share"
+
+
+def edited(text: str) -> str:
+    """Other case and punctuation, and one word in eight another one."""
+    words = text.upper().replace(".", "").split()
+    return " ".join("Otherwise," if place % 8 == 3 else word for place, word in enumerate(words))
+
+
+@pytest.fixture(scope="module")
+def twelve_hundred():
+    return texts(1200, seed=11), texts(200, seed=12), texts(1000, seed=13)
+
+
+@pytest.mark.parametrize(
+    ("count", "edit"),
+    [
+        (1, None),
+        slow(10, None),
+        slow(100, None),
+        (1000, None),
+        slow(1, edited),
+        (10, edited),
+        (100, edited),
+        slow(1000, edited),
+    ],
+)
+def test_as_many_copies_are_read_back_as_were_planted(twelve_hundred, count, edit):
+    training, held_out, synthetic = twelve_hundred
+    planted = training[:count] if edit is None else list(map(edit, training[:count]))
+    reference = make_reference(training, held_out, seed=0)
+    found = copy_scores(
+        [comparison_form(text) for text in planted + synthetic[count:]],
+        (training, held_out),
+        reference,
+    )
+    headline, copies, *_ = found
+    assert (headline.name, headline.value, headline.n) == (NEAR_COPIES, count / 1000, 1000)
+    assert headline.low <= headline.value <= headline.high
+    assert copies.value == (0 if edit else count / 1000)
+    by_name = {score.name: score for score in found}
+    assert by_name[AS_MANY].control == 0
+    # As many rows as are held out are a part of the private ones, and so are their copies.
+    expected = count / 1000 * (reference.size * reference.num_held_out) / 1200
+    assert by_name[AS_MANY].value == pytest.approx(expected, abs=3 * np.sqrt(count) / 1000)
+    assert (by_name[AS_MANY + MORE].low > 0) == (by_name[AS_MANY].value > 0 and count > 10)
+
+
+def test_a_text_that_was_copied_many_times_counts_each_time(twelve_hundred):
+    training, held_out, synthetic = twelve_hundred
+    forms = list(map(comparison_form, [*[training[5]] * 90, *synthetic[:10], "..."]))
+    found = copy_scores(forms, (training, held_out), make_reference(training, held_out, seed=0))
+    assert [score.value for score in found[:2]] == [0.9, 0.9]
+
+
+def test_the_first_figure_is_of_any_private_row_and_tells_verbatim_rows(sets, tmp_path):
+    output = tmp_path / "out"
+    private, _ = measure(sets | {"copied": sets["training"]}, "copied", output, "--no_embeddings")
+    assert private["scores"][0]["name"] == NEAR_COPIES
+    assert private["scores"][0]["value"] == 1
+    found = scores(private, "all 130 private rows")
+    assert len(found) == 5
+    assert {score["value"] for score in found.values()} == {1}
+    assert (
+        scores(private)["personal data that stands in any private row verbatim, share"]["value"]
+        == 1
+    )
 
 
 # ---------------------------------------------------------------- personal data

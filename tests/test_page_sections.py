@@ -9,8 +9,9 @@ from markupsafe import Markup
 
 from evaluation import report
 from evaluation.page import sections
-from evaluation.page.material import Material, Samples
+from evaluation.page.material import Material, Samples, Training
 from evaluation.page.printing import one_line
+from evaluation.results import Result, Score
 from utils.privacy.accounting import SampledGaussian, compute_delta
 
 
@@ -34,6 +35,30 @@ def test_the_bound_on_a_guess_is_that_of_the_best_test():
     assert best <= float(sections.best_guess(material).rstrip("%")) / 100 <= best + 1e-4
 
 
+def test_what_an_attack_finds_is_rounded_up():
+    told = sections.best_catch({0.001: 0.01201, 0.01: 0.09705}, "person")
+    assert told == (
+        "Of the persons that were in the data no attack finds more than 1.21% at a false-alarm "
+        "rate of 0.1%, 9.71% at a false-alarm rate of 1%."
+    )
+
+
+def test_the_headline_of_copies_is_how_many_there_are():
+    """The first figure; of other results the first that has a control."""
+
+    def headline(first: str) -> str:
+        scores = [vars(Score(first, "texts", 1.0)), vars(Score("more", "texts", 0.1, control=0))]
+        result = vars(Result("memorisation", "", True, "", [], "chance"))
+        result |= {"scores": scores, "charts": []}
+        material = Material(True, {"guarantee": False}, [], [], [], results=[result])
+        (finding,) = sections.Page(material, 0).findings
+        return finding["headline"]["name"]
+
+    copies = "copies or near copies of any private row, share"
+    assert headline(copies) == copies
+    assert headline("share") == "more"
+
+
 @pytest.mark.parametrize(
     ("value", "better", "reading"),
     [
@@ -47,10 +72,52 @@ def test_the_bound_on_a_guess_is_that_of_the_best_test():
     ],
 )
 def test_a_score_is_read_by_its_interval(value, better, reading):
-    score = {"value": value, "low": value - 0.1, "high": value + 0.1, "control": 0.5}
+    score = {"value": value, "low": value - 0.1, "high": value + 0.1, "control": 0.5, "n": 100}
     assert sections.reading(score | {"better": better}) == reading
     for missing in ("control", "low"):
         assert sections.reading(score | {"better": better, missing: None}) == ""
+
+
+@pytest.mark.parametrize(
+    ("better", "value", "reading"),
+    [
+        ("higher", 0.9, "too few texts"),
+        ("lower", 0.1, "too few texts"),
+        ("lower", 0.5, "too few texts"),
+        ("lower", 0.9, "worse than the control"),
+    ],
+)
+def test_few_texts_decide_nothing_but_that_there_is_a_leak(better, value, reading):
+    score = {"value": value, "low": value - 0.1, "high": value + 0.1, "control": 0.5, "n": 27}
+    assert sections.reading(score | {"better": better}) == reading
+
+
+@pytest.mark.parametrize(
+    ("data", "remark"),
+    [
+        (["data/quickstart_instructions", "labelled_quickstart"], " (a demonstration)"),
+        (["data/quickstart_instructions", "mine"], ""),
+    ],
+)
+def test_the_quick_starts_page_is_called_a_demonstration(data, remark):
+    runs = [
+        Training(Path(folder), {"dataset_name": name}, [], {}, None, None, [])
+        for folder, name in zip("ab", data)
+    ]
+    page = sections.Page(Material(False, {}, [], runs, [], "our letters"), 0)
+    assert page.title == f"A model learnt from our letters{remark}"
+    assert page.released == "a and b"
+
+
+def test_the_headline_answers_the_question_and_prefers_a_control():
+    def score(name, control=None):
+        return {"name": name, "control": control}
+
+    win, other, copies = score("win rate", 0.5), score("x", 1.0), score(sections.HEADLINES[-1])
+    assert sections.headline([other, score("win rate"), win]) is win
+    assert sections.headline([score("y"), other]) is other
+    assert sections.headline([other, copies]) is copies
+    assert sections.headline([]) is None
 
 
 def test_a_single_example_has_no_interval():

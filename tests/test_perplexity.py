@@ -1,6 +1,8 @@
 """Held-out losses: against the model's own logits, one example at a time, and what is compared."""
 
 import json
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,10 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation import perplexity
+from evaluation.perplexity import require_unseen
 from evaluation.results import read_results
 from tests.training import flags, save_dataset
 from train import main as train
 from utils.cli import UsageError
+from utils.files import write_json
+from utils.texts.data_sets import load_split
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +146,47 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_model_dir, tmp_path, more
     with pytest.raises(UsageError, match=message):
         perplexity.main(arguments(tiny_model_dir, dataset, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+def rows_of(adapter) -> list[str]:
+    """What the run of `adapter` was trained on."""
+    config = json.loads((Path(adapter).parent / "private" / "identity.json").read_text())
+    return load_split(config["dataset_name"], "train")["instruction"][:]
+
+
+@pytest.mark.parametrize("seen", [slice(None), slice(1, 50)])
+@pytest.mark.parametrize("is_here", [True, False])
+def test_texts_that_the_run_was_trained_on_are_refused(
+    adapter, tiny_model_dir, tmp_path, capsys, seen, is_here
+):
+    """All of them by their fingerprint, and a part of them where the run's data is here."""
+    run = shutil.copytree(Path(adapter).parent, tmp_path / "run")
+    rows = rows_of(adapter)
+    if not is_here:
+        identity = json.loads((run / "private" / "identity.json").read_text())
+        write_json(run / "private" / "identity.json", identity | {"dataset_name": "gone"})
+    (tmp_path / "rows.json").write_text(json.dumps(rows[seen]))
+    more = [f"--adapter_path={run / 'adapter'}"]
+    call = arguments(tiny_model_dir, tmp_path / "rows", tmp_path / "out", *more)
+    if seen == slice(None) or is_here:
+        number = len(rows[seen])
+        with pytest.raises(UsageError, match=f"trained on {number} of these {number} texts"):
+            perplexity.main(call)
+        assert not (tmp_path / "out").exists()
+    else:
+        require_unseen(rows[seen], str(run / "adapter"))
+        assert "is not here, to tell that it saw no such text" in capsys.readouterr().err
+
+
+def test_of_a_lone_file_and_of_a_few_rows_that_were_seen_it_is_said(
+    adapter, tiny_model_dir, tmp_path, capsys
+):
+    (tmp_path / "rows.json").write_text(json.dumps(["a bed", "fed", rows_of(adapter)[3]]))
+    more = [f"--adapter_path={adapter}"]
+    perplexity.main(arguments(tiny_model_dir, tmp_path / "rows", tmp_path / "out", *more))
+    told = capsys.readouterr().err
+    assert "rows.json has no splits: all its rows are taken for held-out ones" in told
+    assert "1 of 3 texts are among those that" in told
 
 
 def test_an_earlier_result_stays(tiny_model_dir, tmp_path):

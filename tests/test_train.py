@@ -15,6 +15,7 @@ from unittest import mock
 
 import datasets
 import numpy as np
+import peft
 import pytest
 import torch
 import wandb
@@ -24,6 +25,7 @@ import train
 from privacy_checks.composition import composed_report
 from privacy_checks.tiny_model import save_tiny_model
 from tests.faults import Terminal, on_small_disk
+from tests.helpers import slow
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.training import (
@@ -79,11 +81,6 @@ def run(tiny_model_dir, letters, tmp_path):
         return tmp_path / output / "job"
 
     return call
-
-
-def slow(value):
-    """A parameter for `pytest -m slow`."""
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def stepwise(calls):
@@ -596,6 +593,29 @@ def test_a_finished_run_takes_no_further_step(run):
     with pytest.raises(UsageError, match="ends with an adapter, so step 7 cannot follow"):
         run("--resume=auto")
     assert (folder / LEDGER_FILE).read_text() == before
+
+
+def test_a_lost_adapter_that_cannot_be_made_again_leaves_the_report_as_it_was(run, monkeypatch):
+    """As under another version of PEFT, which writes another configuration."""
+    folder = run()
+    before = (folder / "privacy_report.json").read_text()
+    shutil.move(folder / "adapter", folder / "moved")
+    save_pretrained = peft.PeftModel.save_pretrained
+
+    def by_another_version(model, place, **options):
+        save_pretrained(model, place, **options)
+        config = place / "adapter_config.json"
+        config.write_text(config.read_text() + " ")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(peft.PeftModel, "save_pretrained", by_another_version)
+        with pytest.raises(UsageError, match="ends with the adapter .* restore the run's own"):
+            run("--resume=auto")
+    assert (folder / "privacy_report.json").read_text() == before
+    assert not (folder / "adapter").exists()
+    run("--resume=auto")
+    assert adapter_sha256(folder / "adapter") == adapter_sha256(folder / "moved")
+    assert (folder / "privacy_report.json").read_text() == before
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from utils.command_line.parser import flag, positive_float
 from utils.command_line.sampling_flags import ADAPTER_WEIGHTS
 from utils.files import read_jsonl, sha256_of
 from utils.folders import PREPARATION_FILE
-from utils.privacy.accounting import ADD_REMOVE, compute_delta
+from utils.privacy.accounting import ADD_REMOVE, catch_rates, compute_delta
 from utils.privacy.ledger import read_ledger
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 from utils.sampling.shards import read_samples, shards_of
@@ -36,6 +36,8 @@ from utils.texts.prompts import UNCONDITIONAL
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 METRICS = Path("private") / "metrics.jsonl"
+# Rates of false alarms at which it is told how many rows an attack finds.
+FALSE_ALARMS = (0.001, 0.01)
 HISTOGRAMS = ("private_noisy", "private", "synthetic", "selected")
 
 
@@ -185,6 +187,8 @@ class Material:
         curve: epsilon over steps; empty without a guarantee.
         total_variation: delta at epsilon 0: a bound on how far one row can move the distribution
             of all outputs. None without a guarantee.
+        catch_rates: how many of the rows that were there an attack finds at most, by how many of
+            the others it takes for such, as shares; empty without a guarantee.
         real: private rows, which only an internal page may have.
     """
 
@@ -196,6 +200,7 @@ class Material:
     data_name: str = ""
     curve: list[dict] = field(default_factory=list)
     total_variation: float | None = None
+    catch_rates: dict[float, float] = field(default_factory=dict)
     samples: list[Samples] = field(default_factory=list)
     extraction: dict | None = None
     selection: Selection | None = None
@@ -226,8 +231,9 @@ def collect(sources: Sources) -> Material:
     if composed["guarantee"]:
         events = events_of(composed["mechanisms"])
         variation = compute_delta(events, 0.0, ADD_REMOVE)
+        rates = dict(zip(FALSE_ALARMS, catch_rates(events, FALSE_ALARMS, ADD_REMOVE)))
         curve = epsilon_over_steps(composed)
-        material = replace(material, curve=curve, total_variation=variation)
+        material = replace(material, curve=curve, total_variation=variation, catch_rates=rates)
     elif not internal:
         return material
 

@@ -31,9 +31,14 @@ TRAIN, ANNOTATE = "accelerate launch train.py", "python -m query_gpt35_for_annot
 # Names of scores that answer a question, the first one first.
 HEADLINES = (
     "MAUVE", "gain on the base model per token (nats)", "win rate", "exact duplicates, share",
+    "copies or near copies of any private row, share",
 )  # fmt: skip
 # Odds before, for which the odds after are given.
 PRIORS = (0.5, 0.1, 0.01)
+# What fewer texts do not show may be there all the same.
+LEAST_TEXTS = 100
+# Of the data that `data/prepare_quickstart.py` makes.
+QUICKSTART = ("quickstart_instructions", "labelled_quickstart", "labelled_quickstart_synthetic")
 # Above it the bound on the odds of the worst case says little by itself.
 LARGE_EPSILON = 3
 LENGTH_BINS, SHOWN_CHARACTERS = 24, 700
@@ -65,10 +70,13 @@ class Page:
 
     @property
     def title(self) -> str:
-        """What was made of which data, in words."""
-        samples = self.material.samples
-        made = "Synthetic instructions" if any(not each.prompted for each in samples) else "A model"
-        return f"{made} learnt from {self.material.data_name}"
+        """What was made of which data, in words; the quick start's are too small for more."""
+        material = self.material
+        has_texts = any(not each.prompted for each in material.samples)
+        made = "Synthetic instructions" if has_texts else "A model"
+        data = {Path(str(run.arguments.get("dataset_name"))).name for run in material.runs}
+        remark = " (a demonstration)" if data <= {*QUICKSTART} else ""
+        return f"{made} learnt from {material.data_name}{remark}"
 
     @property
     def released(self) -> str:
@@ -127,13 +135,14 @@ class Page:
     @cached_property
     def guarantee(self) -> dict | None:
         """The figures of the guarantee; None without one."""
-        composed = self.material.composed
+        material, composed = self.material, self.material.composed
         if not composed["guarantee"]:
             return None
+        unit = name_of_unit(composed).replace("example", "row")
         (bounds,) = composed["epsilon"].values()
         (other_deltas,) = composed["epsilon_at_other_deltas"].values()
         epsilon, delta = bounds["upper"], f"{composed['delta']:g}"
-        runs = curve_by_run(composed, self.material.curve)
+        runs = curve_by_run(composed, material.curve)
         # Numbered, since what is portable of two paths may be the same.
         names = [f"{n}. {portable_word(Path(run))}" for n, run in enumerate(runs, start=1)]
         starts = [points[0][0] for points in runs.values() if points]
@@ -150,14 +159,14 @@ class Page:
             "is_large": epsilon > LARGE_EPSILON,
             "delta": delta,
             "claim": claim(composed),
-            "conditions": conditions(composed),
+            "conditions": [best_catch(material.catch_rates, unit), *conditions(composed)],
             "accountant": bounds["accountant"],
-            "guess": best_guess(self.material),
+            "guess": best_guess(material),
             "factor": factor(epsilon),
             "odds": odds(epsilon),
-            "unit": name_of_unit(composed).replace("example", "row"),
+            "unit": unit,
             "exception": exception(composed),
-            "num_histograms": len(composed["mechanisms"]) - len(self.material.runs),
+            "num_histograms": len(composed["mechanisms"]) - len(material.runs),
             "other_deltas": other_deltas,
             "rows_of_one_person": composed["rows_of_one_person"],
             "curve": line_chart(curve, "epsilon"),
@@ -349,6 +358,19 @@ def best_guess(material: Material) -> str:
     return f"{math.ceil((1 + material.total_variation) / 2 * 1e4) / 100:g}%"
 
 
+def best_catch(rates: dict[float, float], unit: str) -> str:
+    """How many of the units that were in the data an attack finds at most, in a sentence.
+
+    Args:
+        rates: see `Material.catch_rates`.
+    """
+    bounds = [
+        f"{math.ceil(rate * 1e4) / 100:g}% at a false-alarm rate of {alarms * 100:g}%"
+        for alarms, rate in rates.items()
+    ]
+    return f"Of the {unit}s that were in the data no attack finds more than {', '.join(bounds)}."
+
+
 def factor(epsilon: float) -> str:
     """exp(epsilon), rounded up."""
     value = math.exp(min(epsilon, 700.0))
@@ -368,10 +390,14 @@ def odds(epsilon: float) -> list[tuple[str, str]]:
 
 
 def headline(scores: list[dict]) -> dict | None:
-    """The score that answers the section's question."""
-    compared = [score for score in scores if score["control"] is not None] or scores
-    known = [score for name in HEADLINES for score in compared if score["name"] == name]
-    return next(iter(known or compared), None)
+    """The score that answers the section's question: a known one, or the first with a control."""
+
+    def rank(score: dict) -> tuple[int, bool]:
+        name = score["name"]
+        known = HEADLINES.index(name) if name in HEADLINES else len(HEADLINES)
+        return known, score["control"] is None
+
+    return min(scores, key=rank, default=None)
 
 
 def personal_data(scores: list[dict]) -> dict[str, list[str]]:
@@ -393,10 +419,16 @@ def spread(score: dict) -> str:
 
 
 def reading(score: dict) -> str:
-    """A score against its control, as far as its interval tells them apart."""
+    """A score against its control, as far as its interval tells them apart, and its texts do.
+
+    A figure that is better the lower it is tells of a leak however few texts show it.
+    """
     control = score["control"]
     if control is None or score["low"] is None or score["high"] is None:
         return ""
+    shows_leak = score["better"] == "lower" and score["low"] > control
+    if score["n"] is not None and score["n"] < LEAST_TEXTS and not shows_leak:
+        return "too few texts"
     if score["low"] <= control <= score["high"]:
         return "not told apart from the control"
     above = score["value"] > control

@@ -216,12 +216,47 @@ def compute_delta(
         Delta, at most 1.
     """
     _require("epsilon", epsilon, 0, math.inf)
+    return _deltas(events, [epsilon], relation)[0]
+
+
+def catch_rates(
+    events: Sequence[SampledGaussian], false_alarms: Sequence[float], relation: str = ADD_REMOVE
+) -> list[float]:
+    """Bounds on how many of the examples that were there an attack finds.
+
+    Every (epsilon, delta) of the composition bounds it, by delta + e^epsilon a and by
+    1 - e^-epsilon (1 - delta - a) (Wasserman and Zhou 2010; Dong, Roth and Su 2022, proposition
+    2.5); the least of many such bounds is taken.
+
+    Args:
+        events, relation: see `compute_delta`.
+        false_alarms: a, how many of the examples that were not there it takes for some that were.
+
+    Returns:
+        The highest rate of finds at each rate of false alarms, 0 to 1.
+    """
+    epsilons = [0.0, *(0.001 * 1.025**number for number in range(440))]  # up to 51
+    bounds = list(zip(epsilons, _deltas(events, epsilons, relation)))
+    return [
+        min(
+            min(delta + math.exp(epsilon) * rate, 1 - math.exp(-epsilon) * (1 - delta - rate))
+            for epsilon, delta in bounds
+        )
+        for rate in false_alarms
+    ]
+
+
+def _deltas(
+    events: Sequence[SampledGaussian], epsilons: Sequence[float], relation: str
+) -> list[float]:
+    """Upper bounds on delta at each of `epsilons`, which rise."""
     _require_inputs(MIN_DELTA, relation, events)
     events = _merged(events)
     if all(event.sampling_rate == 1 for event in events):
-        return _gaussian_delta(_gaussian_mu(events, relation), epsilon)
-    delta = _pld(events, relation, PLD_FINE).get_delta_for_epsilon(epsilon)
-    return min(1.0, float(delta) + _pld_rounding(events))
+        mu = _gaussian_mu(events, relation)
+        return [_gaussian_delta(mu, epsilon) for epsilon in epsilons]
+    deltas = _pld(events, relation, PLD_FINE).get_delta_for_epsilon(epsilons)
+    return [min(1.0, float(delta) + _pld_rounding(events)) for delta in deltas]
 
 
 def calibrate_noise_multiplier(

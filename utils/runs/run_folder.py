@@ -201,12 +201,16 @@ def require_own_adapter(folder: Path, report: dict, recorded: str | None) -> str
     return f"adapter: the one that {path.name} and ledger name, {named}"
 
 
+def private_identity_of(folder: Path) -> dict:
+    """What a run's `private/` says of the data and the places that it began with, if it is here."""
+    private_file = folder / "private" / "identity.json"
+    return json.loads(private_file.read_text()) if private_file.exists() else {}
+
+
 def model_name_of(folder: Path) -> str:
     """The base model of a run as it was given, which only its `private/` knows of a local one."""
-    private_file = folder / "private" / "identity.json"
-    known = json.loads(private_file.read_text()) if private_file.exists() else {}
     released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["model_name"]
-    return known.get("model_name", released)
+    return private_identity_of(folder).get("model_name", released)
 
 
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
