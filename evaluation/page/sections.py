@@ -198,7 +198,8 @@ class Page:
                 "scores": scores,
                 "headline": headline(scores),
                 "charts": result_charts(result, number, self.longest_chart == number),
-                **personal_data(scores),
+                # A private result has those of the rows, too.
+                **personal_data([] if result["private"] else scores),
             }
             found.append(result | own)
         return found
