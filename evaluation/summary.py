@@ -23,6 +23,10 @@ class Settings:
 
     run: Path = flag("folder of a training run", type=Path, required=True)
     samples: Path | None = flag("folder of what was sampled from it", type=Path)
+    untuned: Path | None = flag(
+        "folder of what was sampled from the base model alone, to show next to each sample",
+        type=Path,
+    )
     num_shown: int = flag("samples to show", 10, type=natural_int)
 
 
@@ -36,9 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report           {settings.run / 'privacy_report.md'}")
     if settings.samples:
         samples = read_samples(settings.samples)
+        before = {each["id"]: each for each in read_samples(settings.untuned or settings.samples)}
         print(f"\n== {settings.samples}: {len(samples):,} samples, of which")
         for sample in samples[: settings.num_shown]:
-            print(shown(sample))
+            base = before.get(sample["id"]) if settings.untuned else None
+            print(shown(sample, base and base["text"]))
 
 
 def guarantee_line(run: Path) -> str:
@@ -72,13 +78,17 @@ def loss_changes(run: Path) -> list[tuple[str, float, float]]:
     return changes
 
 
-def shown(sample: dict, width: int = 96) -> str:
-    """A sample in a few lines: its prompt, if it had one, and its text."""
+def shown(sample: dict, untuned: str | None = None, width: int = 96) -> str:
+    """A sample in a few lines: its prompt, if it had one, what the base wrote, and its text."""
     prompt = textwrap.shorten(printable(sample["prompt"]), width, placeholder=" ...")
-    text = textwrap.shorten(printable(sample["text"]), 3 * width, placeholder=" ...")
-    lines = textwrap.wrap(text, width) or ["(nothing)"]
-    body = "\n".join(f"    {line}" for line in lines)
-    return f"  [{sample['id']}]{f' {prompt}' if prompt else ''}\n{body}"
+    lines = [f"  [{sample['id']}]{f' {prompt}' if prompt else ''}"]
+    texts = {"    ": sample["text"]}
+    if untuned is not None:
+        texts = {"    untuned: ": untuned, "    tuned:   ": sample["text"]}
+    for name, text in texts.items():
+        text = textwrap.shorten(printable(text), 3 * width, placeholder=" ...") or "(nothing)"
+        lines += textwrap.wrap(text, width, initial_indent=name, subsequent_indent=" " * len(name))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,24 @@ def test_guarantee_losses_and_samples_are_shown(run_folder, tmp_path, capsys):
     assert "[1] why?" in shown
 
 
+def test_what_the_base_writes_stands_next_to_each_sample(run_folder, tmp_path, capsys):
+    for folder, count in (("tuned", 3), ("base", 2)):
+        with JsonlAppender(tmp_path / folder / "shard-0.jsonl") as shard:
+            shard.append(
+                {"id": i, "prompt": "", "text": f"{folder} {i}" * i} for i in range(count)
+            )
+    main([
+        "--run", str(run_folder), "--samples", str(tmp_path / "tuned"),
+        "--untuned", str(tmp_path / "base"),
+    ])  # fmt: skip
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[lines.index("[0]") :] == [
+        "[0]", "untuned: (nothing)", "tuned:   (nothing)",
+        "[1]", "untuned: base 1", "tuned:   tuned 1",
+        "[2]", "tuned 2tuned 2",
+    ]  # fmt: skip
+
+
 def test_a_run_without_guarantee_says_so(run_folder, capsys):
     file = run_folder / "privacy_report.json"
     changes = {"guarantee": False, "why": "trained without differential privacy"}
