@@ -9,10 +9,8 @@ prints an `accelerate launch` line on stdout; what it means goes to stderr. Past
 run it at once with --run, which passes its exit code on.
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
@@ -25,8 +23,10 @@ from utils.command_line.parser import (
     to_argv,
 )
 from utils.command_line.training_flags import TrainingSettings, check_training_settings, plan_of
+from utils.models.base_folder import read_config
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
+from utils.runs.preflight import check_here
 from utils.runs.run_folder import require_usable
 from utils.texts.data_sets import count_train_examples, tried_places
 from utils.texts.units import read_units, rows_to_keep
@@ -59,7 +59,9 @@ class Settings(TrainingSettings):
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
+    run = settings.run or settings.is_rehearsal
     warnings = check_training_settings(settings)
+    warnings += check_here(settings.model_name, settings.gpus, must=run)
     counted, size_warnings = train_examples(settings)
     require_usable(settings.folder, settings.run_settings, settings.resume)
     num_examples = counted + settings.canaries.num_rows
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         settings.main_process_ip,
         settings.main_process_port,
     )
-    return print_or_run(command, settings.run)
+    return print_or_run(command, run)
 
 
 def train_examples(settings: Settings) -> tuple[int, list[str]]:
@@ -121,16 +123,8 @@ def train_examples(settings: Settings) -> tuple[int, list[str]]:
 
 def footprint_of(settings: Settings) -> Training | None:
     """What decides the run's memory; None if no config.json that is here tells the shapes."""
-    from huggingface_hub import try_to_load_from_cache  # slow to import, and seldom needed
-
-    name, folder = settings.model_name, Path(settings.model_name).expanduser()
-    file = folder / "config.json"
-    if not folder.is_dir() and name.count("/") == 1:
-        cached = try_to_load_from_cache(name, "config.json")
-        file = Path(cached) if isinstance(cached, str) else file
-    if not file.is_file():
-        return None
-    architecture = Architecture.of_config(json.loads(file.read_text()))
+    config = read_config(settings.model_name)
+    architecture = Architecture.of_config(config) if config else None
     if architecture is None:
         return None
     run = settings.footprint(architecture, 4 if settings.dtype == "float32" else 2)

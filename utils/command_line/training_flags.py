@@ -28,6 +28,8 @@ from utils.texts.units import OWNERS
 
 Number = TypeVar("Number", int, float)
 
+# Flags that are of no run.
+REHEARSALS = ("check", "dry_run")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -72,6 +74,21 @@ class JobSettings(ModelSettings):
 
     job_sess: str = flag("name of this run", type=job_name, required=True)
     output_dir: str
+    check: bool = flag(
+        "look for all that would stop or spoil the run, and end; takes seconds and leaves nothing "
+        "behind",
+        False,
+    )
+    dry_run: bool = flag(
+        "pass a microbatch of made-up tokens, say what the run would take in hours, memory and "
+        "disk, and end; leaves nothing behind",
+        False,
+    )
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether nothing is to be written."""
+        return self.check or self.dry_run
 
     @property
     def folder(self) -> Path:
@@ -305,6 +322,8 @@ class TrainingSettings(JobSettings):
     def run_settings(self) -> dict:
         """The flags of `train.py` by their names, as `run_config.json` keeps them."""
         given = {field.name: getattr(self, field.name) for field in fields(TrainingSettings)}
+        for name in REHEARSALS:
+            del given[name]
         return given | {"lora_dropout": self.dropout}
 
 

@@ -5,12 +5,12 @@ import importlib.util
 import logging
 import os
 import warnings
-from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from utils.cli import UsageError, in_one_line
-from utils.files import require_fetched
+from utils.models.base_folder import model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -77,9 +77,40 @@ def load_base_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load the causal language model of a hub id or folder, on the CPU.
 
     Raises:
-        UsageError: not found, no access, or not a causal language model.
+        UsageError: not found, no access, not a causal language model, or one of whose weights some
+            are missing.
     """
-    return _from_pretrained(AutoModelForCausalLM, "model", model_name, dtype=dtype)
+    options = {"dtype": dtype, "output_loading_info": True}
+    try:
+        model, found = _from_pretrained(AutoModelForCausalLM, "model", model_name, **options)
+    except (ImportError, RuntimeError) as error:
+        reason = in_one_line(error, 300)
+        raise UsageError(f"cannot load the model {model_name!r}: {reason}") from None
+    # They would be random numbers, such as the head of a config that says it is not tied.
+    for name in sorted(found["missing_keys"]):
+        raise UsageError(
+            f"the model {model_name!r} has no weights for {name}, which its config.json asks for; "
+            "restore its files (if its head is its embedding, config.json says so with "
+            '"tie_word_embeddings": true)'
+        )
+    return model
+
+
+def load_skeleton(model_name: str) -> PreTrainedModel:
+    """The causal language model of a hub id or folder without its weights, on the meta device.
+
+    Its own quantisation, if it has one, is in its config alone.
+
+    Raises:
+        UsageError: see `load_base_model`.
+    """
+    config = _from_pretrained(AutoConfig, "config", model_name)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = in_one_line(error, 300)
+        raise UsageError(f"the config.json of {model_name!r} makes no model: {reason}") from None
 
 
 def load_quantised_model(
@@ -128,28 +159,21 @@ def load_quantised_model(
 
 
 def _from_pretrained(loader, what: str, model_name: str, **options):
-    folder = Path(model_name).expanduser()
-    is_folder = folder.is_dir()
-    if is_folder and not (folder / "config.json").is_file():
-        raise UsageError(f"{model_name!r} is a folder without config.json, so it holds no model")
-    if not is_folder and (folder.is_absolute() or model_name.count("/") > 1):
-        raise UsageError(f"no model at {model_name!r}: there is no such folder")
-    if is_folder:
-        require_fetched(folder)
+    folder = model_folder(model_name)
     try:
         # Code that comes with a model is never run, nor is it asked for on the terminal.
         return loader.from_pretrained(
-            str(folder) if is_folder else model_name,
+            model_name if folder is None else str(folder),
             token=os.environ.get("HF_TOKEN"),
             trust_remote_code=False,
             **options,
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = in_one_line(error, 300)
-        tried = f"the folder {model_name!r}" if is_folder else f"folder and hub id {model_name!r}"
+        tried = f"the folder {model_name!r}" if folder else f"folder and hub id {model_name!r}"
         hint = (
             ""
-            if is_folder
+            if folder
             else (
                 "; a gated model needs HF_TOKEN in the environment, a local one its folder, and "
                 "`python data/prepare_quickstart.py` makes data/quickstart_model"
