@@ -8,6 +8,7 @@ import warnings
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -168,7 +169,7 @@ def _from_pretrained(loader, what: str, model_name: str, **options):
             trust_remote_code=False,
             **options,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         reason = in_one_line(error, 300)
         tried = f"the folder {model_name!r}" if folder else f"folder and hub id {model_name!r}"
         hint = (
