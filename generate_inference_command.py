@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     run = settings.run or settings.is_rehearsal
     if settings.elsewhere and run:
         raise UsageError(
-            "--elsewhere excludes --run, --check and --dry_run, which work here; leave one out"
+            "--elsewhere and --run, --check or --dry_run exclude each other; leave one out"
         )
     settings, warnings = check_sampling_settings(settings)
     instructions = None

@@ -41,6 +41,7 @@ from utils.command_line.training_flags import (
     check_training_settings,
     module_settings,
     plan_of,
+    settle_delta,
 )
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
 from utils.files import write_atomic, write_json
@@ -228,9 +229,10 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     # What is asked for.
     notices = check_training_settings(settings)
     folder = settings.folder
-    require_usable(folder, settings.run_settings, settings.resume)
     splits, units = read_splits(settings)
     num_examples = len(splits["train"]) if units is None else len(units)
+    settings = settle_delta(settings, num_examples)
+    require_usable(folder, settings.run_settings, settings.resume)
     plan, plan_notices = plan_to_follow(settings, num_examples)
     largest = largest_units(settings.dataset_name) if plan and not settings.unit_column else {}
     notices += plan_notices + [several_rows_notice(column) for column in largest]
