@@ -12,6 +12,18 @@ The same command again draws what is missing, and the texts do not depend on how
 stopped.
 """
 
+from utils.command_line.parser import answer_early, read_flags
+from utils.command_line.sampling_flags import (
+    SamplingSettings,
+    adapter_weights,
+    check_adapter,
+    check_sampling_settings,
+    describe_decoding,
+    read_instructions,
+)
+
+answer_early(__name__, SamplingSettings, __doc__)
+
 import json
 import os
 import shutil
@@ -33,15 +45,6 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, run_cli, say
-from utils.command_line.parser import read_flags
-from utils.command_line.sampling_flags import (
-    SamplingSettings,
-    adapter_weights,
-    check_adapter,
-    check_sampling_settings,
-    describe_decoding,
-    read_instructions,
-)
 from utils.files import JsonlAppender, sha256_of, write_json
 from utils.folders import tidied
 from utils.models.adapter_info import read_adapter_info

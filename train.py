@@ -12,6 +12,17 @@ everything that the guarantee does not cover. A stopped run goes on with --resum
 data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no kind.
 """
 
+from utils.command_line.parser import answer_early, read_flags
+from utils.command_line.training_flags import (
+    TrainingSettings,
+    check_training_settings,
+    module_settings,
+    plan_of,
+    settle_delta,
+)
+
+answer_early(__name__, TrainingSettings, __doc__)
+
 import json
 import os
 import sys
@@ -35,14 +46,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
-from utils.command_line.parser import read_flags
-from utils.command_line.training_flags import (
-    TrainingSettings,
-    check_training_settings,
-    module_settings,
-    plan_of,
-    settle_delta,
-)
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
 from utils.files import write_atomic, write_json
 from utils.folders import portable, whole_folder

@@ -14,68 +14,15 @@ the synthetic texts, and canaries where the run has a guarantee, go to OUTPUT. W
 counted and never written.
 """
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from evaluation.measures.exposure import exposure_by_chance, exposures, secrets_found
-from evaluation.measures.intervals import (
-    BOOTSTRAP,
-    CONFIDENCE,
-    EXACT,
-    RESAMPLES,
-    bootstrap,
-    share_interval,
-)
-from evaluation.measures.overlap import (
-    Reference,
-    exact_matches,
-    keys,
-    make_reference,
-    nearest,
-    shared_runs,
-)
-from evaluation.measures.personal_data import KINDS, find
-from evaluation.perplexity import example_losses
-from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
-from resample_with_dp_histogram.embed import DEFAULT_MODEL, embed_in_memory, load_model
-from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, natural_int, read_flags
-from utils.models.adapter_info import read_adapter_info
-from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
-from utils.models.lora import load_adapted
-from utils.runs.run_folder import CONFIG_FILE, holds_run, model_name_of
-from utils.texts.canaries import canary, secrets
-from utils.texts.data_sets import is_labelled
-from utils.texts.text_filters import comparison_form
+from resample_with_dp_histogram.embeddings import DEFAULT_MODEL
+from utils.command_line.parser import answer_early, flag, natural_int, read_flags
 from utils.texts.text_inputs import FORMATS, read_instructions
-from utils.texts.tokens import tokenised
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-TOOL = "memorisation"
 # Headings of --help.
 NEAREST, CANARIES = "nearest neighbours", "canaries"
-NGRAMS = (5, 8, 13)
-PER_TEXTS, MORE = " per 1,000 texts", ": more than by chance"
-# Nearest rows of which a training row and a held-out one are sought: one in 2^15 texts lacks one.
-NEIGHBOURS = 16
-# Padded tokens of canaries on the device at once.
-TOKENS_AT_ONCE = 8192
-RELEASED_INTERVAL = f"{BOOTSTRAP}; {EXACT}"
-INTERVAL = (
-    f"{RELEASED_INTERVAL}; of shared rows, the figure less what it is where {RESAMPLES:,} times "
-    f"rows drawn from both sets pass for the training rows, at {CONFIDENCE:.0%}"
-)
-CONTROL = "the same of as many held-out rows"
-CANARY_CONTROL = "for canaries: as many others that were not inserted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +53,66 @@ class Settings:
     num_candidates: int = flag(
         "secrets that were not inserted, among which canaries are ranked", 1000, group=CANARIES
     )
+
+
+answer_early(__name__, Settings, __doc__)
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from evaluation.measures.exposure import exposure_by_chance, exposures, secrets_found
+from evaluation.measures.intervals import (
+    BOOTSTRAP,
+    CONFIDENCE,
+    EXACT,
+    RESAMPLES,
+    bootstrap,
+    share_interval,
+)
+from evaluation.measures.overlap import (
+    Reference,
+    exact_matches,
+    keys,
+    make_reference,
+    nearest,
+    shared_runs,
+)
+from evaluation.measures.personal_data import KINDS, find
+from evaluation.perplexity import example_losses
+from evaluation.results import Chart, Result, Score, require_new_result, table, write_result
+from resample_with_dp_histogram.embed import embed_in_memory, load_model
+from utils.cli import UsageError, run_cli, say
+from utils.models.adapter_info import read_adapter_info
+from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
+from utils.models.lora import load_adapted
+from utils.runs.run_folder import CONFIG_FILE, holds_run, model_name_of
+from utils.texts.canaries import canary, secrets
+from utils.texts.data_sets import is_labelled
+from utils.texts.text_filters import comparison_form
+from utils.texts.tokens import tokenised
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+TOOL = "memorisation"
+NGRAMS = (5, 8, 13)
+PER_TEXTS, MORE = " per 1,000 texts", ": more than by chance"
+# Nearest rows of which a training row and a held-out one are sought: one in 2^15 texts lacks one.
+NEIGHBOURS = 16
+# Padded tokens of canaries on the device at once.
+TOKENS_AT_ONCE = 8192
+RELEASED_INTERVAL = f"{BOOTSTRAP}; {EXACT}"
+INTERVAL = (
+    f"{RELEASED_INTERVAL}; of shared rows, the figure less what it is where {RESAMPLES:,} times "
+    f"rows drawn from both sets pass for the training rows, at {CONFIDENCE:.0%}"
+)
+CONTROL = "the same of as many held-out rows"
+CANARY_CONTROL = "for canaries: as many others that were not inserted"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import field, fields
 from typing import Any, NoReturn, TypeVar
 
-from utils.cli import EXIT_USAGE, say
+from utils.cli import EXIT_USAGE, end_on_stops, say
 
 Settings = TypeVar("Settings")
 
@@ -77,6 +77,20 @@ def read_flags(
     parser = parser_of(settings, docstring)
     parser.set_defaults(**defaults)
     return settings(**vars(parser.parse_args(argv)))
+
+
+def answer_early(module: str, settings: type[Any], docstring: str | None) -> None:
+    """Answer --help and refuse wrong flags before the imports of a script, which take seconds.
+
+    From here until `run_cli` a Ctrl-C ends it in one line.
+
+    Args:
+        module: the script's `__name__`; nothing is done where it is imported.
+        settings, docstring: see `read_flags`.
+    """
+    if module == "__main__":
+        end_on_stops()
+        parser_of(settings, docstring).parse_args()
 
 
 def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
