@@ -79,18 +79,18 @@ def read_flags(
     return settings(**vars(parser.parse_args(argv)))
 
 
-def answer_early(module: str, settings: type[Any], docstring: str | None) -> None:
+def answer_early(module: str, settings: type[Any], docstring: str | None, **defaults: Any) -> None:
     """Answer --help and refuse wrong flags before the imports of a script, which take seconds.
 
     From here until `run_cli` a Ctrl-C ends it in one line.
 
     Args:
         module: the script's `__name__`; nothing is done where it is imported.
-        settings, docstring: see `read_flags`.
+        settings, docstring, defaults: see `read_flags`.
     """
     if module == "__main__":
         end_on_stops()
-        parser_of(settings, docstring).parse_args()
+        read_flags(settings, docstring, None, **defaults)
 
 
 def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
