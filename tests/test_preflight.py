@@ -254,6 +254,20 @@ def test_a_head_that_is_nowhere_is_refused_and_not_drawn(here, capsys):
         load_base_model(str(here / "model"), torch.float32)
 
 
+def test_weights_of_another_shape_are_refused_by_name(here, tiny_model_dir):
+    model = with_config(here / "model", {"intermediate_size": 48}, tiny_model_dir)
+    with pytest.raises(UsageError, match=r"weights \[32, 64\] for .*down_proj.* \[32, 48\]"):
+        load_base_model(model, torch.float32)
+
+
+def test_a_damaged_tokenizer_is_one_line(here, tiny_model_dir, letters, capsys):
+    for content in ('{"version": "1.0"}', '{"added_tokens": [], "model": {"type": "none"}}'):
+        model = with_config(here / "model", {}, tiny_model_dir)
+        (here / "model" / "tokenizer.json").write_text(content)
+        argv = flags(model, letters, here / "outputs", "--check", dp=False)
+        assert "tokenizer of" in refused(train.main, argv, capsys)
+
+
 def test_an_adapter_on_a_head_that_is_the_embedding(here, letters, capsys):
     tiny_llama(tie_word_embeddings=True).save_pretrained(here / "model")
     byte_tokenizer().save_pretrained(here / "model")

@@ -169,7 +169,7 @@ def test_a_beginning_that_no_prompt_gets_is_warned_of():
     assert check_style(tokenizer, UNCONDITIONAL) == []
     (warning,) = check_style(tokenizer, "vicuna")
     assert "'<s>'" in warning
-    assert "add_bos_token" in warning
+    assert "put it into the post_processor of tokenizer.json" in warning
     (warning,) = check_style(tokenizer, "chat_template")
     assert "put it into the template" in warning
     tokenizer.chat_template = "{{ bos_token }}" + CHAT

@@ -65,7 +65,13 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     Raises:
         UsageError: not found, or without an end-of-sequence token.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", model_name)
+    try:
+        tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", model_name)
+    except UsageError:
+        raise
+    except Exception as error:  # of no closer kind, where the library's part in Rust raises it
+        reason = f"{type(error).__name__}: {in_one_line(error, 200)}"
+        raise UsageError(f"the tokenizer of {model_name!r} is damaged: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {model_name!r} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -81,13 +87,19 @@ def load_base_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
         UsageError: not found, no access, not a causal language model, or one of whose weights some
             are missing.
     """
-    options = {"dtype": dtype, "output_loading_info": True}
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, found = _from_pretrained(AutoModelForCausalLM, "model", model_name, **options)
     except (ImportError, RuntimeError) as error:
         reason = in_one_line(error, 300)
         raise UsageError(f"cannot load the model {model_name!r}: {reason}") from None
-    # They would be random numbers, such as the head of a config that says it is not tied.
+    # What does not fit would be random numbers, as would the head of a config that says it is not
+    # tied.
+    for name, saved, expected in sorted(found["mismatched_keys"]):
+        raise UsageError(
+            f"the model {model_name!r} has weights {list(saved)} for {name}, which its config.json "
+            f"says to be {list(expected)}; restore its files"
+        )
     for name in sorted(found["missing_keys"]):
         raise UsageError(
             f"the model {model_name!r} has no weights for {name}, which its config.json asks for; "

@@ -178,14 +178,10 @@ def check_style(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[str]:
     bos = tokenizer.bos_token_id
     if bos is None or bos in ids:
         return []
-    own = (
-        "put it into the template"
-        if style == CHAT_TEMPLATE
-        else ('set "add_bos_token": true in its tokenizer_config.json')
-    )
+    own = "the template" if style == CHAT_TEMPLATE else "the post_processor of tokenizer.json"
     return [
         f"the tokenizer has a beginning-of-sequence token, {tokenizer.bos_token!r}, and prompts of "
-        f"--prompt_style {style} do not get it; if the base was trained with one, {own}"
+        f"--prompt_style {style} do not get it; if the base was trained with one, put it into {own}"
     ]
 
 
