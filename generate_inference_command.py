@@ -24,6 +24,7 @@ from utils.command_line.sampling_flags import (
     describe_decoding,
     read_instructions,
 )
+from utils.runs.preflight import check_here
 from utils.texts.prompts import UNCONDITIONAL, Instruction
 
 MISSING_HERE = "{} is not here; it must be where the command runs"
@@ -44,8 +45,11 @@ class Settings(SamplingSettings):
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
-    if settings.elsewhere and settings.run:
-        raise UsageError("--elsewhere and --run exclude each other; leave one out")
+    run = settings.run or settings.is_rehearsal
+    if settings.elsewhere and run:
+        raise UsageError(
+            "--elsewhere and --run, --check or --dry_run exclude each other; leave one out"
+        )
     settings, warnings = check_sampling_settings(settings)
     instructions = None
     if settings.elsewhere and not Path(settings.instruction_file).exists():
@@ -58,13 +62,15 @@ def main(argv: list[str] | None = None) -> int:
         warnings.append(MISSING_HERE.format(settings.adapter_path))
     else:
         warnings += check_adapter(settings.adapter_path, settings.prompt_style)
+    if not settings.elsewhere:
+        warnings += check_here(settings.model_name, settings.gpus, must=run)
 
     for warning in warnings:
         say(f"warning: {warning}")
     say_summary(settings, instructions)
     arguments = to_argv(parser_of(SamplingSettings, ""), settings)
     command = launch_command("inference.py", arguments, settings.gpus)
-    return print_or_run(command, settings.run)
+    return print_or_run(command, run)
 
 
 def say_summary(settings: Settings, instructions: list[Instruction] | None) -> None:

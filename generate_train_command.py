@@ -9,10 +9,8 @@ prints an `accelerate launch` line on stdout; what it means goes to stderr. Past
 run it at once with --run, which passes its exit code on.
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
@@ -24,9 +22,17 @@ from utils.command_line.parser import (
     read_flags,
     to_argv,
 )
-from utils.command_line.training_flags import TrainingSettings, check_training_settings, plan_of
+from utils.command_line.training_flags import (
+    TrainingSettings,
+    check_training_settings,
+    plan_of,
+    settle_delta,
+)
+from utils.models.base_folder import read_config
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
+from utils.privacy.recipe import recipe_warnings, signal_to_noise
+from utils.runs.preflight import check_here
 from utils.runs.run_folder import require_usable
 from utils.texts.data_sets import count_train_examples, tried_places
 from utils.texts.units import read_units, rows_to_keep
@@ -59,10 +65,14 @@ class Settings(TrainingSettings):
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
+    run = settings.run or settings.is_rehearsal
     warnings = check_training_settings(settings)
+    warnings += check_here(settings.model_name, settings.gpus, must=run)
     counted, size_warnings = train_examples(settings)
-    require_usable(settings.folder, settings.run_settings, settings.resume)
     num_examples = counted + settings.canaries.num_rows
+    is_auto = settings.delta == "auto"
+    settings = settle_delta(settings, num_examples)
+    require_usable(settings.folder, settings.run_settings, settings.resume)
     plan, plan_warnings = plan_of(settings, num_examples)
     settings = replace(
         settings,
@@ -71,9 +81,14 @@ def main(argv: list[str] | None = None) -> int:
         noise_multiplier=plan.noise_multiplier if plan else settings.noise_multiplier,
     )
 
-    for warning in warnings + size_warnings + plan_warnings + memory_warnings(settings):
+    footprint = footprint_of(settings)
+    trained = footprint.trained if footprint else None
+    warnings += size_warnings + plan_warnings + memory_warnings(settings, footprint)
+    if plan:
+        warnings += recipe_warnings(plan, trained, settings.max_seq_len)
+    for warning in warnings:
         say(f"warning: {warning}")
-    say_summary(settings, plan, num_examples)
+    say_summary(settings, plan, num_examples, trained, is_auto)
     command = launch_command(
         "train.py",
         to_argv(parser_of(TrainingSettings, ""), settings),
@@ -83,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         settings.main_process_ip,
         settings.main_process_port,
     )
-    return print_or_run(command, settings.run)
+    return print_or_run(command, run)
 
 
 def train_examples(settings: Settings) -> tuple[int, list[str]]:
@@ -121,16 +136,8 @@ def train_examples(settings: Settings) -> tuple[int, list[str]]:
 
 def footprint_of(settings: Settings) -> Training | None:
     """What decides the run's memory; None if no config.json that is here tells the shapes."""
-    from huggingface_hub import try_to_load_from_cache  # slow to import, and seldom needed
-
-    name, folder = settings.model_name, Path(settings.model_name).expanduser()
-    file = folder / "config.json"
-    if not folder.is_dir() and name.count("/") == 1:
-        cached = try_to_load_from_cache(name, "config.json")
-        file = Path(cached) if isinstance(cached, str) else file
-    if not file.is_file():
-        return None
-    architecture = Architecture.of_config(json.loads(file.read_text()))
+    config = read_config(settings.model_name)
+    architecture = Architecture.of_config(config) if config else None
     if architecture is None:
         return None
     run = settings.footprint(architecture, 4 if settings.dtype == "float32" else 2)
@@ -138,12 +145,15 @@ def footprint_of(settings: Settings) -> Training | None:
     return replace(run, shards=shards)
 
 
-def memory_warnings(settings: Settings) -> list[str]:
-    """What is to be said of the card that the user names."""
+def memory_warnings(settings: Settings, run: Training | None) -> list[str]:
+    """What is to be said of the card that the user names.
+
+    Args:
+        run: see `footprint_of`.
+    """
     card = settings.card
     if card is None:
         return []
-    run = footprint_of(settings)
     if run is None:
         return [
             f"--card {card}: whether the run fits is not known, since {settings.model_name} has no "
@@ -160,8 +170,18 @@ def memory_warnings(settings: Settings) -> list[str]:
     ]
 
 
-def say_summary(settings: Settings, plan: PrivacyPlan | None, num_examples: int) -> None:
-    """Tell on stderr what the command will do."""
+def say_summary(
+    settings: Settings,
+    plan: PrivacyPlan | None,
+    num_examples: int,
+    trained: int | None,
+    delta_is_auto: bool,
+) -> None:
+    """Tell on stderr what the command will do.
+
+    Args:
+        trained: numbers in the adapter, where they are known.
+    """
     steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
     canaries = settings.canaries.num_rows
     counted = f", of which {canaries:,} rows of canaries" if canaries else ""
@@ -182,12 +202,19 @@ def say_summary(settings: Settings, plan: PrivacyPlan | None, num_examples: int)
     if plan:
         reserved = plan.reserved_histogram_sigma
         unit = "example" if plan.unit_column is None else "unit"
+        of_delta = ", delta at most 1/(10 N)" if delta_is_auto else ""
         rows += [
             ("noise multiplier", f"{plan.noise_multiplier:g} (deviation over clip norm)"),
             ("clip norm", f"{plan.clip_norm:g}, {plan.clip_function}"),
             ("guarantee", f"({plan.target_epsilon:g}, {plan.delta:g})-DP, one {unit} added or "
-             f"removed{f', with a histogram of sigma {reserved:g}' if reserved else ''}"),
+             f"removed{f', with a histogram of sigma {reserved:g}' if reserved else ''}{of_delta}"),
         ]  # fmt: skip
+        if trained:
+            of_a_step, of_all = signal_to_noise(plan, trained, settings.max_seq_len)
+            rows.append(
+                ("signal over noise", f"at most {of_a_step:.2g} a step and {of_all:.2g} in all, "
+                 f"with {trained:,} trained numbers")
+            )  # fmt: skip
     else:
         rows.append(("guarantee", "NONE: --eps -1 trains without differential privacy"))
     processes = settings.gpus * settings.num_machines

@@ -12,15 +12,29 @@ The same command again draws what is missing, and the texts do not depend on how
 stopped.
 """
 
+from utils.command_line.parser import answer_early, read_flags
+from utils.command_line.sampling_flags import (
+    SamplingSettings,
+    adapter_weights,
+    check_adapter,
+    check_sampling_settings,
+    describe_decoding,
+    read_instructions,
+)
+
+answer_early(__name__, SamplingSettings, __doc__)
+
 import json
+import os
 import shutil
 import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import lru_cache, partial
 from importlib.metadata import packages_distributions, version
 from itertools import accumulate
 from pathlib import Path
@@ -31,28 +45,31 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, run_cli, say
-from utils.command_line.parser import read_flags
-from utils.command_line.sampling_flags import (
-    SamplingSettings,
-    adapter_weights,
-    check_adapter,
-    check_sampling_settings,
-    describe_decoding,
-    read_instructions,
-)
 from utils.files import JsonlAppender, sha256_of, write_json
+from utils.folders import tidied
+from utils.models.adapter_info import read_adapter_info
+from utils.models.footprint import GIB
 from utils.models.loading import (
     load_base_model,
+    load_skeleton,
     load_tokenizer,
     model_fingerprint,
     quiet_libraries,
     resolve_dtype,
     share_cores,
 )
-from utils.models.lora import load_adapted
+from utils.models.lora import attach_saved, load_adapted
+from utils.models.memory import PeakMemory
 from utils.runs.distributed import on_main_process
+from utils.runs.preflight import (
+    check_positions,
+    embedding_rows,
+    require_gpus,
+    require_room,
+    require_vocabulary,
+)
 from utils.runs.stopping import StopRequest, launched_by_accelerate
-from utils.sampling.decoding import STOP, Completion, Decoding, Request
+from utils.sampling.decoding import LENGTH, STOP, Completion, Decoding, Request
 from utils.sampling.engines import Model, cache_bytes, complete, fitting_batch_size
 from utils.sampling.shards import (
     MANIFEST_FILE,
@@ -63,7 +80,14 @@ from utils.sampling.shards import (
     wait_for_other_ranks,
 )
 from utils.sampling.vllm_engine import MAX_SEQUENCES_ON_GPU, ModelFolder, check_vllm
-from utils.texts.prompts import UNCONDITIONAL, Instruction, prompt_ids
+from utils.texts.prompts import (
+    UNCONDITIONAL,
+    Instruction,
+    check_style,
+    fix_date,
+    is_dated,
+    prompt_ids,
+)
 
 SAVE_SECONDS = 1.0
 # Flags that decide what the texts are; samples that were drawn with other values do not mix.
@@ -72,6 +96,8 @@ SHARED = (
     "repetition_penalty", "seed", "engine", "no_merge",
 )  # fmt: skip
 VERSIONED = ("torch", "transformers", "peft", "accelerate")
+# Of each text of a rehearsal; and of a token on the disk, about.
+REHEARSED_TOKENS, BYTES_OF_A_TOKEN = 32, 6
 MERGED_MODEL = ".merged_model"  # in the run's folder while vLLM uses it
 
 
@@ -96,6 +122,7 @@ class Sampler:
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
     batch_size: int
+    embedding_rows: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         check_vllm()
     wanted = Wanted(read_instructions(settings))
     folder = settings.folder
+    require_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     state = PartialState(cpu=not torch.cuda.is_available())
     rank, num_ranks, is_main = state.process_index, state.num_processes, state.is_main_process
     if state.device.type == "cpu" and launched_by_accelerate():
@@ -126,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
             say(f"warning: {notice}")
 
     with ExitStack() as held:
+        held.enter_context(tidied(folder, folder.parent))
+
         # -------------------------------------------------------------- the folder
         def claim() -> None:
             held.enter_context(rank_locked(folder, rank))
@@ -140,12 +170,21 @@ def main(argv: list[str] | None = None) -> int:
         missing = [each for each in range(rank, wanted.num_samples, num_ranks) if each not in done]
 
         # -------------------------------------------------------------- the model
-        sampler = prepare(settings, dtype, shared, wanted.num_samples, state)
+        tokenizer, dated = preflight(settings)
+        if settings.check:
+            if is_main:
+                say("--check: nothing was found that would stop this run")
+            return EXIT_OK
+        shared |= dated
+        sampler = prepare(settings, tokenizer, dtype, shared, wanted.num_samples, state)
         # From here on the processes need each other no more; each holds the folder until it ends.
         if not is_main:
             held.enter_context(rank_locked(folder, rank))
         state.wait_for_everyone()
         state.destroy_process_group()
+        if settings.dry_run:
+            rehearse(settings, sampler, wanted, missing, state)
+            return EXIT_OK
 
         # -------------------------------------------------------------- sample
         if is_main:
@@ -186,8 +225,48 @@ def shared_settings(settings: SamplingSettings, dtype: torch.dtype) -> dict:
     return shared
 
 
+def preflight(settings: SamplingSettings) -> tuple[PreTrainedTokenizerBase, dict]:
+    """Refuse what model, tokenizer or adapter would not bear, before weights are loaded.
+
+    Returns:
+        The tokenizer; and what else the samples share: the day that their prompts hold, if any.
+
+    Raises:
+        UsageError: see `utils.runs.preflight`.
+    """
+    quiet_libraries()
+    tokenizer, skeleton = load_tokenizer(settings.model_name), load_skeleton(settings.model_name)
+    day = None
+    if is_dated(tokenizer, settings.prompt_style):
+        day = on_main_process(partial(date_of_prompts, settings))
+        fix_date(tokenizer, day)
+    notices = check_style(tokenizer, settings.prompt_style)
+    notices += check_positions(skeleton, settings.max_seq_len)
+    require_vocabulary(embedding_rows(skeleton), tokenizer, 0)
+    if settings.adapter_path:
+        attach_saved(
+            skeleton, settings.model_name, settings.adapter_path, merge=not settings.no_merge
+        )
+    if PartialState().is_main_process:
+        require_room(settings.folder, 0)
+        for notice in notices:
+            say(f"warning: {notice}")
+    return tokenizer, {"prompt_date": day} if day else {}
+
+
+def date_of_prompts(settings: SamplingSettings) -> str:
+    """The day of the adapter's training, or of the samples that are there, or this day."""
+    manifest, info = settings.folder / MANIFEST_FILE, {}
+    if settings.adapter_path:
+        info = read_adapter_info(settings.adapter_path)
+    if "prompt_date" not in info and manifest.exists():
+        info = json.loads(manifest.read_text())
+    return info.get("prompt_date") or date.today().isoformat()
+
+
 def prepare(
     settings: SamplingSettings,
+    tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     shared: dict,
     num_samples: int,
@@ -202,8 +281,6 @@ def prepare(
         UsageError: the folder holds samples of another model.
     """
     folder = settings.folder
-    quiet_libraries()
-    tokenizer = load_tokenizer(settings.model_name)
     if settings.adapter_path is None:
         model = load_base_model(settings.model_name, dtype)
     else:
@@ -222,20 +299,15 @@ def prepare(
         seed=settings.seed,
         stop_ids=stop_ids_of(model, tokenizer),
     )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if state.is_main_process:
-        if positions and settings.max_seq_len > positions:
-            say(
-                f"warning: --max_seq_len {settings.max_seq_len} goes beyond the {positions} "
-                f"positions that {settings.model_name} was trained with"
-            )
+    if state.is_main_process and not settings.is_rehearsal:
         write_manifest(folder, settings, shared, num_samples)
+    rows = embedding_rows(model)
     if settings.engine == "vllm":
         found, batch_size = model_folder(settings, model, tokenizer, folder / MERGED_MODEL, state)
-        return Sampler(found, tokenizer, decoding, batch_size)
+        return Sampler(found, tokenizer, decoding, batch_size, rows)
     model = model.to(state.device).eval()
     batch_size = settings.perdevice_bs or fitting_batch_size(model, settings.max_seq_len)
-    return Sampler(model, tokenizer, decoding, batch_size)
+    return Sampler(model, tokenizer, decoding, batch_size, rows)
 
 
 def draw(
@@ -253,7 +325,9 @@ def draw(
 
     @lru_cache(maxsize=1024)
     def prompt_of(instruction: str) -> list[int]:
-        return prompt_ids(tokenizer, settings.prompt_style, instruction)
+        ids = prompt_ids(tokenizer, settings.prompt_style, instruction)
+        require_vocabulary(sampler.embedding_rows, tokenizer, max(ids))
+        return ids
 
     def requests() -> Iterator[Request]:
         nonlocal began
@@ -294,6 +368,39 @@ def draw(
                 bar.set_postfix_str(f"{num_tokens / (now - began):.0f} tokens/s")
         shard.append(finished)
     return Drawn(bar.n, num_tokens, time.monotonic() - began)
+
+
+def rehearse(
+    settings: SamplingSettings,
+    sampler: Sampler,
+    wanted: Wanted,
+    missing: list[int],
+    state: PartialState,
+) -> None:
+    """Draw a batch of short texts, which go nowhere, and say what the run would take at most."""
+    decoding = replace(sampler.decoding, max_new_tokens=REHEARSED_TOKENS, stop_ids=frozenset())
+    most = settings.max_new_tokens or settings.max_seq_len
+    prompt = prompt_ids(sampler.tokenizer, settings.prompt_style, wanted.instruction(0))
+    count = max(1, min(sampler.batch_size, len(missing)))
+    requests = [Request(number, prompt) for number in range(count)]
+    with PeakMemory(state.device) as memory:
+        began = time.monotonic()
+        drawn = complete(
+            settings.engine, sampler.model, iter(requests), decoding, sampler.batch_size,
+            lambda: False,
+        )  # fmt: skip
+        tokens = sum(len(completion.tokens) for completion in drawn)
+        seconds = time.monotonic() - began
+    if state.is_main_process:
+        shutil.rmtree(settings.folder / MERGED_MODEL, ignore_errors=True)
+        needed = len(missing) * min(most, settings.max_seq_len)
+        say(
+            f"--dry_run: {tokens / seconds:.0f} tokens/s a process, "
+            f"{needed / max(1, tokens) * seconds / 3600:.3g} h at most for "
+            f"{len(missing) * state.num_processes:,} texts, if every one is as long as it may be; "
+            f"{memory.peak / GIB:.3g} GiB of memory, "
+            f"{needed * state.num_processes * BYTES_OF_A_TOKEN / 1e6:,.1f} MB of disk"
+        )
 
 
 def write_manifest(
@@ -390,6 +497,15 @@ def say_end(folder: Path, done: dict[int, str], num_samples: int) -> int:
     if missing:
         say(f"{folder} lacks {missing:,} of {num_samples:,} samples: a process failed")
         return EXIT_FAILED
+    reasons = set(done.values())
+    if not reasons & {STOP, LENGTH}:
+        say(f"no text in {folder} can be used: no prompt left room; use a greater --max_seq_len")
+        return EXIT_FAILED
+    if STOP not in reasons:
+        say(
+            f"warning: every text in {folder} was cut at its greatest length, and later stages "
+            "take whole ones; use a greater --max_seq_len, or an adapter that has learnt to end"
+        )
     say(f"all {num_samples:,} samples are in {folder}")
     return EXIT_OK
 

@@ -12,6 +12,17 @@ everything that the guarantee does not cover. A stopped run goes on with --resum
 data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no kind.
 """
 
+from utils.command_line.parser import answer_early, read_flags
+from utils.command_line.training_flags import (
+    TrainingSettings,
+    check_training_settings,
+    module_settings,
+    plan_of,
+    settle_delta,
+)
+
+answer_early(__name__, TrainingSettings, __doc__)
+
 import json
 import os
 import sys
@@ -19,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,23 +43,17 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
-from utils.command_line.parser import read_flags
-from utils.command_line.training_flags import (
-    TrainingSettings,
-    check_training_settings,
-    module_settings,
-    plan_of,
-)
-from utils.dp_utils import PerExampleGradients, assign_gradient
+from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
 from utils.files import write_atomic, write_json
 from utils.folders import portable, whole_folder
 from utils.models.adapter_info import adapter_sha256, write_adapter_info
-from utils.models.footprint import Architecture, RowMemory
+from utils.models.footprint import GIB, Architecture, RowMemory
 from utils.models.independence import (
     require_independent_examples,
+    require_known_quantisation,
     require_no_other_randomness,
     silence_dropout,
 )
@@ -55,6 +61,7 @@ from utils.models.language_model import LanguageModel, require_coverage
 from utils.models.loading import (
     load_base_model,
     load_quantised_model,
+    load_skeleton,
     load_tokenizer,
     model_fingerprint,
     quiet_libraries,
@@ -62,7 +69,7 @@ from utils.models.loading import (
 )
 from utils.models.lora import attach_lora, default_target_modules, use_row_dropout
 from utils.models.losses import normalise
-from utils.models.memory import fitting_sequences, use_expandable_segments
+from utils.models.memory import PeakMemory, fitting_sequences, use_expandable_segments
 from utils.privacy.guarantee import write_report
 from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
@@ -80,10 +87,19 @@ from utils.runs.distributed import (
     shard_base,
 )
 from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
+from utils.runs.preflight import (
+    check_positions,
+    checkpoint_bytes,
+    embedding_rows,
+    require_gpus,
+    require_room,
+    require_vocabulary,
+)
 from utils.runs.probe import HALVED, full_precision, probed
 from utils.runs.run_folder import (
     ADAPTER_HASH,
     begin,
+    date_of,
     held,
     holds_run,
     is_finished,
@@ -91,7 +107,9 @@ from utils.runs.run_folder import (
     require_usable,
 )
 from utils.runs.stopping import StopRequest
+from utils.secure_random import SecureRandom
 from utils.texts.data_sets import load_splits, rows_fingerprint
+from utils.texts.prompts import check_style, fix_date, is_dated
 from utils.texts.tokens import TokenisedExamples, tokenise_once
 from utils.texts.units import largest_units, read_units, rows_to_keep
 
@@ -101,6 +119,8 @@ DIFFERS_BY_MACHINE = {"dataset_name", "model_name", "output_dir", "report_to"}
 NUMERICS = "numerics.json"
 # Rows of the largest unit, for every column that seems to say whose a row is.
 LARGEST_UNITS = "largest_units.json"
+# Rows of each split, and how many of them were cut or carry no loss.
+ROW_COUNTS = "row_counts.json"
 # Padded tokens of a microbatch with a fixed number of rows, at least: fewer leave a device idle.
 LEAST_TOKENS, LEAST_TOKENS_ON_A_CPU = 512, 128
 LACK_OF_MEMORY = (
@@ -115,13 +135,14 @@ class Run:
 
     Attributes:
         steps: T, the logical steps to take in all.
-        first_step: those that the checkpoint which it continues has taken, else 0.
-        is_continued: whether there is such a checkpoint.
         parameters: the trainable tensors by name.
         token_budget: padded tokens of a microbatch, at most.
         shapes: of the microbatches in which examples are to be computed each by itself.
         is_sharded: whether the base is spread over all processes, which then pass in step.
         base_fingerprint: of the base model as it is, quantised or not.
+        prompt_date: the day that all prompts hold; None where they hold none.
+        first_step: those that the checkpoint which it continues has taken, else 0.
+        is_continued: whether there is such a checkpoint.
         metrics: on the main process alone.
     """
 
@@ -136,13 +157,14 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: int
-    first_step: int
-    is_continued: bool
     token_budget: int
     shapes: Shapes | None
     is_sharded: bool
     base_fingerprint: str
-    metrics: PrivateMetrics | None
+    prompt_date: str | None
+    first_step: int = 0
+    is_continued: bool = False
+    metrics: PrivateMetrics | None = None
 
     @property
     def folder(self) -> Path:
@@ -210,13 +232,16 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     # What is asked for.
     notices = check_training_settings(settings)
     folder = settings.folder
-    require_usable(folder, settings.run_settings, settings.resume)
     splits, units = read_splits(settings)
     num_examples = len(splits["train"]) if units is None else len(units)
+    settings = settle_delta(settings, num_examples)
+    require_usable(folder, settings.run_settings, settings.resume)
     plan, plan_notices = plan_to_follow(settings, num_examples)
     largest = largest_units(settings.dataset_name) if plan and not settings.unit_column else {}
+    notices += plan_notices + [several_rows_notice(column) for column in largest]
 
     # The processes of the job.
+    require_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     tracker = None if settings.report_to == "none" else settings.report_to
     accelerator = make_accelerator(tracker, folder / "private")
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -224,20 +249,30 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         if is_main:
             say(f"{folder} is finished already: its adapter is in {folder / 'adapter'}")
         return None
-    start_tracker(accelerator, settings.report_to, settings.job_sess, folder)
+    if not settings.is_rehearsal:
+        start_tracker(accelerator, settings.report_to, settings.job_sess, folder)
     is_sharded = settings.fsdp and accelerator.num_processes > 1
     if settings.fsdp and not is_sharded:
         notices.append("--fsdp: a single process shards nothing")
-    notices += plan_notices + [several_rows_notice(column) for column in largest]
-    for notice in notices if is_main else []:
-        say(f"warning: {notice}")
 
     # Data and model.
     quiet_libraries()
-    torch.manual_seed(settings.seed)
     tokenizer = load_tokenizer(settings.model_name)
+    prompt_date = fixed_date(settings, tokenizer)
+    skeleton = load_skeleton(settings.model_name)
+    notices += preflight(settings, skeleton, tokenizer)
+    for notice in notices if is_main else []:
+        say(f"warning: {notice}")
     data = tokenise_once(splits, tokenizer, settings.prompt_style, settings.max_seq_len, folder)
+    largest_id = max(int(split.ids.max()) for split in data.values())
+    require_vocabulary(embedding_rows(skeleton), tokenizer, largest_id)
     settings.canaries.require_whole(data["train"].lengths, settings.max_seq_len)
+    counts = {split: rows.counts(tokenizer.eos_token_id) for split, rows in data.items()}
+    if is_main:
+        say_counts(settings, counts)
+    if settings.check:
+        return None
+    torch.manual_seed(settings.seed)
     dtype = resolve_dtype(settings.dtype, device)
     base = load_base_model(settings.model_name, dtype)
     fingerprint = model_fingerprint(base)
@@ -276,26 +311,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         fixed = fixed_shapes(settings, token_budget, device, memory)
         shapes, numerics = probed(language_model, gradients, masks, fixed, largest_of_all)
         mechanism.numerics = str(numerics)
-
-    # Begin, or continue. The other machines of a job may not see the folder.
-    identity = {
-        "base_model_fingerprint": fingerprint,
-        "lora_target_modules": sorted(model.peft_config["default"].target_modules),
-    }
-    private_identity = fingerprints(settings, splits["train"], data["train"], units)
-    checkpoint = on_main_process(
-        partial(begin_or_continue, settings, mechanism, steps, identity, private_identity)
-    )
-    if largest and is_main:
-        write_json(folder / "private" / LARGEST_UNITS, largest)
-    if checkpoint:
-        restore_adapter(parameters, checkpoint.adapter)
-        optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-        scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
-    first_step = checkpoint.state["step"] if checkpoint else 0
-    tracked = not plan or settings.report_to in LOCAL_TRACKERS or settings.report_private_metrics
-    metrics = PrivateMetrics(folder, first_step, accelerator, tracked=tracked) if is_main else None
-    return Run(
+    run = Run(
         settings=settings,
         accelerator=accelerator,
         data=data,
@@ -307,14 +323,90 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         optimizer=optimizer,
         scheduler=scheduler,
         steps=steps,
-        first_step=first_step,
-        is_continued=checkpoint is not None,
         token_budget=token_budget,
         shapes=shapes,
         is_sharded=is_sharded,
         base_fingerprint=fingerprint,
-        metrics=metrics,
+        prompt_date=prompt_date,
     )
+    if settings.dry_run:
+        rehearse(run)
+        return None
+    facts = {ROW_COUNTS: counts} | ({LARGEST_UNITS: largest} if largest else {})
+    return begun(run, fingerprints(settings, splits["train"], data["train"], units), facts)
+
+
+def preflight(
+    settings: TrainingSettings, skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Refuse what model, tokenizer or disk would not bear, before weights are loaded.
+
+    Args:
+        skeleton: of the base, without weights; changed.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        UsageError: see `utils.runs.preflight`.
+        OSError: the disk has no room for the checkpoints.
+    """
+    notices = check_style(tokenizer, settings.prompt_style)
+    notices += check_positions(skeleton, settings.max_seq_len)
+    require_vocabulary(embedding_rows(skeleton), tokenizer, 0)
+    require_known_quantisation(skeleton)
+    if settings.eps != -1:
+        require_independent_examples(skeleton, settings.max_seq_len)
+    adapted = adapt(skeleton, settings)
+    if PartialState().is_main_process:
+        trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+        require_room(settings.folder, checkpoint_bytes(trained, settings.keep_checkpoints))
+    return notices
+
+
+def fixed_date(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The day that all prompts of the run hold, that of its beginning; None where they hold none.
+
+    The tokenizer's template holds it from here on.
+    """
+    if not is_dated(tokenizer, settings.prompt_style):
+        return None
+    day = on_main_process(partial(date_of, settings.folder)) or date.today().isoformat()
+    fix_date(tokenizer, day)
+    return day
+
+
+def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
+    """The run with its folder begun, or at the checkpoint where it goes on.
+
+    Args:
+        private_identity: see `begin`.
+        facts: what is kept of the data under private/, by the name of its file.
+    """
+    settings = run.settings
+    identity = {
+        "base_model_fingerprint": run.base_fingerprint,
+        "lora_target_modules": sorted(run.model.peft_config["default"].target_modules),
+    } | ({"prompt_date": run.prompt_date} if run.prompt_date else {})
+    # The other machines of a job may not see the folder.
+    checkpoint = on_main_process(
+        partial(begin_or_continue, settings, run.mechanism, run.steps, identity, private_identity)
+    )
+    metrics, first_step = None, checkpoint.state["step"] if checkpoint else 0
+    if checkpoint:
+        restore_adapter(run.parameters, checkpoint.adapter)
+        run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+        run.scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
+    if run.is_main:
+        for name, fact in facts.items():
+            write_json(run.folder / "private" / name, fact)
+        tracked = (
+            settings.eps == -1
+            or settings.report_to in LOCAL_TRACKERS
+            or settings.report_private_metrics
+        )
+        metrics = PrivateMetrics(run.folder, first_step, run.accelerator, tracked=tracked)
+    return replace(run, first_step=first_step, is_continued=checkpoint is not None, metrics=metrics)
 
 
 def read_splits(settings: TrainingSettings) -> tuple[dict[str, Dataset], Units | None]:
@@ -557,6 +649,51 @@ def fixed_shapes(
     if settings.draws_units and settings.max_rows_per_unit:
         together = min(together, UNITS_AT_ONCE) * settings.max_rows_per_unit
     return Shapes(settings.max_seq_len, token_budget, max(least, together // 4), memory)
+
+
+def rehearse(run: Run) -> None:
+    """Pass made-up tokens in the largest shape of a step, and say what the run would take.
+
+    A step is one that might be drawn; that time follows the lengths of private rows.
+    """
+    settings, mechanism = run.settings, run.mechanism
+    mechanism.begin(0, run.accelerator.process_index)
+    indices = on_main_process(partial(mechanism.draw, 0))
+    parts = mechanism.expect(indices, run.accelerator.num_processes)
+    lengths = run.data["train"].lengths
+    own = [each for each in own_microbatches(run, indices, lengths, run.shapes, parts) if each]
+    nothing = Microbatch(np.zeros(1, dtype=np.int64), 1, settings.max_seq_len)
+    largest = max(own, key=lambda each: each.rows * each.tokens, default=nothing)
+    batch = tensors_of(run, "train", largest)
+    made_up = run.language_model.public_batch(*batch["input_ids"].shape)["input_ids"]
+    trained = sum(tensor.numel() for tensor in run.parameters.values())
+    run.model.train()
+    with PeakMemory(run.device) as memory:
+        # Next to the step's sum there will be the optimizer's two moments.
+        total, *_moments = torch.zeros(3, trained, device=run.device)
+        for _ in range(2):  # the first one also pays for what is set up once
+            began = time.monotonic()
+            mechanism.expect(largest.examples, 1)
+            pass_microbatch(
+                mechanism, run.language_model, settings.max_seq_len, largest.examples,
+                batch | {"input_ids": made_up},
+            )  # fmt: skip
+            mechanism.add(total)
+            total.sum().item()  # waits for the device
+            passing = time.monotonic() - began
+        if settings.eps != -1:
+            add_noise(total, 1.0, 1.0, SecureRandom())
+        releasing = time.monotonic() - began - passing
+    share = sum(each.rows * each.tokens for each in own) / (largest.rows * largest.tokens)
+    seconds = largest_of_all(passing * share + releasing)
+    gib = largest_of_all(memory.peak / GIB)
+    disk = checkpoint_bytes(trained, settings.keep_checkpoints)
+    if run.is_main:
+        say(
+            f"--dry_run: {seconds:.3g} s a step and {seconds * run.steps / 3600:.3g} h for "
+            f"{run.steps:,} steps, without validation (private: as long as the rows are); "
+            f"{gib:.3g} GiB of memory at most in a process, {disk / 1e6:,.1f} MB of disk"
+        )
 
 
 def largest_of_all(number: float) -> float:
@@ -943,7 +1080,7 @@ def save_adapter(run: Run, report: dict) -> str:
         "base_model": portable(settings.model_name),
         "base_model_fingerprint": run.base_fingerprint,
         "base_model_bits": settings.quantised_bits,
-    }
+    } | ({"prompt_date": run.prompt_date} if run.prompt_date else {})
     card = model_card(settings.model_name, settings.prompt_style, report, str(final))
     run.model.peft_config["default"].base_model_name_or_path = portable(settings.model_name)
     with whole_folder(final) as temporary:
@@ -967,6 +1104,19 @@ def say_start(run: Run) -> None:
         say("no validation split: no loss on rows that are held out will be known")
     if run.first_step:
         say(f"continuing {run.folder} after step {run.first_step:,}")
+
+
+def say_counts(settings: TrainingSettings, counts: dict[str, dict[str, int]]) -> None:
+    """Tell the owner of rows that teach less than they could; and that --check is through."""
+    for split, found in counts.items():
+        if found["cut"]:
+            say(
+                f"warning: of {found['rows']:,} rows of {split}, {found['cut']:,} are cut at "
+                f"--max_seq_len {settings.max_seq_len} and {found['without_loss']:,} have no token "
+                "with loss (private); use a greater one, or shorter rows"
+            )
+    if settings.check:
+        say("--check: nothing was found that would stop this run")
 
 
 def say_end(folder: Path, report: dict, finished: bool, stopped_by: str) -> None:

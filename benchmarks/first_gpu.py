@@ -9,9 +9,22 @@ the share of the peak of the model's own matrix products; memory by the length o
 privacy; tokens per second of sampling.
 """
 
+from dataclasses import dataclass
+
+from utils.command_line.parser import answer_early, flag, read_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags."""
+
+    prepare: bool = flag("write model and texts, and measure nothing", False)
+
+
+answer_early(__name__, Settings, __doc__)
+
 import json
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +34,6 @@ from benchmarks.environments import ROOT
 from benchmarks.figures import aligned
 from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.cli import EXIT_OK, run_cli
-from utils.command_line.parser import flag, read_flags
 
 FOLDER = ROOT / "first_gpu"
 MODEL: dict[str, int] = {
@@ -32,13 +44,6 @@ MODEL: dict[str, int] = {
 ROW_LENGTHS = (16, 128, 1024)
 ROWS = 256
 MISSING = "-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags."""
-
-    prepare: bool = flag("write model and texts, and measure nothing", False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,13 +8,18 @@ process beyond its interpreter and libraries, model included; on a GPU, what tor
 most. Engines take turns, each time in a new process. `--engines` adds the peers.
 """
 
+from benchmarks import workload
+from benchmarks.jobs import OURS
+from utils.command_line.parser import answer_early
+
+answer_early(__name__, workload.Settings, __doc__, engines=list(OURS))
+
+
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import workload
 from benchmarks.figures import aligned
-from benchmarks.jobs import OURS
 from utils.cli import EXIT_OK, run_cli, say
 
 ADAPTERS = {"r 8, attention": (8, workload.ATTENTION), "r 64, all linear": (64, ["all-linear"])}

@@ -9,22 +9,34 @@ command's resident set, mapped files included. Exit code 1 if it takes more than
 6 GiB. Needs 3 GB of disk.
 """
 
+from dataclasses import dataclass
+
+from benchmarks import figures
+from utils.command_line.parser import answer_early, flag, read_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(figures.Settings):
+    """The flags."""
+
+    quick: bool = flag("a tiny size, to try the benchmark", False)
+
+
+answer_early(__name__, Settings, __doc__)
+
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import figures
 from resample_with_dp_histogram.embed import begin
 from resample_with_dp_histogram.embeddings import VECTORS_FILE, location
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
-from utils.command_line.parser import flag, read_flags
 from utils.texts.data_sets import rows_fingerprint
 from utils.versions import versions_of
 
@@ -36,13 +48,6 @@ BLOCK_ROWS = 20_000
 # Length of a vector's own part over that of its centre, and the exponent of the spectrum.
 SCATTER, SPECTRUM = 0.7, 0.5
 VERSIONED = ("numpy", "faiss-cpu", "torch")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(figures.Settings):
-    """The flags."""
-
-    quick: bool = flag("a tiny size, to try the benchmark", False)
 
 
 def main(argv: list[str] | None = None) -> int:

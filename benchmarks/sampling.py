@@ -11,43 +11,11 @@ out.
 """
 
 import argparse
-import json
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from pathlib import Path
-
-import torch
-import transformers
-from transformers import PreTrainedModel
 
 from benchmarks import figures
-from benchmarks.environments import vllm_python
-from benchmarks.figures import aligned
-from benchmarks.measuring import by_turns, device, output_of
-from privacy_checks.tiny_model import save_tiny_model
-from utils.cli import run_cli, say
-from utils.command_line.parser import flag, positive_int, read_flags
-from utils.models.loading import (
-    load_base_model,
-    load_tokenizer,
-    quiet_libraries,
-    resolve_dtype,
-    share_cores,
-)
-from utils.models.lora import load_adapted
-from utils.sampling.decoding import Completion, Decoding, Request, completion_of
-from utils.sampling.engines import cache_bytes, complete, fitting_batch_size
-from utils.sampling.vllm_engine import ModelFolder
-from utils.texts.prompts import UNCONDITIONAL, prompt_ids
+from utils.command_line.parser import answer_early, flag, positive_int, read_flags
 
-ONE_BY_ONE = "one at a time"
-ENGINES = (ONE_BY_ONE, "static", "continuous")
 # Texts drawn one at a time for each one drawn in batches; a rate needs no more of them.
 ONE_BY_ONE_SHARE = 16
 
@@ -76,6 +44,44 @@ class Settings(figures.Settings):
         False,
     )
     measure: str | None = flag(argparse.SUPPRESS)
+
+
+answer_early(__name__, Settings, __doc__)
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from benchmarks.environments import vllm_python
+from benchmarks.figures import aligned
+from benchmarks.measuring import by_turns, device, output_of
+from privacy_checks.tiny_model import save_tiny_model
+from utils.cli import run_cli, say
+from utils.models.loading import (
+    load_base_model,
+    load_tokenizer,
+    quiet_libraries,
+    resolve_dtype,
+    share_cores,
+)
+from utils.models.lora import load_adapted
+from utils.sampling.decoding import Completion, Decoding, Request, completion_of
+from utils.sampling.engines import cache_bytes, complete, fitting_batch_size
+from utils.sampling.vllm_engine import ModelFolder
+from utils.texts.prompts import UNCONDITIONAL, prompt_ids
+
+ONE_BY_ONE = "one at a time"
+ENGINES = (ONE_BY_ONE, "static", "continuous")
 
 
 def main(argv: list[str] | None = None) -> None:

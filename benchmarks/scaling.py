@@ -8,24 +8,10 @@ over rounds and steps, the first step of each run left out. Fixed draws, so that
 same batches. Exit code 1 if several processes reach less than 0.95 of one.
 """
 
-import json
-import os
-import statistics
-import tempfile
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 
 from benchmarks import figures
-from benchmarks.figures import markdown
-from benchmarks.measuring import by_turns, output_of
-from privacy_checks.tiny_model import save_tiny_model
-from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli
-from utils.command_line.launch import launch_command, with_this_python
-from utils.command_line.parser import flag, read_flags
-from utils.texts.data_sets import count_train_examples, tried_places
-
-LEAST = 0.95
+from utils.command_line.parser import answer_early, flag, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +25,25 @@ class Settings(figures.Settings):
     steps: int = flag("of each run", 4)
     rounds: int = flag("runs of each kind", 2)
     quick: bool = flag("a tiny random model, one round", False)
+
+
+answer_early(__name__, Settings, __doc__)
+
+import json
+import os
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from benchmarks.figures import markdown
+from benchmarks.measuring import by_turns, output_of
+from privacy_checks.tiny_model import save_tiny_model
+from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli
+from utils.command_line.launch import launch_command, with_this_python
+from utils.texts.data_sets import count_train_examples, tried_places
+
+LEAST = 0.95
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,32 +18,10 @@ texts that the selection does not use. Topics, bins and both scores have cluster
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 from benchmarks import figures
-from benchmarks.figures import aligned
-from benchmarks.resampling import write_embeddings
-from evaluation.measures.intervals import plus_minus
-from evaluation.measures.mauve import mauve
-from resample_with_dp_histogram import embed, resample
-from resample_with_dp_histogram.clusters import fit_clusters
-from resample_with_dp_histogram.embeddings import open_embeddings
-from resample_with_dp_histogram.extract import distinct_instructions
-from resample_with_dp_histogram.selection import total_variation
-from utils.cli import UsageError, run_cli
-from utils.command_line.parser import flag, read_flags
-from utils.files import read_jsonl, write_json
-from utils.folders import whole_folder
+from resample_with_dp_histogram.embeddings import DEFAULT_MODEL, open_embeddings
+from utils.command_line.parser import answer_early, flag, read_flags
 from utils.texts.text_inputs import FORMATS, read_entries
-from utils.versions import versions_of
-
-HELD_OUT, PRIVATE = 0.1, 0.4
-SELECTED_SHARE = 0.3
-NUM_TOPICS, NUM_SCORE_CLUSTERS = 30, 50
-SETS = ("pool", "histogram", "histogram_conditional", "private")
-SCORES = {"mauve": "MAUVE (1: alike)", "total_variation": "total variation (0: alike)"}
-VERSIONED = ("numpy", "faiss-cpu", "sentence-transformers", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +31,38 @@ class Settings(figures.Settings):
     texts: str = flag(f"instructions: {FORMATS}", required=True, metavar="PATH")
     split: str | None = flag("the split to read where --texts is a saved DatasetDict")
     work_dir: Path = flag("embeddings stay here", required=True, type=Path, metavar="DIR")
-    model: str = flag("a sentence-transformers hub id or folder", embed.DEFAULT_MODEL)
+    model: str = flag("a sentence-transformers hub id or folder", DEFAULT_MODEL)
     num_private: int = flag("N", 20_000)
     histogram_sigma: float = flag("noise of every count", 10.0)
     num_bins: int = flag("clusters, the histogram's bins", 100)
     skew: float = flag("deviation of the log of a topic's share", 1.5)
     num_seeds: int = flag("trials, each with parts of its own", 5)
+
+
+answer_early(__name__, Settings, __doc__)
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.figures import aligned
+from benchmarks.resampling import write_embeddings
+from evaluation.measures.intervals import plus_minus
+from evaluation.measures.mauve import mauve
+from resample_with_dp_histogram import embed, resample
+from resample_with_dp_histogram.clusters import fit_clusters
+from resample_with_dp_histogram.extract import distinct_instructions
+from resample_with_dp_histogram.selection import total_variation
+from utils.cli import UsageError, run_cli
+from utils.files import read_jsonl, write_json
+from utils.folders import whole_folder
+from utils.versions import versions_of
+
+HELD_OUT, PRIVATE = 0.1, 0.4
+SELECTED_SHARE = 0.3
+NUM_TOPICS, NUM_SCORE_CLUSTERS = 30, 50
+SETS = ("pool", "histogram", "histogram_conditional", "private")
+SCORES = {"mauve": "MAUVE (1: alike)", "total_variation": "total variation (0: alike)"}
+VERSIONED = ("numpy", "faiss-cpu", "sentence-transformers", "torch")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,7 +24,6 @@ from resample_with_dp_histogram.extract import distinct_instructions
 from utils.cli import UsageError, say
 from utils.command_line.parser import flag
 from utils.files import write_json
-from utils.models.loading import load_tokenizer
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 from utils.texts.text_inputs import FORMATS, read_entries
 
@@ -52,6 +51,8 @@ def fitting_instructions(settings: Settings) -> list[str]:
     Raises:
         UsageError: they are fewer than 4 x --num_test.
     """
+    from utils.models.loading import load_tokenizer  # takes seconds, and --help has no need of it
+
     kept, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
     texts, most = list(kept.values()), settings.max_seq_len
     # One token more than may be there shows what would be cut.

@@ -10,6 +10,13 @@ the same command measures it. `--engines ours-nondp ours-dp --rounds 9` asks for
 privacy alone.
 """
 
+from benchmarks import workload
+from benchmarks.jobs import OURS, PEERS
+from utils.command_line.parser import answer_early
+
+answer_early(__name__, workload.Settings, __doc__, engines=list(PEERS + OURS))
+
+
 import statistics
 import tempfile
 from collections import Counter
@@ -20,9 +27,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import workload
 from benchmarks.figures import aligned
-from benchmarks.jobs import OURS, PEERS, Job
+from benchmarks.jobs import Job
 from benchmarks.measuring import device, seconds_of
 from utils.cli import EXIT_OK, run_cli
 from utils.runs.batching import Shapes

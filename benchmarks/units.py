@@ -12,30 +12,10 @@ Every step runs the toolkit's own commands, and one that has ended is passed ove
 command goes on after a stop.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 from benchmarks import studies
-from benchmarks.figures import markdown
-from benchmarks.studies import (
-    fitting_instructions,
-    losses_by_model,
-    require_same_settings,
-    run_once,
-    side_by_side,
-)
-from evaluation.measures.intervals import plus_minus
-from utils.cli import UsageError, run_cli
-from utils.command_line.parser import flag, positive_float, positive_int, read_flags
-from utils.folders import save_dataset
-from utils.privacy.plan import ROWS, UNITS
-from utils.texts.prompts import UNCONDITIONAL
-
-EVEN, ZIPF = "even", "zipf"
-COLUMN = "user_id"
+from utils.command_line.parser import answer_early, flag, positive_float, positive_int, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +32,31 @@ class Settings(studies.Settings):
     clip: float = flag("clip norm", 1.0)
     lr: float = flag("learning rate", 2e-3)
     num_seeds: int = flag("generators of each arm", 3)
+
+
+answer_early(__name__, Settings, __doc__)
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.figures import markdown
+from benchmarks.studies import (
+    fitting_instructions,
+    losses_by_model,
+    require_same_settings,
+    run_once,
+    side_by_side,
+)
+from evaluation.measures.intervals import plus_minus
+from utils.cli import UsageError, run_cli
+from utils.folders import save_dataset
+from utils.privacy.plan import ROWS, UNITS
+from utils.texts.prompts import UNCONDITIONAL
+
+EVEN, ZIPF = "even", "zipf"
+COLUMN = "user_id"
 
 
 @dataclass(frozen=True)

@@ -13,54 +13,10 @@ command goes on after a stop. --size paper asks for the sizes of the paper, for 
 change either size.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-from prv_accountant import PRVAccountant
-from prv_accountant.privacy_random_variables import (
-    GaussianMechanism,
-    PoissonSubsampledGaussianMechanism,
-)
-from scipy.optimize import brentq
 
 from benchmarks import studies
-from benchmarks.figures import markdown
-from benchmarks.studies import (
-    fitting_instructions,
-    losses_by_model,
-    require_same_settings,
-    run_once,
-    side_by_side,
-)
-from evaluation.measures.intervals import plus_minus
-from evaluation.measures.mauve import mauve
-from privacy_checks.composition import composed_report
-from resample_with_dp_histogram.embeddings import open_embeddings
-from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
-from utils.cli import UsageError, run_cli
-from utils.command_line.parser import flag, positive_float, read_flags
-from utils.files import read_jsonl, write_json
-from utils.folders import save_dataset
-from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
-from utils.privacy.plan import num_steps
-from utils.sampling.shards import read_samples
-from utils.texts.prompts import UNCONDITIONAL
-from utils.versions import versions_of
-
-BEFORE, AFTER = "before", "after"
-HISTOGRAM_SIGMA = 10.0
-LOOSE_EPS_ERROR = 0.1
-# MAUVE depends on its clusters, so a set's score is the mean over as many clusterings.
-CLUSTERINGS = 5
-VERSIONED = ("torch", "transformers", "peft", "prv-accountant", "faiss-cpu")
-# Of the paper's section 5. Two cores end the other size, that of the flags, within two hours.
-PAPER = {
-    "max_seq_len": 1024, "num_test": 5000, "total_bs": 4096, "num_epochs": 10.0, "delta": 5e-7,
-    "clip": 0.5, "lr": 1e-3, "num_samples": 1_000_000, "num_selected": 180_000, "num_bins": 1000,
-    "tuning_bs": 32,
-}  # fmt: skip
+from utils.command_line.parser import answer_early, flag, positive_float, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +41,55 @@ class Settings(studies.Settings):
     num_selected: int = flag("rows of a synthetic set", 400)
     num_bins: int = flag("bins of the DP histogram", 50)
     tuning_bs: int = flag("logical batch of tuning on a set", 16)
+
+
+answer_early(__name__, Settings, __doc__)
+
+import json
+from pathlib import Path
+
+import numpy as np
+from prv_accountant import PRVAccountant
+from prv_accountant.privacy_random_variables import (
+    GaussianMechanism,
+    PoissonSubsampledGaussianMechanism,
+)
+from scipy.optimize import brentq
+
+from benchmarks.figures import markdown
+from benchmarks.studies import (
+    fitting_instructions,
+    losses_by_model,
+    require_same_settings,
+    run_once,
+    side_by_side,
+)
+from evaluation.measures.intervals import plus_minus
+from evaluation.measures.mauve import mauve
+from privacy_checks.composition import composed_report
+from resample_with_dp_histogram.embeddings import open_embeddings
+from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
+from utils.cli import UsageError, run_cli
+from utils.files import read_jsonl, write_json
+from utils.folders import save_dataset
+from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
+from utils.privacy.plan import num_steps
+from utils.sampling.shards import read_samples
+from utils.texts.prompts import UNCONDITIONAL
+from utils.versions import versions_of
+
+BEFORE, AFTER = "before", "after"
+HISTOGRAM_SIGMA = 10.0
+LOOSE_EPS_ERROR = 0.1
+# MAUVE depends on its clusters, so a set's score is the mean over as many clusterings.
+CLUSTERINGS = 5
+VERSIONED = ("torch", "transformers", "peft", "prv-accountant", "faiss-cpu")
+# Of the paper's section 5. Two cores end the other size, that of the flags, within two hours.
+PAPER = {
+    "max_seq_len": 1024, "num_test": 5000, "total_bs": 4096, "num_epochs": 10.0, "delta": 5e-7,
+    "clip": 0.5, "lr": 1e-3, "num_samples": 1_000_000, "num_selected": 180_000, "num_bins": 1000,
+    "tuning_bs": 32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

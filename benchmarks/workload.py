@@ -1,4 +1,7 @@
-"""The model and the instructions that engines are measured on, and how they are measured."""
+"""The model and the instructions that engines are measured on, and how they are measured.
+
+What takes seconds to import is imported where it is used: --help has no need of it.
+"""
 
 import json
 import statistics
@@ -6,22 +9,21 @@ import sys
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import figures
 from benchmarks.environments import python_with
 from benchmarks.jobs import OURS, PEERS, Job
-from benchmarks.measuring import by_turns, output_of
 from data import prepare_quickstart
-from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from utils.cli import UsageError
 from utils.command_line.parser import flag, read_flags
-from utils.runs.batching import Shapes, cut_microbatches
 from utils.texts.data_sets import load_splits
 from utils.texts.prompts import UNCONDITIONAL, training_ids
+
+if TYPE_CHECKING:
+    from utils.runs.batching import Shapes
 
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 MOST_WORDS = 1000
@@ -77,6 +79,11 @@ def instructions(dataset_name: str | None) -> list[str]:
 
 def prepare(settings: Settings, folder: Path, texts: list[str]) -> None:
     """Write the model, the logical batch's texts and their tokens into `folder`."""
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from privacy_checks.tiny_model import byte_tokenizer
+
     disable_progress_bar()
     if settings.model_name:
         base = Path(settings.model_name).resolve()
@@ -104,6 +111,8 @@ def prepare(settings: Settings, folder: Path, texts: list[str]) -> None:
 
 def _save_random_llama(settings: Settings, folder: Path) -> None:
     """Widths in the proportions of LLaMA 7B: heads of 64, an inner layer of 8/3 of the hidden."""
+    from privacy_checks.tiny_model import tiny_llama
+
     width, heads = settings.hidden_size, max(1, settings.hidden_size // 64)
     tiny_llama(
         vocab_size=settings.vocab_size, hidden_size=width,
@@ -127,6 +136,8 @@ def make_jobs(settings: Settings, folder: str) -> list[Job]:
 
 def run(job: Job) -> dict:
     """What one process measures: `seconds` a step, `processed_tokens`, `peak_memory_mib`."""
+    from benchmarks.measuring import output_of
+
     python = sys.executable if job.engine in OURS else str(python_with(REQUIREMENTS))
     command = [python, "-m", "benchmarks.engine", json.dumps(asdict(job))]
     return json.loads(output_of(command, job.engine).splitlines()[-1])
@@ -134,6 +145,8 @@ def run(job: Job) -> dict:
 
 def measure(jobs: list[Job], rounds: int) -> dict[str, dict]:
     """Run every job once a round; for each engine medians over all timed steps, and those."""
+    from benchmarks.measuring import by_turns
+
     tasks = {job.engine: job for job in jobs}
     results = by_turns(tasks, lambda engine: run(tasks[engine]), rounds)
     real = int(jobs[0].lengths().sum())
@@ -150,7 +163,9 @@ def measure(jobs: list[Job], rounds: int) -> dict[str, dict]:
     return summaries
 
 
-def padded_tokens(lengths: np.ndarray, token_budget: int, shapes: Shapes | None = None) -> int:
+def padded_tokens(lengths: np.ndarray, token_budget: int, shapes: "Shapes | None" = None) -> int:
     """Tokens that a logical batch of these lengths is processed as, the padding included."""
+    from utils.runs.batching import cut_microbatches
+
     (cuts,) = cut_microbatches(np.arange(len(lengths)), lengths, token_budget, 1, shapes)
     return sum(cut.rows * cut.tokens for cut in cuts)

@@ -15,9 +15,36 @@ the selected texts show alone goes to OUTPUT itself and may be released. With --
 texts are public, and there is one result. Embeddings stay in memory.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+
+from resample_with_dp_histogram.embeddings import DEFAULT_MODEL
+from utils.command_line.parser import answer_early, flag, read_flags
+from utils.texts.text_inputs import FORMATS, read_instructions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this evaluation."""
+
+    real: str = flag(f"real texts: {FORMATS}", required=True, metavar="PATH")
+    split: str | None = flag("the split to read where --real is a saved DatasetDict")
+    synthetic: str = flag("synthetic texts, in such a format", required=True, metavar="PATH")
+    selected: str | None = flag("those of them that resampling selected", metavar="PATH")
+    model: str = flag("a sentence-transformers hub id or folder", DEFAULT_MODEL)
+    num_rows: int = flag(
+        "texts of each set that a seed compares, drawn from twice as many; fewer where a set has "
+        "fewer, or the real one fewer than twice as many",
+        1000,
+    )
+    num_seeds: int = flag("draws of texts and clusters, 2 or more", 5)
+    public: bool = flag("the real texts are public, so all figures are too", False)
+    output: Path = flag("folder for the figures", type=Path, required=True, metavar="DIR")
+
+
+answer_early(__name__, Settings, __doc__)
+
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,8 +65,6 @@ from evaluation.results import (
 )
 from resample_with_dp_histogram import embed
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, read_flags
-from utils.texts.text_inputs import FORMATS, read_instructions
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -92,25 +117,6 @@ class Sample:
 
     words: list[list[str]]
     vectors: np.ndarray
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags of this evaluation."""
-
-    real: str = flag(f"real texts: {FORMATS}", required=True, metavar="PATH")
-    split: str | None = flag("the split to read where --real is a saved DatasetDict")
-    synthetic: str = flag("synthetic texts, in such a format", required=True, metavar="PATH")
-    selected: str | None = flag("those of them that resampling selected", metavar="PATH")
-    model: str = flag("a sentence-transformers hub id or folder", embed.DEFAULT_MODEL)
-    num_rows: int = flag(
-        "texts of each set that a seed compares, drawn from twice as many; fewer where a set has "
-        "fewer, or the real one fewer than twice as many",
-        1000,
-    )
-    num_seeds: int = flag("draws of texts and clusters, 2 or more", 5)
-    public: bool = flag("the real texts are public, so all figures are too", False)
-    output: Path = flag("folder for the figures", type=Path, required=True, metavar="DIR")
 
 
 def main(argv: list[str] | None = None) -> None:

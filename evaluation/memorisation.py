@@ -15,12 +15,53 @@ the synthetic texts, and canaries where the run has a guarantee, go to OUTPUT. W
 counted and never written.
 """
 
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from resample_with_dp_histogram.embeddings import DEFAULT_MODEL
+from utils.command_line.parser import answer_early, flag, natural_int, read_flags
+from utils.texts.text_inputs import FORMATS, read_instructions
+
+# Headings of --help.
+NEAREST, CANARIES = "nearest neighbours", "canaries"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of this evaluation."""
+
+    synthetic: str = flag(f"synthetic texts: {FORMATS}", required=True, metavar="PATH")
+    private: str = flag("the rows that were trained on", required=True, metavar="PATH")
+    held_out: str = flag("rows of the same source that were not", required=True, metavar="PATH")
+    selected: str | None = flag("texts selected from the synthetic ones", metavar="PATH")
+    split: str = flag("the split to read of a saved DatasetDict", "train")
+    held_out_split: str = flag("the split of --held_out", "test")
+    output: Path = flag("folder for the figures", type=Path, required=True, metavar="DIR")
+    seed: int = flag("of what is drawn: parts, and texts to embed", 0, type=natural_int)
+    embedding_model: str = flag(
+        "a sentence-transformers hub id or folder", DEFAULT_MODEL, group=NEAREST
+    )
+    no_embeddings: bool = flag("leave nearest neighbours out", False, group=NEAREST)
+    max_embedded: int = flag(
+        "texts of each set that are embedded, drawn at random", 10_000, group=NEAREST
+    )
+    run: Path | None = flag(
+        "a run that was trained with --num_canaries", type=Path, metavar="RUN", group=CANARIES
+    )
+    model_name: str | None = flag(
+        "its base model; the one that the run names if left out", group=CANARIES
+    )
+    num_candidates: int = flag(
+        "secrets that were not inserted, among which canaries are ranked", 1000, group=CANARIES
+    )
+
+
+answer_early(__name__, Settings, __doc__)
+
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,9 +96,8 @@ from evaluation.results import (
     table,
     write_result,
 )
-from resample_with_dp_histogram.embed import DEFAULT_MODEL, embed_in_memory, load_model
+from resample_with_dp_histogram.embed import embed_in_memory, load_model
 from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, natural_int, read_flags
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
@@ -65,15 +105,12 @@ from utils.runs.run_folder import CONFIG_FILE, holds_run, model_name_of
 from utils.texts.canaries import canary, secrets
 from utils.texts.data_sets import is_labelled
 from utils.texts.text_filters import comparison_form
-from utils.texts.text_inputs import FORMATS, read_instructions
 from utils.texts.tokens import tokenised
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 TOOL = "memorisation"
-# Headings of --help.
-NEAREST, CANARIES = "nearest neighbours", "canaries"
 NGRAMS = (5, 8, 13)
 SYNTHETIC, MORE = "synthetic texts", ": more than by chance"
 # Nearest rows of which a training row and a held-out one are sought: one in 2^15 texts lacks one.
@@ -87,36 +124,6 @@ INTERVAL = (
 )
 CONTROL = "the same of as many held-out rows"
 CANARY_CONTROL = "for canaries: as many others that were not inserted"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags of this evaluation."""
-
-    synthetic: str = flag(f"synthetic texts: {FORMATS}", required=True, metavar="PATH")
-    private: str = flag("the rows that were trained on", required=True, metavar="PATH")
-    held_out: str = flag("rows of the same source that were not", required=True, metavar="PATH")
-    selected: str | None = flag("texts selected from the synthetic ones", metavar="PATH")
-    split: str = flag("the split to read of a saved DatasetDict", "train")
-    held_out_split: str = flag("the split of --held_out", "test")
-    output: Path = flag("folder for the figures", type=Path, required=True, metavar="DIR")
-    seed: int = flag("of what is drawn: parts, and texts to embed", 0, type=natural_int)
-    embedding_model: str = flag(
-        "a sentence-transformers hub id or folder", DEFAULT_MODEL, group=NEAREST
-    )
-    no_embeddings: bool = flag("leave nearest neighbours out", False, group=NEAREST)
-    max_embedded: int = flag(
-        "texts of each set that are embedded, drawn at random", 10_000, group=NEAREST
-    )
-    run: Path | None = flag(
-        "a run that was trained with --num_canaries", type=Path, metavar="RUN", group=CANARIES
-    )
-    model_name: str | None = flag(
-        "its base model; the one that the run names if left out", group=CANARIES
-    )
-    num_candidates: int = flag(
-        "secrets that were not inserted, among which canaries are ranked", 1000, group=CANARIES
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,26 +14,8 @@ OUTPUT/private.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel
-
-from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
-from evaluation.results import Result, Score, require_new_result, table, write_result
-from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, read_flags
-from utils.command_line.sampling_flags import check_adapter
+from utils.command_line.parser import answer_early, flag, read_flags
 from utils.command_line.training_flags import ModelSettings, require_fitting_style
-from utils.models.language_model import LanguageModel
-from utils.models.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
-from utils.models.lora import load_adapted
-from utils.runs.batching import cut_microbatches
-from utils.runs.run_folder import private_identity_of
-from utils.texts.data_sets import find_dataset, load_split, rows_fingerprint
-from utils.texts.tokens import TokenisedExamples, tokenised
-
-TOOL = "perplexity"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +35,28 @@ class Settings(ModelSettings):
     perdevice_bs: int = flag("sequences of max_seq_len tokens on the device at once", 16)
     public: bool = flag("the texts are public, so the figures are too", False)
     output: Path = flag("folder for the figures", type=Path, metavar="DIR", required=True)
+
+
+answer_early(__name__, Settings, __doc__)
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
+from evaluation.results import Result, Score, require_new_result, table, write_result
+from utils.cli import UsageError, run_cli, say
+from utils.command_line.sampling_flags import check_adapter
+from utils.models.language_model import LanguageModel
+from utils.models.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
+from utils.models.lora import load_adapted
+from utils.runs.batching import cut_microbatches
+from utils.runs.run_folder import private_identity_of
+from utils.texts.data_sets import find_dataset, load_split, rows_fingerprint
+from utils.texts.tokens import TokenisedExamples, tokenised
+
+TOOL = "perplexity"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,27 +11,12 @@ everything else too, and is OUTPUT/private/report-internal.html and .md. Exit co
 guarantee, or if more was spent than a run was planned for; the page says so.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-from markupsafe import Markup, escape
-
 from evaluation.page.material import Sources, collect
-from evaluation.page.printing import counted, markdown, one_line, percent, plain, portable_word
-from evaluation.page.sections import Page
-from evaluation.results import PRIVATE_FOLDER, shown
 from privacy_checks.composition import ALLOW_ABOVE_TARGET, exit_code
-from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import command_line, flag, natural_int, read_flags
-from utils.files import write_atomic
-from utils.folders import claimed, private_folder
-
-TEMPLATES = Path(__file__).parent / "page" / "templates"
-ESCAPED: dict[str, Callable[[str], str]] = {".html": escape, ".md": markdown}
-# By which a later call knows a page of this tool, which it may replace.
-MARK = "evaluation.report"
+from utils.command_line.parser import answer_early, command_line, flag, natural_int, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +27,26 @@ class Settings(Sources):
     overwrite: bool = flag("replace a page that this tool wrote there", False)
     allow_above_target: bool = flag(ALLOW_ABOVE_TARGET, False)
     num_shown: int = flag("texts of each kind to show", 6, type=natural_int)
+
+
+answer_early(__name__, Settings, __doc__)
+
+from collections.abc import Callable
+
+import jinja2
+from markupsafe import Markup, escape
+
+from evaluation.page.printing import counted, markdown, one_line, percent, plain, portable_word
+from evaluation.page.sections import Page
+from evaluation.results import PRIVATE_FOLDER, shown
+from utils.cli import UsageError, run_cli, say
+from utils.files import write_atomic
+from utils.folders import claimed, private_folder
+
+TEMPLATES = Path(__file__).parent / "page" / "templates"
+ESCAPED: dict[str, Callable[[str], str]] = {".html": escape, ".md": markdown}
+# By which a later call knows a page of this tool, which it may replace.
+MARK = "evaluation.report"
 
 
 def main(argv: list[str] | None = None) -> int:

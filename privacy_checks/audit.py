@@ -17,6 +17,35 @@ protects rows, and shows that a person is lost in it. --break shows that a broke
 caught. Exit code 0 if everything passes, else 1.
 """
 
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from utils.command_line.parser import answer_early, flag, positive_float, positive_int, read_flags
+
+# The mechanisms of `DESCRIPTIONS`, which take seconds to import.
+BROKEN = (
+    "noise_half", "clip_double", "no_clip", "reuse_noise", "shuffle", "cap_ignored",
+    "mean_by_row_clip", "dropout_by_place", "rope_state", "bf16_free_shapes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of the audit."""
+
+    unit: bool = flag("canaries are persons of several rows, in a run that protects them", False)
+    canaries: int | None = flag(
+        "in and out together (default 4000; 2000 with --unit)", type=positive_int
+    )
+    steps: int | None = flag("logical steps (default 16; 4 with --unit)", type=positive_int)
+    noise_multiplier: float | None = flag("sigma (default 4; 2 with --unit)", type=positive_float)
+    delta: float = flag("of the claim", 1e-5)
+    broken: str | None = flag("audit this broken mechanism", name="--break", choices=BROKEN)
+    json: Path | None = flag("also write this", type=Path, metavar="FILE")
+
+
+answer_early(__name__, Settings, __doc__)
+
 import json
 import math
 import multiprocessing
@@ -25,8 +54,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -39,7 +66,6 @@ from privacy_checks.persons import BREAKS as BREAKS_OF_PERSONS
 from privacy_checks.persons import CANARY_CAP, CANARY_ROWS, of_persons, save_rows, unit_flags
 from privacy_checks.replay import replay_wide
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import flag, positive_float, positive_int, read_flags
 from utils.dp_utils import _Instantiated
 from utils.files import write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
@@ -259,21 +285,6 @@ DESCRIPTIONS = {name: str(broken.__doc__) for name, broken in BREAKS.items()} | 
 
 
 # ------------------------------------------------------------------------ the command
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags of the audit."""
-
-    unit: bool = flag("canaries are persons of several rows, in a run that protects them", False)
-    canaries: int | None = flag(
-        "in and out together (default 4000; 2000 with --unit)", type=positive_int
-    )
-    steps: int | None = flag("logical steps (default 16; 4 with --unit)", type=positive_int)
-    noise_multiplier: float | None = flag("sigma (default 4; 2 with --unit)", type=positive_float)
-    delta: float = flag("of the claim", 1e-5)
-    broken: str | None = flag("audit this broken mechanism", name="--break", choices=DESCRIPTIONS)
-    json: Path | None = flag("also write this", type=Path, metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> int:

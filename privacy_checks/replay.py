@@ -19,6 +19,37 @@ to six rows, that is left out of step k of the tiny model's cases, in float32 an
 one of --dtype. Exit code 0 if nothing moves by more, else 1.
 """
 
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils.command_line.parser import answer_early, flag, positive_int, read_flags
+
+DTYPES, THREADS = ("float32", "bfloat16"), (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of the replay."""
+
+    examples: int = flag("of the tiny model, and as many steps", 8)
+    unit: bool = flag("leave out persons of several rows, in a run that protects them", False)
+    model: str | None = flag("replay this one alone: a folder or a hub id", metavar="PATH")
+    dtype: str | None = flag(
+        "of one model, float32 if not given; with --unit of the tiny one", choices=DTYPES
+    )
+    device: str | None = flag(
+        "of one model, cpu if not given; auto: what training takes", choices=("cpu", "auto")
+    )
+    threads: int | None = flag("of one model on a CPU, 1 if not given", type=positive_int)
+    json: Path | None = flag("also write this", type=Path, metavar="FILE")
+
+    @property
+    def one_model(self) -> bool:
+        return any((self.model, self.dtype, self.device, self.threads))
+
+
+answer_early(__name__, Settings, __doc__)
+
 import itertools
 import json
 import os
@@ -26,8 +57,6 @@ import re
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +72,6 @@ from privacy_checks.persons import (
     write_rows,
 )
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import flag, positive_int, read_flags
 from utils.dp_utils import clip_factors
 from utils.files import write_json
 from utils.privacy.mechanism import Private
@@ -69,31 +97,9 @@ WIDE: dict[str, object] = {
 WIDE_ROWS, WIDE_LONGEST, WIDE_BETWEEN, WIDE_CLIP_NORM = 64, 96, 20, 1.0
 # So few steps where the wide model is replayed several times, and so many where a model is once.
 WIDE_STEPS, STEPS = 3, 4
-DTYPES, THREADS = ("float32", "bfloat16"), (1, 2)
 
 # Prompt style, gradient checkpointing, clip norm.
 Case = tuple[str, bool, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags of the replay."""
-
-    examples: int = flag("of the tiny model, and as many steps", 8)
-    unit: bool = flag("leave out persons of several rows, in a run that protects them", False)
-    model: str | None = flag("replay this one alone: a folder or a hub id", metavar="PATH")
-    dtype: str | None = flag(
-        "of one model, float32 if not given; with --unit of the tiny one", choices=DTYPES
-    )
-    device: str | None = flag(
-        "of one model, cpu if not given; auto: what training takes", choices=("cpu", "auto")
-    )
-    threads: int | None = flag("of one model on a CPU, 1 if not given", type=positive_int)
-    json: Path | None = flag("also write this", type=Path, metavar="FILE")
-
-    @property
-    def one_model(self) -> bool:
-        return any((self.model, self.dtype, self.device, self.threads))
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,8 @@ A local annotator needs no key:
         --model MODEL --instructions inference_outputs/mine --output annotations/mine_local
 """
 
-import asyncio
 import math
-import signal
-import sys
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from textwrap import shorten
-
-from tqdm import tqdm
 
 from query_gpt35_for_annotation.client import (
     ANSWERED,
@@ -51,31 +42,8 @@ from query_gpt35_for_annotation.job import (
     read_job,
     read_outcomes,
 )
-from query_gpt35_for_annotation.rate_limits import RateBudget
 from query_gpt35_for_annotation.spending import Price, PriceSettings, Spending, estimate, price_of
-from utils.cli import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    UsageError,
-    handle_stops,
-    run_cli,
-    say,
-    stop_handlers_restored,
-)
-from utils.command_line.parser import flag, natural_int, read_flags
-from utils.files import JsonlAppender
-from utils.folders import locked
-
-# So many refusals (400) without an answer between them show that no request of this form is
-# welcome: before the first answer, and after it.
-_REFUSED_FIRST, _REFUSED_LATER = 10, 100
-_REFUSES_ALL = "the server refuses every request: "
-# So many instructions in a row, or one a worker, that run out of retries are an outage.
-_OUTAGE = 5
-# So many paid answers, the first of a run and none of them usable, show that none will be.
-_UNUSABLE_FIRST = 20
-INTERRUPTED = "interrupted"
+from utils.command_line.parser import answer_early, flag, natural_int, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +93,43 @@ class RunSettings(PriceSettings, RequestSettings):
 @dataclass(frozen=True, kw_only=True)
 class Settings(RunSettings, JobSettings):
     """The flags of `annotate`."""
+
+
+answer_early(__name__, Settings, __doc__)
+
+import asyncio
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from textwrap import shorten
+
+from tqdm import tqdm
+
+from query_gpt35_for_annotation.rate_limits import RateBudget
+from utils.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    UsageError,
+    handle_stops,
+    run_cli,
+    say,
+    stop_handlers_restored,
+)
+from utils.files import JsonlAppender
+from utils.folders import locked
+
+# So many refusals (400) without an answer between them show that no request of this form is
+# welcome: before the first answer, and after it.
+_REFUSED_FIRST, _REFUSED_LATER = 10, 100
+_REFUSES_ALL = "the server refuses every request: "
+# So many instructions in a row, or one a worker, that run out of retries are an outage.
+_OUTAGE = 5
+# So many paid answers, the first of a run and none of them usable, show that none will be.
+_UNUSABLE_FIRST = 20
+INTERRUPTED = "interrupted"
 
 
 class Recorder:

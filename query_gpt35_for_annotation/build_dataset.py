@@ -9,22 +9,10 @@ Truncated, refused, empty and failed answers are left out and counted.
 """
 
 import argparse
-import hashlib
-import math
-import sys
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from query_gpt35_for_annotation.client import OK
-from query_gpt35_for_annotation.job import answers_file, placed_answers
-from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, positive_float, read_flags
-from utils.files import record_at
-from utils.folders import claimed, save_dataset
-from utils.texts.data_sets import is_labelled
+from utils.command_line.parser import answer_early, flag, positive_float, read_flags
 
 
 def _split_size(text: str) -> float:
@@ -59,6 +47,23 @@ class Settings:
     val_size: float = _size_of("val")
     test_size: float = _size_of("test")
     seed: int = flag("another one gives another split", 0, type=int)
+
+
+answer_early(__name__, Settings, __doc__)
+
+import hashlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from query_gpt35_for_annotation.client import OK
+from query_gpt35_for_annotation.job import answers_file, placed_answers
+from utils.cli import UsageError, run_cli, say
+from utils.files import record_at
+from utils.folders import claimed, save_dataset
+from utils.texts.data_sets import is_labelled
 
 
 def split_pairs(

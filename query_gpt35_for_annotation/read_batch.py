@@ -7,9 +7,7 @@ The records are the same as those of `annotate`. Requests that expired or failed
 left to ask again, with `annotate` or another `make_batch`.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from query_gpt35_for_annotation.client import (
     ABOUT_ONE_INSTRUCTION,
@@ -20,19 +18,7 @@ from query_gpt35_for_annotation.client import (
     read_completion,
     say_reasoning,
 )
-from query_gpt35_for_annotation.job import (
-    REMEDY,
-    UNANSWERED,
-    answers_file,
-    is_done,
-    read_records,
-    waiting_batches,
-)
-from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
-from utils.command_line.parser import flag, read_flags
-from utils.files import JsonlAppender, read_jsonl
-from utils.folders import locked
-from utils.texts.rows import raw_rows
+from utils.command_line.parser import answer_early, flag, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +33,25 @@ class Settings:
         metavar="FILE",
     )
     keep_reasoning: bool = flag(KEEP_REASONING, False)
+
+
+answer_early(__name__, Settings, __doc__)
+
+from collections import Counter
+from pathlib import Path
+
+from query_gpt35_for_annotation.job import (
+    REMEDY,
+    UNANSWERED,
+    answers_file,
+    is_done,
+    read_records,
+    waiting_batches,
+)
+from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
+from utils.files import JsonlAppender, read_jsonl
+from utils.folders import locked
+from utils.texts.rows import raw_rows
 
 
 def record_of(result: dict, instruction: str, unmetered: int) -> dict:

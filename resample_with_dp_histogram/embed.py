@@ -14,51 +14,14 @@ Add --unit_column, such as user_id, where a person may have several rows: resamp
 all rows of one person together.
 """
 
-import io
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from resample_with_dp_histogram.embeddings import (
-    IDENTITY_FILE,
-    MANIFEST_FILE,
-    UNITS_FILE,
-    VECTORS_FILE,
-    location,
-    open_vectors,
-    read_manifest,
-    require_unit,
-    units_digest,
-    write_identity,
-)
-from utils.cli import UsageError, in_one_line, run_cli, say
+from resample_with_dp_histogram.embeddings import DEFAULT_MODEL
+from utils.cli import end_on_stops
 from utils.command_line.parser import command_line, flag, parser_of
-from utils.files import fsync_folder, write_atomic, write_json
-from utils.folders import (
-    locked,
-    names_in,
-    private_folder,
-    require_same_settings,
-    sibling_lock,
-)
-from utils.models.loading import model_fingerprint
-from utils.texts.data_sets import rows_fingerprint
-from utils.texts.text_inputs import FORMATS, read_column, read_instructions
-from utils.texts.units import OWNERS, read_units
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-DEFAULT_MODEL = "sentence-transformers/sentence-t5-base"
-# Batches that a device gets at once, and the least time between two saves.
-BATCHES_AT_ONCE = 8
-SAVE_SECONDS = 5.0
+from utils.texts.text_inputs import FORMATS
+from utils.texts.units import OWNERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +76,53 @@ def read_settings(argv: list[str] | None) -> Settings:
     )
     kind.add_argument("--synthetic", action="store_true", help="the texts may be shown to anyone")
     return Settings(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    end_on_stops()
+    read_settings(None)
+
+import io
+import os
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from resample_with_dp_histogram.embeddings import (
+    IDENTITY_FILE,
+    MANIFEST_FILE,
+    UNITS_FILE,
+    VECTORS_FILE,
+    location,
+    open_vectors,
+    read_manifest,
+    require_unit,
+    units_digest,
+    write_identity,
+)
+from utils.cli import UsageError, in_one_line, run_cli, say
+from utils.files import fsync_folder, write_atomic, write_json
+from utils.folders import (
+    locked,
+    names_in,
+    private_folder,
+    require_same_settings,
+    sibling_lock,
+)
+from utils.models.loading import model_fingerprint
+from utils.texts.data_sets import rows_fingerprint
+from utils.texts.text_inputs import read_column, read_instructions
+from utils.texts.units import read_units
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+# Batches that a device gets at once, and the least time between two saves.
+BATCHES_AT_ONCE = 8
+SAVE_SECONDS = 5.0
 
 
 def command_of(settings: Settings) -> list[str]:

@@ -20,6 +20,7 @@ from utils.cli import UsageError
 from utils.files import write_json
 from utils.folders import require_same_settings
 
+DEFAULT_MODEL = "sentence-transformers/sentence-t5-base"
 VECTORS_FILE, UNITS_FILE, MANIFEST_FILE = "embeddings.npy", "units.npy", "manifest.json"
 PRIVATE_FOLDER, IDENTITY_FILE = "private", "identity.json"
 # Rounding to float16 moves the length of a unit vector by less than 2^-11.

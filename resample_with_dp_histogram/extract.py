@@ -28,7 +28,8 @@ from utils.texts.text_filters import comparison_form
 from utils.texts.text_inputs import FORMATS, files_of, read_entries
 
 EXTRACT = "resample_with_dp_histogram.extract"
-INSTRUCTIONS_FILE = "instructions.jsonl"
+# The texts that this command writes, and those that resample selects, in the same form.
+INSTRUCTIONS_FILE, SELECTED_FILE = "instructions.jsonl", "selected.jsonl"
 EMPTY, TRUNCATED, DUPLICATE = "empty", "truncated", "duplicate"
 
 

@@ -21,71 +21,21 @@ and shard are the sample that it was, if the pool says), histograms.json and .pn
 resampling_report.json. In private/ is the fingerprint of the private rows.
 """
 
-import io
-import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from resample_with_dp_histogram.clusters import PCA_VARIANCE, Clusters, fit_clusters
-from resample_with_dp_histogram.embeddings import (
-    PRIVATE_FOLDER,
-    Embeddings,
-    open_embeddings,
-    require_same_model,
-    write_identity,
-)
-from resample_with_dp_histogram.histogram import SENSITIVITY, noisy_histogram, project_to_simplex
-from resample_with_dp_histogram.selection import (
-    Allocation,
-    allocate,
-    choose_rows,
-    largest_remainders,
-    total_variation,
-)
-from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import (
+    answer_early,
     command_line,
     flag,
     natural_int,
     positive_int,
     read_flags,
 )
-from utils.files import hashes_of, sha256_of, write_json
-from utils.folders import claimed, private_folder, whole_folder
-from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
-from utils.privacy.guarantee import SEVERAL_ROWS, UNIT, for_unit, person
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE as LEDGER_FILE
-from utils.privacy.ledger import read_histograms, record_histogram
-from utils.sampling.shards import Origin, origins
-from utils.secure_random import SecureRandom, grid_spacing
-from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import FORMATS, files_of, read_instructions
 
-SELECTED_FILE = "selected.jsonl"
 HISTOGRAM, CONDITIONAL = "histogram", "histogram_conditional"
-COVERED = [
-    "the noisy histogram, and whatever is computed from it and from synthetic texts alone: the "
-    "selection, its order, the distances and the plot",
-    "the clusters and the bins of synthetic rows: they never see private data",
-]
-NOT_COVERED = [
-    "the private embeddings, under private/ of their folder",
-    "that this run came to an end: it refuses private vectors that are damaged (not finite, not "
-    "of unit length), and whether they are depends on private data",
-    "training on the same private data, and other histograms of it: compose them with "
-    "python -m privacy_checks.report RUN --histogram LEDGER",
-    "the choice of sigma, bins or size after a look at several histograms that are not all in the "
-    "ledger",
-    "text that the embedding model had already seen",
-    "rounding in the embedding model: which texts share a batch decides the last bits of an "
-    "embedding, and a text that lies between two bins may change its bin with them",
-    SEVERAL_ROWS,
-    "timing and other side channels of the machine",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +99,63 @@ class Settings:
         group="privacy",
         type=int,
     )
+
+
+answer_early(__name__, Settings, __doc__)
+
+import io
+import itertools
+import json
+
+import numpy as np
+from tqdm import tqdm
+
+from resample_with_dp_histogram.clusters import PCA_VARIANCE, Clusters, fit_clusters
+from resample_with_dp_histogram.embeddings import (
+    PRIVATE_FOLDER,
+    Embeddings,
+    open_embeddings,
+    require_same_model,
+    write_identity,
+)
+from resample_with_dp_histogram.extract import SELECTED_FILE
+from resample_with_dp_histogram.histogram import SENSITIVITY, noisy_histogram, project_to_simplex
+from resample_with_dp_histogram.selection import (
+    Allocation,
+    allocate,
+    choose_rows,
+    largest_remainders,
+    total_variation,
+)
+from utils.cli import UsageError, run_cli, say
+from utils.files import hashes_of, sha256_of, write_json
+from utils.folders import claimed, private_folder, whole_folder
+from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
+from utils.privacy.guarantee import SEVERAL_ROWS, UNIT, for_unit, person
+from utils.privacy.ledger import read_histograms, record_histogram
+from utils.sampling.shards import Origin, origins
+from utils.secure_random import SecureRandom, grid_spacing
+from utils.texts.data_sets import rows_fingerprint
+
+COVERED = [
+    "the noisy histogram, and whatever is computed from it and from synthetic texts alone: the "
+    "selection, its order, the distances and the plot",
+    "the clusters and the bins of synthetic rows: they never see private data",
+]
+NOT_COVERED = [
+    "the private embeddings, under private/ of their folder",
+    "that this run came to an end: it refuses private vectors that are damaged (not finite, not "
+    "of unit length), and whether they are depends on private data",
+    "training on the same private data, and other histograms of it: compose them with "
+    "python -m privacy_checks.report RUN --histogram LEDGER",
+    "the choice of sigma, bins or size after a look at several histograms that are not all in the "
+    "ledger",
+    "text that the embedding model had already seen",
+    "rounding in the embedding model: which texts share a batch decides the last bits of an "
+    "embedding, and a text that lies between two bins may change its bin with them",
+    SEVERAL_ROWS,
+    "timing and other side channels of the machine",
+]
 
 
 def main(argv: list[str] | None = None) -> None:

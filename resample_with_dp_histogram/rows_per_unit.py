@@ -14,17 +14,8 @@ noise is drawn.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from resample_with_dp_histogram.histogram import noisy_histogram, project_to_simplex
-from resample_with_dp_histogram.resample import source_of_noise
-from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, positive_int, read_flags
-from utils.privacy.ledger import record_histogram
+from utils.command_line.parser import answer_early, flag, positive_int, read_flags
 from utils.texts.units import OWNERS, read_units
-
-# The highest number of rows of each bin; the last one also has all units with more.
-CAPS = 2 ** np.arange(11)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +41,19 @@ class Settings:
         required=True,
         type=Path,
     )
+
+
+answer_early(__name__, Settings, __doc__)
+
+import numpy as np
+
+from resample_with_dp_histogram.histogram import noisy_histogram, project_to_simplex
+from resample_with_dp_histogram.resample import source_of_noise
+from utils.cli import UsageError, run_cli, say
+from utils.privacy.ledger import record_histogram
+
+# The highest number of rows of each bin; the last one also has all units with more.
+CAPS = 2 ** np.arange(11)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -296,6 +296,10 @@ def test_a_useless_number_of_canaries_is_refused(canaries, capsys):
     assert canaries in str(refused.value) + capsys.readouterr().err
 
 
+def test_every_broken_mechanism_has_its_name_in_the_flag():
+    assert set(audit.BROKEN) == audit.DESCRIPTIONS.keys()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("unit", "broken"),

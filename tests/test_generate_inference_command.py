@@ -100,6 +100,7 @@ def test_every_flag_survives(adapter, capsys):
     unchanged = {name for name in given if arguments[name] == defaults[name]}
     assert unchanged == {
         "instruction_file", "model_name", "prompt_style", "max_seq_len", "adapter_path", "top_p",
+        "check", "dry_run",  # of no printed line
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,12 @@ import generate_train_command
 from tests.paths import ROOT
 from tests.training import flags, run_process, save_dataset
 from utils.command_line.parser import read_flags
-from utils.command_line.training_flags import TrainingSettings, module_settings, plan_of
+from utils.command_line.training_flags import (
+    TrainingSettings,
+    module_settings,
+    plan_of,
+    settle_delta,
+)
 from utils.texts.data_sets import count_train_examples, load_splits
 
 ARENA = (
@@ -114,6 +120,44 @@ def test_canaries_count_in_n_beside_the_rows_of_the_data_set(generate, tmp_path,
     assert (plan.num_examples, plan.steps) == (130, 16)
     with pytest.raises(ValueError, match="--num_train_examples 130, but .* has 100"):
         generate(*command, "--num_train_examples=130")
+
+
+def test_delta_auto_is_a_tenth_of_1_over_n_or_less_and_its_number_is_printed(
+    generate, tmp_path, tiny_model_dir
+):
+    data = save_dataset(tmp_path, rows=100)
+    line, summary = generate(*flags(tiny_model_dir, data, tmp_path, "--delta=auto"))
+    assert understood(line).delta == 1e-3  # exactly 1/(10 N)
+    assert "(8, 0.001)-DP, one example added or removed, delta at most 1/(10 N)" in summary
+    assert "above 1/(10 N)" not in summary
+    line, _ = generate(*flags(tiny_model_dir, data, tmp_path, "--delta=auto", "--num_canaries=1"))
+    assert understood(line).delta == 1e-4
+    # Of persons where they are drawn.
+    data = save_rows(tmp_path, [f"u{row % 10}" for row in range(100)])
+    line, _ = generate(*persons(data, tmp_path, "--delta=auto"))
+    assert understood(line).delta == 1e-2
+
+
+def test_delta_auto_by_size():
+    settings = read_flags(TrainingSettings, None, flags("m", "d", "o", "--delta=auto"))
+    for size in (1, 2, 9, 10, 11, 99, 100, 101, 5824, 180_000, 10**6, 10**6 + 1):
+        delta = settle_delta(settings, size).delta
+        assert delta <= 1 / (10 * size) < 10 * delta * (1 + 1e-12)
+    assert settle_delta(replace(settings, delta=0.3), 10).delta == 0.3
+
+
+def test_the_summary_says_what_is_wrong_with_a_recipe(generate, tmp_path, tiny_model_dir):
+    data = save_dataset(tmp_path, rows=100)
+    _, summary = generate(*flags(tiny_model_dir, data, tmp_path, "--delta=auto"))
+    # 8 · 0.5 over a noise of 0.5 sigma sqrt(3,584).
+    assert re.search(
+        r"signal over noise +at most 0\.\d+ a step and \S+ in all, with 3,584", summary
+    )
+    _, summary = generate(
+        *flags(tiny_model_dir, data, tmp_path, "--delta=auto", "--num_epochs=0.2", "--clip=10")
+    )
+    assert "warning: 2 steps are too few to learn from" in summary
+    assert "warning: --clip 10 is above the norm of most gradients" in summary
 
 
 def save_rows(folder, owners) -> str:

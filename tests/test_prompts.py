@@ -2,6 +2,7 @@
 
 import signal
 import time
+from datetime import date
 
 import pytest
 
@@ -13,6 +14,9 @@ from utils.texts.prompts import (
     TEMPLATES,
     UNCONDITIONAL,
     Instruction,
+    check_style,
+    fix_date,
+    is_dated,
     prompt_ids,
     read_instruction_file,
     training_ids,
@@ -93,6 +97,85 @@ def test_a_template_takes_braces_and_percent_signs_literally(tokenizer):
 def test_chat_template_needs_one():
     with pytest.raises(UsageError, match="no chat template"):
         prompt_ids(byte_tokenizer(), "chat_template", "hi")
+
+
+DATED = (
+    "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y %H:%M:%S') }}\n{% endif %}"
+)
+
+
+def with_template(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def rendered(tokenizer, text="hi"):
+    return tokenizer.decode(prompt_ids(tokenizer, "chat_template", text))
+
+
+def test_a_fixed_date_is_all_that_a_dated_template_sees(tmp_path):
+    tokenizer = with_template(DATED + CHAT)
+    assert is_dated(tokenizer, "chat_template")
+    assert not is_dated(tokenizer, "vicuna")
+    assert not is_dated(with_template(CHAT), "chat_template")
+    fix_date(tokenizer, "2024-02-09")
+    assert rendered(tokenizer) == "Today: 09 Feb 2024 00:00:00\n<user>hi<assistant>"
+    # It is saved with it, as for an engine that loads the tokenizer by itself.
+    tokenizer.save_pretrained(tmp_path)
+    assert rendered(type(tokenizer).from_pretrained(tmp_path)).startswith("Today: 09 Feb 2024")
+
+
+@pytest.mark.parametrize(
+    "format",
+    ["%A %-d %B %Y", "%Y-%m-%d", "%F", "the %j.", "%d%%", "%B %d, %Y, %I %p", "%-m/%-d/%y"],
+)
+def test_a_fixed_date_is_written_as_the_system_writes_it(format):
+    tokenizer = with_template("{{ strftime_now('" + format + "') }}")
+    fix_date(tokenizer, "2024-02-09")
+    assert rendered(tokenizer).rstrip("%") == date(2024, 2, 9).strftime(format).rstrip("%")
+
+
+def test_a_fixed_date_leaves_white_space_alone():
+    body = "\n {{ messages[0].content }}{{ strftime_now('') }}"
+    before, tokenizer = rendered(with_template(body)), with_template(body)
+    fix_date(tokenizer, "2024-02-09")
+    assert rendered(tokenizer) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}",
+         "drops the instruction"),
+        ("You are helpful.", "drops the instruction"),
+        ("{{ raise_exception('system first') }}", "fails on a question: system first; use another"),
+        ("{{ messages[0]['content'", "fails on a question"),
+        ("{{ messages[7].content.text }}", "fails on a question"),
+        ("{{ 1 // 0 }}", "fails on a question"),
+        ("{{ messages[0].content + 1 }}", "fails on a question"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on a question"),
+        (None, "no chat template"),
+    ],
+)  # fmt: skip
+def test_a_template_that_loses_the_instruction_is_refused(template, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        check_style(with_template(template), "chat_template")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_beginning_that_no_prompt_gets_is_warned_of():
+    tokenizer = with_template(CHAT)
+    assert check_style(tokenizer, UNCONDITIONAL) == []
+    (warning,) = check_style(tokenizer, "vicuna")
+    assert "'<s>'" in warning
+    assert "put it into the post_processor of tokenizer.json" in warning
+    (warning,) = check_style(tokenizer, "chat_template")
+    assert "put it into the template" in warning
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT
+    assert check_style(tokenizer, "chat_template") == []
+    tokenizer.bos_token = None
+    assert check_style(tokenizer, "vicuna") == []
 
 
 def test_instruction_files_go_there_and_back(tmp_path):

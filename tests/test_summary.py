@@ -45,9 +45,7 @@ def test_guarantee_losses_and_samples_are_shown(run_folder, tmp_path, capsys):
 def test_what_the_base_writes_stands_next_to_each_sample(run_folder, tmp_path, capsys):
     for folder, count in (("tuned", 3), ("base", 2)):
         with JsonlAppender(tmp_path / folder / "shard-0.jsonl") as shard:
-            shard.append(
-                {"id": i, "prompt": "", "text": f"{folder} {i}" * i} for i in range(count)
-            )
+            shard.append({"id": i, "prompt": "", "text": f"{folder} {i}" * i} for i in range(count))
     main([
         "--run", str(run_folder), "--samples", str(tmp_path / "tuned"),
         "--untuned", str(tmp_path / "base"),

@@ -127,7 +127,7 @@ ALLOWED = [
     r"privacy_report\.(json|md)",
     r"privacy_ledger\.jsonl",
     r"run_config\.json",
-    r"private/(README\.md|identity\.json|metrics\.jsonl|numerics\.json)",
+    r"private/(README\.md|identity\.json|metrics\.jsonl|numerics\.json|row_counts\.json)",
 ]
 METRICS = {
     "step", "train_loss", "validation_loss", "learning_rate", "batch_size", "real_tokens",
@@ -934,6 +934,14 @@ def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(run, capsys, tmp_p
     assert message in told
     assert "error: " in told
     assert not (tmp_path / "outputs").exists()
+
+
+def test_delta_auto_is_on_record_as_its_number_and_goes_on(run, capsys):
+    folder = run("--delta=auto", crash_in_step=5)
+    assert json.loads((folder / "run_config.json").read_text())["arguments"]["delta"] == 1e-3
+    run("--delta=auto", "--resume=auto")
+    assert report(folder)["delta"] == read_plan(folder / LEDGER_FILE).delta == 1e-3
+    assert "(8, 0.001)-DP" in capsys.readouterr().err
 
 
 def test_a_delta_above_a_tenth_of_1_over_n_is_warned_of(run, capsys):

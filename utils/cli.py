@@ -80,6 +80,28 @@ def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def end_on_stops() -> None:
+    """Until `run_cli`, end at once and in one line on what asks to stop.
+
+    For imports that take seconds: an exception in the middle of one may come out as another.
+    """
+
+    def end(_number: int, _frame: object) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        say("interrupted")
+        _leave_code(EXIT_INTERRUPTED)
+        os._exit(EXIT_INTERRUPTED)
+
+    handle_stops(end)
+
+
+def _leave_code(code: int) -> None:
+    """Tell the generator that waits behind a launcher."""
+    if EXIT_CODE_VARIABLE in os.environ:
+        Path(os.environ[EXIT_CODE_VARIABLE]).write_text(str(code))
+
+
 class _Lasting(io.TextIOWrapper):
     """A standard stream that outlives its reader: what nobody can read any more goes nowhere.
 
@@ -151,8 +173,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
         redirect_stderr(_lasting(sys.stderr, product=False)),
     ):
         code = _outcome(main)
-    if EXIT_CODE_VARIABLE in os.environ:
-        Path(os.environ[EXIT_CODE_VARIABLE]).write_text(str(code))
+    _leave_code(code)
     sys.exit(code)
 
 

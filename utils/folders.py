@@ -81,6 +81,18 @@ def _holder(lock: Path) -> str:
 
 
 @contextmanager
+def tidied(*folders: Path) -> Iterator[None]:
+    """Remove at the end of the block those folders that it made and left empty, in this order."""
+    made = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it holds something, or was not made
+                folder.rmdir()
+
+
+@contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Hold what a command is to make, from its first look at it to its end.
 
@@ -91,14 +103,9 @@ def claimed(output: Path) -> Iterator[None]:
         UsageError: another process holds it.
     """
     path = output.resolve()
-    made = [parent for parent in path.parents if not parent.exists()]
-    try:
-        with locked(output, "name another output", path.with_name(f".{path.name}.claim")):
-            yield
-    finally:
-        for parent in made:
-            with suppress(OSError):  # it holds something now
-                parent.rmdir()
+    claim = path.with_name(f".{path.name}.claim")
+    with tidied(*path.parents), locked(output, "name another output", claim):
+        yield
 
 
 def sibling_lock(path: Path) -> Path:

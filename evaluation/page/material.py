@@ -21,8 +21,7 @@ from evaluation.results import Chart, Score, read_results
 from privacy_checks.composition import composed_report, epsilon_over_steps, events_of
 from query_gpt35_for_annotation.job import Job, answers_file, read_records
 from query_gpt35_for_annotation.spending import Spending, price_of
-from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
-from resample_with_dp_histogram.resample import SELECTED_FILE
+from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, SELECTED_FILE
 from utils.cli import UsageError
 from utils.command_line.parser import flag, positive_float
 from utils.command_line.sampling_flags import ADAPTER_WEIGHTS

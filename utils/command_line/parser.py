@@ -6,7 +6,7 @@ import re
 from dataclasses import field, fields
 from typing import Any, NoReturn, TypeVar
 
-from utils.cli import EXIT_USAGE, say
+from utils.cli import EXIT_USAGE, end_on_stops, say
 
 Settings = TypeVar("Settings")
 
@@ -79,6 +79,20 @@ def read_flags(
     return settings(**vars(parser.parse_args(argv)))
 
 
+def answer_early(module: str, settings: type[Any], docstring: str | None, **defaults: Any) -> None:
+    """Answer --help and refuse wrong flags before the imports of a script, which take seconds.
+
+    From here until `run_cli` a Ctrl-C ends it in one line.
+
+    Args:
+        module: the script's `__name__`; nothing is done where it is imported.
+        settings, docstring, defaults: see `read_flags`.
+    """
+    if module == "__main__":
+        end_on_stops()
+        read_flags(settings, docstring, None, **defaults)
+
+
 def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
     """Flags that make `parser` give `settings` again; those at their default are left out."""
     argv: list[str] = []
@@ -128,6 +142,11 @@ def positive_int(text: str) -> int:
 def batch_size(text: str) -> int | str:
     """A whole number of 1 or more, or `auto`."""
     return text if text == "auto" else positive_int(text)
+
+
+def probability(text: str) -> float | str:
+    """A number, or `auto`."""
+    return text if text == "auto" else float(text)
 
 
 def natural_int(text: str) -> int:

@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from utils.command_line.parser import (
     natural_int,
     positive_float,
     positive_int,
+    probability,
 )
 from utils.models.footprint import Architecture, Training
 from utils.privacy.accounting import MAX_ROWS
@@ -27,7 +28,10 @@ from utils.texts.prompts import PROMPT_STYLES, UNCONDITIONAL
 from utils.texts.units import OWNERS
 
 Number = TypeVar("Number", int, float)
+Settings = TypeVar("Settings", bound="TrainingSettings")
 
+# Flags that are of no run.
+REHEARSALS = ("check", "dry_run")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -72,6 +76,21 @@ class JobSettings(ModelSettings):
 
     job_sess: str = flag("name of this run", type=job_name, required=True)
     output_dir: str
+    check: bool = flag(
+        "look for all that would stop or spoil the run, and end; takes seconds and leaves nothing "
+        "behind",
+        False,
+    )
+    dry_run: bool = flag(
+        "pass a microbatch of made-up tokens, say what the run would take in hours, memory and "
+        "disk, and end; leaves nothing behind",
+        False,
+    )
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether nothing is to be written."""
+        return self.check or self.dry_run
 
     @property
     def folder(self) -> Path:
@@ -115,7 +134,12 @@ class TrainingSettings(JobSettings):
         "target epsilon, such as 6; -1 trains without privacy, which is never assumed",
         type=float, required=True,
     )  # fmt: skip
-    delta: float = _privacy("target delta, below 1/N", 5e-7, type=float)
+    delta: float | str = _privacy(
+        "target delta, below 1/N; auto: 1/(10 N), rounded down to a power of ten",
+        5e-7,
+        type=probability,
+        metavar="{auto,DELTA}",
+    )
     clip: float = _privacy(
         "clip norm C: l2 bound of one example's gradient; needed with --eps", -1, type=float
     )
@@ -305,6 +329,8 @@ class TrainingSettings(JobSettings):
     def run_settings(self) -> dict:
         """The flags of `train.py` by their names, as `run_config.json` keeps them."""
         given = {field.name: getattr(self, field.name) for field in fields(TrainingSettings)}
+        for name in REHEARSALS:
+            del given[name]
         return given | {"lora_dropout": self.dropout}
 
 
@@ -340,7 +366,7 @@ def check_training_settings(settings: TrainingSettings) -> list[str]:
         return _check_without_privacy(settings)
     if not (math.isfinite(settings.eps) and settings.eps > 0):
         raise UsageError(f"--eps {settings.eps}: must be above 0, or -1 to train without privacy")
-    if not 0 < settings.delta < 1:
+    if not (settings.delta == "auto" or 0 < float(settings.delta) < 1):
         raise UsageError(f"--delta {settings.delta}: must be between 0 and 1, and below 1/N")
     if not (math.isfinite(settings.clip) and settings.clip > 0):
         raise UsageError(
@@ -399,6 +425,17 @@ def _check_without_privacy(settings: TrainingSettings) -> list[str]:
     return []
 
 
+def settle_delta(settings: Settings, num_examples: int) -> Settings:
+    """The settings with a number for --delta auto: 10 to the power of -k, at most 1/(10 N).
+
+    Args:
+        num_examples: see `plan_of`.
+    """
+    if settings.delta != "auto":
+        return settings
+    return replace(settings, delta=float(f"1e-{len(str(10 * num_examples - 1))}"))
+
+
 def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan | None, list[str]]:
     """The plan of a run on N examples.
 
@@ -428,7 +465,7 @@ def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan 
         clip_function=settings.clip_function,
         loss_normalization=settings.loss_normalization,
         target_epsilon=settings.eps,
-        delta=settings.delta,
+        delta=float(settle_delta(settings, num_examples).delta),
         noise_multiplier=settings.noise_multiplier,
         reserved_histogram_sigma=settings.reserve_histogram_sigma,
         unit_column=settings.unit_column,

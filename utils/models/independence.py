@@ -38,14 +38,7 @@ def require_independent_examples(model: PreTrainedModel, max_seq_len: int) -> No
         UsageError: names what couples examples, and what to do.
     """
     _require_fixed_rope(model, max_seq_len)
-    stored = getattr(model.config, "quantization_config", None) or {}
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    if method and str(getattr(method, "value", method)) != "bitsandbytes":
-        raise UsageError(
-            f"the base is stored quantised by {getattr(method, 'value', method)}, which is not "
-            "known to compute each example apart; use the base as it was before, with "
-            "--load_in_4bit or --load_in_8bit"
-        )
+    require_known_quantisation(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -68,6 +61,22 @@ def require_independent_examples(model: PreTrainedModel, max_seq_len: int) -> No
         raise UsageError(
             f"{model.config.model_type} has experts of limited capacity, for which the examples "
             "of a microbatch compete; use another base"
+        )
+
+
+def require_known_quantisation(model: PreTrainedModel) -> None:
+    """Refuse a base that is stored quantised in a way that adapters cannot be trained on.
+
+    Raises:
+        UsageError: names the method.
+    """
+    stored = getattr(model.config, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if method and str(getattr(method, "value", method)) != "bitsandbytes":
+        raise UsageError(
+            f"the base is stored quantised by {getattr(method, 'value', method)}, which is not "
+            "known to compute each example apart; use the base as it was before, with "
+            "--load_in_4bit or --load_in_8bit"
         )
 
 

@@ -5,12 +5,13 @@ import importlib.util
 import logging
 import os
 import warnings
-from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from utils.cli import UsageError, in_one_line
-from utils.files import require_fetched
+from utils.models.base_folder import model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,7 +65,13 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     Raises:
         UsageError: not found, or without an end-of-sequence token.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", model_name)
+    try:
+        tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", model_name)
+    except UsageError:
+        raise
+    except Exception as error:  # of no closer kind, where the library's part in Rust raises it
+        reason = f"{type(error).__name__}: {in_one_line(error, 200)}"
+        raise UsageError(f"the tokenizer of {model_name!r} is damaged: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer of {model_name!r} has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -77,9 +84,46 @@ def load_base_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load the causal language model of a hub id or folder, on the CPU.
 
     Raises:
-        UsageError: not found, no access, or not a causal language model.
+        UsageError: not found, no access, not a causal language model, or one of whose weights some
+            are missing.
     """
-    return _from_pretrained(AutoModelForCausalLM, "model", model_name, dtype=dtype)
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, found = _from_pretrained(AutoModelForCausalLM, "model", model_name, **options)
+    except (ImportError, RuntimeError) as error:
+        reason = in_one_line(error, 300)
+        raise UsageError(f"cannot load the model {model_name!r}: {reason}") from None
+    # What does not fit would be random numbers, as would the head of a config that says it is not
+    # tied.
+    for name, saved, expected in sorted(found["mismatched_keys"]):
+        raise UsageError(
+            f"the model {model_name!r} has weights {list(saved)} for {name}, which its config.json "
+            f"says to be {list(expected)}; restore its files"
+        )
+    for name in sorted(found["missing_keys"]):
+        raise UsageError(
+            f"the model {model_name!r} has no weights for {name}, which its config.json asks for; "
+            "restore its files (if its head is its embedding, config.json says so with "
+            '"tie_word_embeddings": true)'
+        )
+    return model
+
+
+def load_skeleton(model_name: str) -> PreTrainedModel:
+    """The causal language model of a hub id or folder without its weights, on the meta device.
+
+    Its own quantisation, if it has one, is in its config alone.
+
+    Raises:
+        UsageError: see `load_base_model`.
+    """
+    config = _from_pretrained(AutoConfig, "config", model_name)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = in_one_line(error, 300)
+        raise UsageError(f"the config.json of {model_name!r} makes no model: {reason}") from None
 
 
 def load_quantised_model(
@@ -128,28 +172,21 @@ def load_quantised_model(
 
 
 def _from_pretrained(loader, what: str, model_name: str, **options):
-    folder = Path(model_name).expanduser()
-    is_folder = folder.is_dir()
-    if is_folder and not (folder / "config.json").is_file():
-        raise UsageError(f"{model_name!r} is a folder without config.json, so it holds no model")
-    if not is_folder and (folder.is_absolute() or model_name.count("/") > 1):
-        raise UsageError(f"no model at {model_name!r}: there is no such folder")
-    if is_folder:
-        require_fetched(folder)
+    folder = model_folder(model_name)
     try:
         # Code that comes with a model is never run, nor is it asked for on the terminal.
         return loader.from_pretrained(
-            str(folder) if is_folder else model_name,
+            model_name if folder is None else str(folder),
             token=os.environ.get("HF_TOKEN"),
             trust_remote_code=False,
             **options,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         reason = in_one_line(error, 300)
-        tried = f"the folder {model_name!r}" if is_folder else f"folder and hub id {model_name!r}"
+        tried = f"the folder {model_name!r}" if folder else f"folder and hub id {model_name!r}"
         hint = (
             ""
-            if is_folder
+            if folder
             else (
                 "; a gated model needs HF_TOKEN in the environment, a local one its folder, and "
                 "`python data/prepare_quickstart.py` makes data/quickstart_model"

@@ -101,6 +101,12 @@ def attach_lora(
     except ValueError as error:
         reason = in_one_line(error, 200)
         raise UsageError(f"--target_modules {target_modules}: {reason}") from None
+    if adapts_tied_head(peft_model):
+        raise UsageError(
+            f"--target_modules {target_modules}: the head of this model is its embedding "
+            "(tie_word_embeddings), and an adapter on one of them would change both when it is "
+            "merged; leave it out"
+        )
     adapted = [n for n, module in peft_model.named_modules() if isinstance(module, LoraLayer)]
     for flag, pattern in (("rank", rank_pattern or {}), ("alpha", alpha_pattern or {})):
         for target in pattern:
@@ -138,26 +144,56 @@ def load_adapted(
             by name and shape by shape, what its configuration makes of this base.
     """
     info = read_adapter_info(adapter_path)
-    model = load_base_model(model_name, torch.float32 if merge else dtype)
+    base = load_base_model(model_name, torch.float32 if merge else dtype)
     trained_on = info.get("base_model_fingerprint")
-    if trained_on not in (None, model_fingerprint(model)):
+    if trained_on not in (None, model_fingerprint(base)):
         raise UsageError(
             f"the adapter {str(adapter_path)!r} was trained on {info.get('base_model')!r}, "
             f"which differs from --model_name {model_name!r}"
         )
+    model = attach_saved(base, model_name, str(adapter_path), merge=merge)
+    return model.merge_and_unload().to(dtype) if merge else model.get_base_model()
+
+
+def attach_saved(
+    base: PreTrainedModel, model_name: str, adapter_path: str, *, merge: bool
+) -> PeftModel:
+    """A base with the weights of a LoRA adapter, each of which must fit.
+
+    Args:
+        base: may be on the meta device, to see whether the adapter fits.
+        merge: whether the adapter is going to be merged into the base.
+
+    Raises:
+        UsageError: see `load_adapted`; or it is to be merged into a head that is the embedding too.
+    """
     try:
-        weights = load_peft_weights(str(adapter_path), device="cpu")
+        weights = load_peft_weights(adapter_path, device="cpu")
         # On the meta device, so that a rank costs no memory before it is known to be the weights'.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused below
-            model = PeftModel.from_pretrained(model, str(adapter_path), low_cpu_mem_usage=True)
+            model = PeftModel.from_pretrained(base, adapter_path, low_cpu_mem_usage=True)
     except (*_UNFIT, SafetensorError, UnpicklingError) as error:
         reason = in_one_line(error, 200)
         raise UsageError(
-            f"the adapter {str(adapter_path)!r} does not fit --model_name {model_name!r}: {reason}"
+            f"the adapter {adapter_path!r} does not fit --model_name {model_name!r}: {reason}"
         ) from None
-    _require_all(model, weights, str(adapter_path))
-    return model.merge_and_unload().to(dtype) if merge else model.get_base_model()
+    _require_all(model, weights, adapter_path)
+    if merge and adapts_tied_head(model):
+        raise UsageError(
+            f"the adapter {adapter_path!r} is of the head of {model_name!r}, which is its "
+            "embedding too: merged into one it would change both; add --no_merge"
+        )
+    return model
+
+
+def adapts_tied_head(model: PeftModel) -> bool:
+    """Whether an adapter is on a head, or an embedding, that are one tensor."""
+    base = model.get_base_model()
+    if not base.config.get_text_config().tie_word_embeddings:
+        return False
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    return any(isinstance(end, LoraLayer) for end in ends)
 
 
 def _require_all(model: PeftModel, weights: dict[str, torch.Tensor], adapter_path: str) -> None:

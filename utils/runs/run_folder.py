@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli import UsageError
@@ -24,6 +24,7 @@ from utils.folders import (
     portable_word,
     private_folder,
     require_same_settings,
+    tidied,
 )
 from utils.models.adapter_info import adapter_sha256
 from utils.privacy.guarantee import claim
@@ -67,14 +68,8 @@ def held(folder: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    made = [path for path in (folder, folder.parent) if not path.exists()]
-    try:
-        with locked(folder, "use another --job_sess"):
-            yield
-    finally:
-        for path in made:
-            with suppress(OSError):  # it holds something now
-                path.rmdir()
+    with tidied(folder, folder.parent), locked(folder, "use another --job_sess"):
+        yield
 
 
 def require_usable(folder: Path, settings: dict, resume: str) -> None:
@@ -134,9 +129,10 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
     begun_with = json.loads((folder / CONFIG_FILE).read_text())
     known = json.loads(private_file.read_text())
     begun_with |= known
-    # Runs of earlier versions have none. Their tokens say as much of the rows, and are compared.
-    begun_with.setdefault("rows_fingerprint", private_identity.get("rows_fingerprint"))
     now = identity | private_identity
+    # Runs of earlier versions have none. Their tokens say as much, and are compared.
+    for name in ("rows_fingerprint", "prompt_date"):
+        begun_with.setdefault(name, now.get(name))
     require_same_settings(
         {name.replace("_", " "): begun_with.get(name) for name in now},
         {name.replace("_", " "): value for name, value in now.items()},
@@ -146,6 +142,13 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
     )
     if not private_identity.keys() <= known.keys():
         write_json(private_file, private_identity | known)
+
+
+def date_of(folder: Path) -> str | None:
+    """The day that the prompts of a run hold; None where they hold none, or there is no run."""
+    if not holds_run(folder):
+        return None
+    return json.loads((folder / CONFIG_FILE).read_text()).get("prompt_date")
 
 
 def is_finished(folder: Path) -> bool:

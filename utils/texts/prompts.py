@@ -6,11 +6,13 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from string import ascii_letters
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from utils.cli import UsageError
+from utils.cli import UsageError, in_one_line
 from utils.files import open_text, write_atomic
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ TEMPLATES = {
 }
 # Computing time that a chat template may take for one prompt; a common one takes a millisecond.
 TEMPLATE_SECONDS = 10.0
+# A text that every template must keep.
+PROBE = "Name 3 rivers."
 # What stands between a prompt and its answer; the sampled text is stripped of it.
 _ANSWER_SEPARATORS = {"alpaca": "\n", CHAT_TEMPLATE: ""}
 # Templates whose markers are special tokens in some vocabularies. In all the others a special
@@ -107,10 +111,78 @@ def _prompt_text(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: 
                 "--prompt_style chat_template: this tokenizer has no chat template; "
                 f"choose one of {', '.join(TEMPLATES)}"
             )
-        turns = [{"role": "user", "content": instruction}]
+        return _rendered(tokenizer, [{"role": "user", "content": instruction}])
+    return TEMPLATES[style].format(instruction=instruction)
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -> str:
+    from jinja2 import TemplateError  # slow to import, and seldom needed
+
+    try:
         with _time_limit(TEMPLATE_SECONDS):
             return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return TEMPLATES[style].format(instruction=instruction)
+    except UsageError:
+        raise
+    # A template is a program, so it fails in as many ways.
+    except (
+        TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+        ValueError,
+    ) as error:  # fmt: skip
+        reason = in_one_line(error, 160)
+        raise UsageError(
+            f"the tokenizer's chat template fails on a question: {reason}; use another "
+            "--prompt_style, or repair the template"
+        ) from None
+
+
+def is_dated(tokenizer: "PreTrainedTokenizerBase", style: str) -> bool:
+    """Whether prompts of a style hold the day on which they are made."""
+    return style == CHAT_TEMPLATE and "strftime_now" in str(tokenizer.chat_template)
+
+
+def fix_date(tokenizer: "PreTrainedTokenizerBase", day: str) -> None:
+    """Have the tokenizer's chat template always see the beginning of one day.
+
+    Args:
+        tokenizer: changed; it keeps the day where it is saved.
+        day: such as 2026-11-26.
+    """
+    midnight = date.fromisoformat(day)
+    directives = [f"%{dash}{letter}" for dash in ("-", "") for letter in ascii_letters]
+    values = {each: midnight.strftime(each) for each in directives}
+    # A macro of the same name comes before the function that transformers gives to templates.
+    macro = (
+        "{%- macro strftime_now(format) -%}{%- set made = namespace(text=format) -%}"
+        f"{{%- for name, value in {values}.items() -%}}"
+        "{%- set made.text = made.text | replace(name, value) -%}"
+        "{%- endfor -%}{{ made.text }}{%- endmacro +%}"
+    )
+    tokenizer.chat_template = macro + tokenizer.get_chat_template()
+
+
+def check_style(tokenizer: "PreTrainedTokenizerBase", style: str) -> list[str]:
+    """Refuse a style whose prompts lose the instruction.
+
+    Returns:
+        Warnings, one line each.
+
+    Raises:
+        UsageError: the tokenizer's chat template is missing, fails, or drops a probe text.
+    """
+    ids = prompt_ids(tokenizer, style, PROBE)
+    if style != UNCONDITIONAL and PROBE not in _prompt_text(tokenizer, style, PROBE):
+        raise UsageError(
+            f"the tokenizer's chat template drops the instruction: a prompt of {PROBE!r} does not "
+            "hold it; use another --prompt_style, or a template that takes content as a text"
+        )
+    bos = tokenizer.bos_token_id
+    if bos is None or bos in ids:
+        return []
+    own = "the template" if style == CHAT_TEMPLATE else "the post_processor of tokenizer.json"
+    return [
+        f"the tokenizer has a beginning-of-sequence token, {tokenizer.bos_token!r}, and prompts of "
+        f"--prompt_style {style} do not get it; if the base was trained with one, put it into {own}"
+    ]
 
 
 @contextmanager

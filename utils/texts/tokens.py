@@ -45,6 +45,22 @@ class TokenisedExamples:
         """int64 [examples], tokens per example."""
         return np.diff(self.offsets)
 
+    def counts(self, eos_id: int) -> dict[str, int]:
+        """Of rows, of those that were cut, and of those without a token with loss.
+
+        Computed from private data: for `private/` alone.
+
+        Args:
+            eos_id: ends every row that is whole.
+        """
+        is_cut = self.ids[self.offsets[1:] - 1] != eos_id
+        without_loss = self.loss_starts >= self.lengths
+        return {
+            "rows": len(self),
+            "cut": int(is_cut.sum()),
+            "without_loss": int(without_loss.sum()),
+        }
+
     def fingerprint(self) -> str:
         """A hash of every token. Computed from private data: for `private/` alone."""
         digest = hashlib.sha256()

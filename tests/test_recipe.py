@@ -1,0 +1,68 @@
+"""The verdict on a recipe, from public numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from utils.dp_utils import add_noise
+from utils.privacy.plan import PrivacyPlan
+from utils.privacy.recipe import clip_share, recipe_warnings, signal_to_noise
+from utils.secure_random import SecureRandom
+
+LLAMA_13B, SMOLLM2 = 13_107_200, 921_600
+PUBLISHED = PrivacyPlan(
+    num_examples=180_000, expected_batch_size=4096, steps=439, clip_norm=0.5, clip_function="flat",
+    loss_normalization="tokens", noise_multiplier=0.81, delta=5e-7, target_epsilon=5.94,
+)  # fmt: skip
+SMALL = replace(PUBLISHED, num_examples=5824, clip_norm=1.0)
+
+
+def test_the_noise_is_that_of_the_mechanism():
+    plan = replace(PUBLISHED, expected_batch_size=100, noise_multiplier=0.7, clip_norm=0.25)
+    noise = add_noise(torch.zeros(20_000), 0.7, 0.25, SecureRandom())
+    # A hundred gradients of the clip norm that agree.
+    expected = 100 * 0.25 / noise.norm().item()
+    assert signal_to_noise(plan, 20_000, 1024)[0] == pytest.approx(expected, rel=0.03)
+
+
+def test_over_steps_signals_add_up_and_noise_in_squares():
+    one = replace(PUBLISHED, steps=1)
+    of_a_step, of_all = signal_to_noise(one, LLAMA_13B, 1024)
+    assert of_a_step == of_all == pytest.approx(1.397, abs=0.001)
+    of_a_step, of_all = signal_to_noise(replace(one, steps=100), LLAMA_13B, 1024)
+    assert of_all == pytest.approx(10 * of_a_step)
+
+
+def test_recipes_that_were_seen_to_learn_pass():
+    assert recipe_warnings(PUBLISHED, LLAMA_13B, 1024) == []
+    for steps, batch, sigma in ((44, 128, 0.565), (22, 256, 0.619), (11, 512, 0.688),
+                                (5, 1024, 0.760), (20, 128, 0.6)):  # fmt: skip
+        plan = replace(SMALL, steps=steps, expected_batch_size=batch, noise_multiplier=sigma)
+        assert recipe_warnings(plan, SMOLLM2, 128) == []
+
+
+def test_a_small_batch_for_two_steps_is_drowned_and_too_short():
+    plan = replace(SMALL, steps=2, expected_batch_size=64, noise_multiplier=0.42)
+    drowned, short = recipe_warnings(plan, SMOLLM2, 1024)
+    assert "0.22 times the noise" in drowned
+    assert "--total_bs, --num_epochs or --eps, or lower --lora_r" in drowned
+    assert "2 steps are too few" in short
+    assert recipe_warnings(plan, None, 1024) == [short]
+
+
+def test_a_loss_over_the_longest_length_leaves_short_texts_no_signal():
+    plan = replace(PUBLISHED, loss_normalization="max_seq_len")
+    assert clip_share(plan, 1024) == pytest.approx(1.5 * 100 / 1024 / 0.5)
+    (warning,) = recipe_warnings(plan, LLAMA_13B, 1024)
+    assert "29% of the clip norm" in warning
+    assert "--loss_normalization tokens" in warning
+    assert recipe_warnings(plan, LLAMA_13B, 128) == []  # texts are not so short of that
+    assert recipe_warnings(replace(plan, clip_function="automatic"), LLAMA_13B, 1024) == []
+
+
+def test_a_clip_norm_that_no_gradient_reaches_is_noise_alone():
+    (warning,) = recipe_warnings(replace(PUBLISHED, clip_norm=10.0), LLAMA_13B, 1024)
+    assert "--clip 10 is above the norm of most gradients" in warning
+    assert "use --clip 1" in warning
+    assert recipe_warnings(replace(PUBLISHED, clip_norm=0.01), LLAMA_13B, 1024) == []
