@@ -17,12 +17,14 @@ from pathlib import Path
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
 from utils.command_line.parser import (
+    ConfigSettings,
     flag,
     natural_int,
     parser_of,
     positive_int,
-    read_flags,
+    read_config_and_flags,
     to_argv,
+    write_config,
 )
 from utils.command_line.training_flags import TrainingSettings, check_training_settings, plan_of
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
@@ -35,7 +37,7 @@ _launch = partial(flag, group="launch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(TrainingSettings):
+class Settings(ConfigSettings, TrainingSettings):
     """The training run's flags, and those of the launch."""
 
     gpus: int = _launch("GPUs of each machine, one process per GPU", 1)
@@ -58,7 +60,7 @@ class Settings(TrainingSettings):
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = read_flags(Settings, __doc__, argv)
+    settings = read_config_and_flags(Settings, __doc__, argv)
     warnings = check_training_settings(settings)
     counted, size_warnings = train_examples(settings)
     require_usable(settings.folder, settings.run_settings, settings.resume)
@@ -74,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     for warning in warnings + size_warnings + plan_warnings + memory_warnings(settings):
         say(f"warning: {warning}")
     say_summary(settings, plan, num_examples)
+    if settings.config:
+        write_config(settings.config_file, settings)
     command = launch_command(
         "train.py",
         to_argv(parser_of(TrainingSettings, ""), settings),
