@@ -94,7 +94,7 @@ def to_argv(parser: argparse.ArgumentParser, settings: object) -> list[str]:
         flag = action.option_strings[0]
         if action.nargs == 0:
             argv.append(flag)
-        elif action.nargs == "+":
+        elif isinstance(value, list):
             argv += [flag, *map(str, value)]
         else:
             text = f"{value:.15g}" if isinstance(value, float) else str(value)
