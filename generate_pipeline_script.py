@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -158,7 +158,7 @@ def script(settings: Settings, folder: Path) -> str:
     Args:
         folder: the project's, as the toolkit's folder sees it.
     """
-    units = settings.protects_units
+    units, flags = settings.protects_units, replace(settings, config=None)
     model = words(model_name=located(settings.model_name), max_seq_len=settings.max_seq_len)
     training = model + words(
         perdevice_bs=settings.perdevice_bs,
@@ -182,7 +182,7 @@ def script(settings: Settings, folder: Path) -> str:
     )
     environment.filters |= {"quoted": shlex.quote, "wrapped": wrapped, "commented": commented}
     return environment.get_template(TEMPLATE).render(
-        command=["python", Path(__file__).name, *to_argv(parser_of(Settings, None), settings)],
+        command=["python", Path(__file__).name, *to_argv(parser_of(Settings, None), flags)],
         eps=f"{settings.eps:g}",
         unit=f"all rows of one {one_line(settings.unit_column)}" if units else "one row",
         histogram_sigma=f"{settings.histogram_sigma:.15g}",

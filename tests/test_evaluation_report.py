@@ -1,7 +1,6 @@
 """The page about a pipeline: what it says, what it must not say, and how it looks."""
 
 import contextlib
-import functools
 import html.parser
 import json
 import re
@@ -15,7 +14,6 @@ import pytest
 
 import inference
 from evaluation import report
-from evaluation.page import material
 from evaluation.page.printing import markdown
 from evaluation.page.project import with_project
 from evaluation.results import Result, Score, write_result
@@ -36,30 +34,14 @@ from tests.report_folders import (
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
 from utils.files import JsonlAppender, read_jsonl, write_json
-from utils.privacy import guarantee
 from utils.privacy.accounting import SampledGaussian, compute_delta, compute_epsilon
 from utils.privacy.ledger import read_plan, record_histogram
 
 CHROMIUM = "/usr/bin/chromium"
 MARKER = "PLANTED-in-a-private-file"
 PLANTED_LOSS, SHOWN_LOSS = 7654321.0, "7.654e+06"
+pytestmark = pytest.mark.usefixtures("composition_that_remembers")
 PRIVATE_QUESTION = "what did patient zero say"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _accountants_that_remember(accountant_that_remembers):
-    """The same composition is asked for many times: it is computed once."""
-    remembered = functools.cache(lambda events, *rest: compute_delta(list(events), *rest))
-
-    def delta(events, *rest):
-        return remembered(tuple(events), *rest)
-
-    epsilons = {name: getattr(guarantee, name) for name in ("compute_epsilon", "epsilon_bounds")}
-    with (
-        mock.patch.multiple(composition, compute_delta=delta, **epsilons),
-        mock.patch.object(material, "compute_delta", delta),
-    ):
-        yield
 
 
 @pytest.fixture(scope="module")
