@@ -5,7 +5,6 @@ says that it was made of the project's annotations, whose instructions a page re
 synthetic. Any other counts as one that read private rows, which takes the guarantee away.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ from query_gpt35_for_annotation.job import answers_file
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
 from resample_with_dp_histogram.resample import SELECTED_FILE
 from utils.cli import UsageError
+from utils.files import json_object
 from utils.folders import PREPARATION_FILE
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE
 from utils.runs.run_folder import CONFIG_FILE, holds_run
@@ -81,18 +81,9 @@ def _folders(project: Path) -> Iterator[Path]:
         yield Path(parent)
 
 
-def _record(file: Path) -> dict:
-    """The object in a JSON file; an empty one where that is something else."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _data_sets_of(annotations: Path, folders: list[Path]) -> list[Path]:
     """The data sets that were made of a folder of answers."""
-    records = {folder: _record(folder / PREPARATION_FILE) for folder in folders}
+    records = {folder: json_object(folder / PREPARATION_FILE) for folder in folders}
     return [
         folder.resolve()
         for folder, record in records.items()
@@ -105,7 +96,7 @@ def _is_on_one_of(data_sets: list[Path], run: Path) -> bool:
 
     Its record names one of another place than the working folder by its last name alone.
     """
-    arguments = _record(run / CONFIG_FILE).get("arguments", {})
+    arguments = json_object(run / CONFIG_FILE).get("arguments", {})
     name = str(arguments.get("dataset_name"))
     found = find_dataset(name)
     places = [found.resolve()] if found else [each for each in data_sets if each.name == name]
@@ -116,4 +107,4 @@ def _holds_results(folder: Path, internal: bool) -> bool:
     """Whether a folder has results of evaluations, of a kind that the page shows."""
     places = [folder, folder / PRIVATE_FOLDER] if internal else [folder]
     files = [file for place in places for file in place.glob("*.json")]
-    return any(_record(file).get("tool") == file.stem for file in files)
+    return any(json_object(file).get("tool") == file.stem for file in files)

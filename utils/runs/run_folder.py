@@ -203,10 +203,19 @@ def require_own_adapter(folder: Path, report: dict, recorded: str | None) -> str
 
 def model_name_of(folder: Path) -> str:
     """The base model of a run as it was given, which only its `private/` knows of a local one."""
+    return _given(folder, "model_name")
+
+
+def dataset_name_of(folder: Path) -> str:
+    """The data set of a run as it was given, likewise."""
+    return _given(folder, "dataset_name")
+
+
+def _given(folder: Path, name: str) -> str:
     private_file = folder / "private" / "identity.json"
     known = json.loads(private_file.read_text()) if private_file.exists() else {}
-    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["model_name"]
-    return known.get("model_name", released)
+    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"][name]
+    return known.get(name, released)
 
 
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
