@@ -1,6 +1,7 @@
 """Runs next to each other: what stands in the table, and what of it may be shown."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evaluation.results import Result, Score, read_results, write_result
 from tests.training import flags, in_process, save_dataset
 from train import main as train
 from utils.cli import UsageError
+from utils.command_line.parser import read_flags
 from utils.files import sha256_of, write_json
 
 PRIVATE = ["compare.csv", "compare.html", "compare.txt"]
@@ -129,17 +131,20 @@ def test_mauve_is_that_of_the_runs_own_samples(runs, tmp_path):
         write_json(samples / "manifest.json", {"adapter_sha256": digest})
         write_json(texts / "preparation.json", {"sources": [str(samples)]})
         write_mauve(tmp_path / f"result_{run.name}", texts / "instructions.jsonl", value)
-    results = ["--evaluations", tmp_path / "result_two", tmp_path / "result_one"]
-    one, two = compared(tmp_path / "out", *runs, *results)
-    assert (one["MAUVE"], two["MAUVE"]) == ("0.25", "0.75")
-    assert float(two["MAUVE, low"]) == pytest.approx(0.65)
-    # Of texts that no run wrote, nothing.
+    folders = [tmp_path / "result_two", tmp_path / "result_one"]
+    settings = settings_of(tmp_path, evaluations=folders)
+    one, two = (compare.read_training(run, internal=False) for run in runs)
+    assert compare.mauve_of(one, settings)["MAUVE"].value == 0.25
+    assert compare.mauve_of(two, settings)["MAUVE"].low == pytest.approx(0.65)
+    # Of private texts nothing, next to public figures; nor of texts that no run wrote.
+    assert compare.mauve_of(one, settings_of(tmp_path, evaluations=folders, public=True)) == {}
     write_json(tmp_path / "samples_two" / "manifest.json", {"adapter_sha256": "another"})
-    one, two = compared(tmp_path / "again", *runs, *results)
-    assert (one["MAUVE"], two["MAUVE"]) == ("0.25", "")
-    # Nor of private texts, next to public figures.
-    compare.main([*map(str, (*runs, *results)), "--public", "--output", str(tmp_path / "public")])
-    assert "MAUVE" not in (tmp_path / "public" / "compare.csv").read_text()
+    assert compare.mauve_of(two, settings) == {}
+
+
+def settings_of(output: Path, **given) -> compare.Settings:
+    argv = ["run", "--output", str(output)]
+    return dataclasses.replace(read_flags(compare.Settings, None, argv), **given)
 
 
 def test_results_are_found_in_the_runs_project(runs, tmp_path):

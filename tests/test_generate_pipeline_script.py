@@ -143,36 +143,34 @@ def shell(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("composition_that_remembers")
 def test_the_script_leads_from_a_file_to_a_page(shell, tmp_path, capsys, key):
-    """Without an annotator to the page; with one on from there; and with other flags not at all."""
+    """It is killed in the middle; another one, with an annotator, goes on from there."""
     save_tiny_encoder(tmp_path / "encoder")
     model = save_terse_model(tmp_path / "a model")
     data = tmp_path / 'it\'s $HOME, "chats" – ü.csv'
     write_rows(data)
     flags = flags_of(tmp_path, model, str(data), "--unit_column", "user_id")
     project = tmp_path / "projects" / "mine"
-
-    # A kill in the middle; then on from there.
     script = printed(capsys, *flags)
+    assert "there is no annotator" in script
     shell.dies = lambda words: "resample_with_dp_histogram.resample" in words
     assert shell.run(script)[0] == KILLED
-    assert "generate_train_command.py" in shell.commands[1]
+    assert [words[-1] for words in shell.commands if words[0] in GENERATORS] == ["0.001", "32"]
+    assert not (project / "report").exists()
+
     shell.dies = lambda words: False
     shell.commands.clear()
-    code, out = shell.run(script)
+    with Server() as server:
+        script = printed(capsys, *flags, "--annotator", server.url, "fake")
+        code, out = shell.run(script)
     assert code == 0
+    # What was done is not done again.
+    assert "data.prepare_instructions" not in str(shell.commands)
     assert "resample_with_dp_histogram.extract" not in str(shell.commands)
-    assert "generate_train_command.py" not in str(shell.commands)
+    assert [words[-1] for words in shell.commands if words[0] in GENERATORS] == ["0.001", "1"]
     page = (project / "report" / "report.html").read_text()
     assert "-differentially private" in page
     assert "ABOVE TARGET" not in page
     assert str(project / "report" / "report.html") in out
-
-    with Server() as server:
-        more = [*flags, "--annotator", server.url, "fake"]
-        shell.commands.clear()
-        code, out = shell.run(printed(capsys, *more))
-    assert code == 0
-    assert "resample_with_dp_histogram" not in str(shell.commands)
     answered = read_jsonl(project / "annotations" / "answers.jsonl")
     selected = read_jsonl(project / "resampling" / "selected" / "selected.jsonl")
     asked = {row["instruction"] for row in selected}

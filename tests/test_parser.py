@@ -54,9 +54,9 @@ def test_a_file_means_what_its_flags_mean(config, tiny_model_dir, capsys):
 
 def test_flags_win_over_the_file(config, capsys):
     words = printed(
-        capsys, "--config", str(config), "--total_bs", "16", "--target_modules", "k_proj"
+        capsys, "--config", str(config), "--max_seq_len", "16", "--target_modules", "k_proj"
     )
-    assert words[words.index("--total_bs") + 1] == "16"
+    assert words[words.index("--max_seq_len") + 1] == "16"
     modules = words.index("--target_modules")
     assert words[modules + 1] == "k_proj"
     assert words[modules + 2].startswith("--")
