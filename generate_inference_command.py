@@ -16,7 +16,14 @@ from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import launch_command, print_or_run
-from utils.command_line.parser import flag, parser_of, read_flags, to_argv
+from utils.command_line.parser import (
+    ConfigSettings,
+    flag,
+    parser_of,
+    read_config_and_flags,
+    to_argv,
+    write_config,
+)
 from utils.command_line.sampling_flags import (
     SamplingSettings,
     check_adapter,
@@ -33,7 +40,7 @@ _launch = partial(flag, group="launch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(SamplingSettings):
+class Settings(ConfigSettings, SamplingSettings):
     """The flags of sampling, and those of the launch."""
 
     gpus: int = _launch("processes, one per GPU", 1)
@@ -44,7 +51,7 @@ class Settings(SamplingSettings):
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = read_flags(Settings, __doc__, argv)
+    settings = read_config_and_flags(Settings, __doc__, argv)
     run = settings.run or settings.is_rehearsal
     if settings.elsewhere and run:
         raise UsageError(
@@ -68,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     for warning in warnings:
         say(f"warning: {warning}")
     say_summary(settings, instructions)
+    if settings.config:
+        write_config(settings.config_file, settings)
     arguments = to_argv(parser_of(SamplingSettings, ""), settings)
     command = launch_command("inference.py", arguments, settings.gpus)
     return print_or_run(command, run)

@@ -15,12 +15,14 @@ from functools import partial
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
 from utils.command_line.parser import (
+    ConfigSettings,
     flag,
     natural_int,
     parser_of,
     positive_int,
-    read_flags,
+    read_config_and_flags,
     to_argv,
+    write_config,
 )
 from utils.command_line.training_flags import (
     TrainingSettings,
@@ -41,7 +43,7 @@ _launch = partial(flag, group="launch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(TrainingSettings):
+class Settings(ConfigSettings, TrainingSettings):
     """The training run's flags, and those of the launch."""
 
     gpus: int = _launch("GPUs of each machine, one process per GPU", 1)
@@ -64,7 +66,7 @@ class Settings(TrainingSettings):
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = read_flags(Settings, __doc__, argv)
+    settings = read_config_and_flags(Settings, __doc__, argv)
     run = settings.run or settings.is_rehearsal
     warnings = check_training_settings(settings)
     warnings += check_here(settings.model_name, settings.gpus, must=run)
@@ -89,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     for warning in warnings:
         say(f"warning: {warning}")
     say_summary(settings, plan, num_examples, trained, is_auto)
+    if settings.config:
+        write_config(settings.config_file, settings)
     command = launch_command(
         "train.py",
         to_argv(parser_of(TrainingSettings, ""), settings),

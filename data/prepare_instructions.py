@@ -67,6 +67,7 @@ from utils.texts.rows import (  # noqa: E402
 from utils.texts.units import OWNERS, is_owner_column, owner_of, rows_to_keep  # noqa: E402
 
 SPLITS = ("train", "val", "test")
+SPLIT_SHARES = "train=0.95,val=0.02,test=0.03"
 # The unit of rows that come out of one conversation, where no column names another.
 CONVERSATION = "conversation"
 PROGRESS_SECONDS = 5.0
@@ -104,17 +105,9 @@ def split_shares(text: str) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags of this script."""
+class RowSettings:
+    """The flags that say what of an input makes a row, and whose it is."""
 
-    input: list[str] = flag(
-        "files, folders or hub data sets, read in this order", required=True, nargs="+",
-        metavar="PATH_OR_HUB_ID",
-    )  # fmt: skip
-    output: str = flag(
-        "the folder to write, such as data/mine; one whose name starts with 'labelled' is for "
-        "training on pairs", required=True, metavar="FOLDER",
-    )  # fmt: skip
     text_column: str | None = flag("the column of instructions", metavar="NAME")
     answer_column: str | None = flag(
         f"the column of answers; {NO_COLUMN!r} for no answers", metavar="NAME"
@@ -139,17 +132,10 @@ class Settings:
         "keep rows without an owner, for training with the same flag; they are left out otherwise",
         False,
     )
-    max_rows_per_unit: int | None = flag(
-        "keep so many rows of a unit at most, by a secret draw", type=positive_int, metavar="ROWS"
-    )
     language: str | None = flag(
         "keep rows whose column `language` or `lang` says this, such as English or en",
         metavar="NAME",
     )
-    split: dict[str, float] = flag(
-        "the share of each split", "train=0.95,val=0.02,test=0.03", type=split_shares,
-        metavar="SHARES",
-    )  # fmt: skip
     input_split: str | None = flag(
         "which split of an input that has several (train, if left out and there)", metavar="NAME"
     )
@@ -157,6 +143,26 @@ class Settings:
         "what a row of .txt files is; if left out, a file of a folder, and a line of a file that "
         "is named itself", choices=("file", "line"),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RowSettings):
+    """The flags of this script."""
+
+    input: list[str] = flag(
+        "files, folders or hub data sets, read in this order", required=True, nargs="+",
+        metavar="PATH_OR_HUB_ID",
+    )  # fmt: skip
+    output: str = flag(
+        "the folder to write, such as data/mine; one whose name starts with 'labelled' is for "
+        "training on pairs", required=True, metavar="FOLDER",
+    )  # fmt: skip
+    max_rows_per_unit: int | None = flag(
+        "keep so many rows of a unit at most, by a secret draw", type=positive_int, metavar="ROWS"
+    )
+    split: dict[str, float] = flag(
+        "the share of each split", SPLIT_SHARES, type=split_shares, metavar="SHARES"
+    )
     overwrite: bool = flag("replace an output of this script, which is refused otherwise", False)
 
 

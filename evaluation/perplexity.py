@@ -11,6 +11,7 @@ Held-out texts are private data unless --public says otherwise, so the figures g
 OUTPUT/private.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,16 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model_name)
     data = tokenised(rows, tokenizer, settings.prompt_style, settings.max_seq_len)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(settings.dtype, device)
-    base = load_base_model(settings.model_name, dtype).to(device)
     budget = settings.perdevice_bs * settings.max_seq_len
-    losses = {settings.model_name: example_losses(base, data, budget, "base model")}
-    del base
-    for number, adapter in enumerate(settings.adapter_path, start=1):
-        model = load_adapted(settings.model_name, adapter, dtype, merge=True).to(device)
-        name = f"adapter {number} of {len(settings.adapter_path)}"
-        losses[adapter] = example_losses(model, data, budget, name)
+    losses = losses_of_models(
+        settings.model_name, settings.adapter_path, data, settings.dtype, budget
+    )
     result = compare(losses, settings.model_name, settings.public)
     write_result(settings.output, result, vars(settings))
     print(table(result))
@@ -118,6 +113,27 @@ def require_unseen(texts: list[str], adapter: str) -> None:
         say(
             f"warning: the training data of {adapter} is not here, to tell that it saw no such text"
         )
+
+
+def losses_of_models(
+    base: str, adapters: Sequence[str], data: TokenisedExamples, dtype_name: str, token_budget: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`example_losses` of a base model and of adapters on it, by their names.
+
+    Args:
+        dtype_name: the flag --dtype.
+        token_budget: padded tokens on the device at once.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(dtype_name, device)
+    model = load_base_model(base, dtype).to(device)
+    losses = {base: example_losses(model, data, token_budget, "base model")}
+    del model
+    for number, adapter in enumerate(adapters, start=1):
+        model = load_adapted(base, adapter, dtype, merge=True).to(device)
+        name = f"adapter {number} of {len(adapters)}"
+        losses[adapter] = example_losses(model, data, token_budget, name)
+    return losses
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     python -m evaluation.report outputs/instructions outputs/answers \\
         --histogram resampling/private_data/histogram_ledger.jsonl \\
         --samples inference_outputs/instructions --selection resampling/selected --output report
+    python -m evaluation.report --project projects/mine --output report
 
 Writes OUTPUT/report.html, which needs no network and no script, and OUTPUT/report.md with the same
 facts. Both may be released: nothing in them was computed from private data but what the composed
@@ -23,6 +24,12 @@ from utils.command_line.parser import answer_early, command_line, flag, natural_
 class Settings(Sources):
     """The flags of the report."""
 
+    project: Path | None = flag(
+        "a folder in which runs, histograms, samples, selections, annotations and evaluations are "
+        "found by themselves, next to what other flags name",
+        type=Path,
+        metavar="DIR",
+    )
     output: Path = flag("folder for the page", type=Path, required=True, metavar="DIR")
     overwrite: bool = flag("replace a page that this tool wrote there", False)
     allow_above_target: bool = flag(ALLOW_ABOVE_TARGET, False)
@@ -37,6 +44,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from evaluation.page.printing import counted, markdown, one_line, percent, plain, portable_word
+from evaluation.page.project import with_project
 from evaluation.page.sections import Page
 from evaluation.results import PRIVATE_FOLDER, shown
 from utils.cli import UsageError, run_cli, say
@@ -51,6 +59,10 @@ MARK = "evaluation.report"
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
+    if settings.project:
+        settings = with_project(settings, settings.project)
+    if not settings.run:
+        raise UsageError("name the RUNs, or the folder that they are in with --project")
     with claimed(settings.output):
         return write_page(settings)
 

@@ -13,6 +13,7 @@ from privacy_checks.tiny_model import save_tiny_model
 from query_gpt35_for_annotation.rate_limits import backoff
 from tests.annotation_server import KEY
 from utils.privacy import guarantee, plan
+from utils.privacy.accounting import compute_delta
 
 datasets.disable_progress_bars()
 
@@ -81,5 +82,24 @@ def accountant_that_remembers():
         mock.patch.object(guarantee, "epsilon_bounds", bounds),
         mock.patch.object(guarantee, "group_epsilons", remembering(guarantee.group_epsilons)),
         mock.patch.object(plan, "calibrate_noise_multiplier", calibrate),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def composition_that_remembers(accountant_that_remembers):
+    """Composed reports and pages ask the real accountant, but only once for the same question."""
+    from evaluation.page import material
+    from privacy_checks import composition
+
+    remembered = functools.cache(lambda events, *rest: compute_delta(list(events), *rest))
+
+    def delta(events, *rest):
+        return remembered(tuple(events), *rest)
+
+    epsilons = {name: getattr(guarantee, name) for name in ("compute_epsilon", "epsilon_bounds")}
+    with (
+        mock.patch.multiple(composition, compute_delta=delta, **epsilons),
+        mock.patch.object(material, "compute_delta", delta),
     ):
         yield

@@ -1,7 +1,6 @@
 """The page about a pipeline: what it says, what it must not say, and how it looks."""
 
 import contextlib
-import functools
 import html.parser
 import json
 import re
@@ -15,8 +14,8 @@ import pytest
 
 import inference
 from evaluation import report
-from evaluation.page import material
 from evaluation.page.printing import markdown, percent
+from evaluation.page.project import with_project
 from evaluation.results import Result, Score, write_result
 from privacy_checks import composition
 from query_gpt35_for_annotation import annotate
@@ -32,32 +31,17 @@ from tests.report_folders import (
     read_real_rows,
     rehash,
 )
-from utils.cli import run_cli
+from utils.cli import UsageError, run_cli
+from utils.command_line.parser import read_flags
 from utils.files import JsonlAppender, read_jsonl, write_json
-from utils.privacy import guarantee
 from utils.privacy.accounting import SampledGaussian, compute_delta, compute_epsilon
 from utils.privacy.ledger import read_plan, record_histogram
 
 CHROMIUM = "/usr/bin/chromium"
 MARKER = "PLANTED-in-a-private-file"
 PLANTED_LOSS, SHOWN_LOSS = 7654321.0, "7.654e+06"
+pytestmark = pytest.mark.usefixtures("composition_that_remembers")
 PRIVATE_QUESTION = "what did patient zero say"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _accountants_that_remember(accountant_that_remembers):
-    """The same composition is asked for many times: it is computed once."""
-    remembered = functools.cache(lambda events, *rest: compute_delta(list(events), *rest))
-
-    def delta(events, *rest):
-        return remembered(tuple(events), *rest)
-
-    epsilons = {name: getattr(guarantee, name) for name in ("compute_epsilon", "epsilon_bounds")}
-    with (
-        mock.patch.multiple(composition, compute_delta=delta, **epsilons),
-        mock.patch.object(material, "compute_delta", delta),
-    ):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +120,24 @@ class Reader(html.parser.HTMLParser):
     def handle_data(self, data):
         if self._open and self._open[-1] in ("td", "li", "blockquote", "dd"):
             self.cells[-1] += data
+
+
+@pytest.mark.parametrize("more", [[], ["--internal"]])
+def test_a_project_is_what_its_folders_are(folders, more):
+    argv = ["--project", ".", "--synthetic_runs", "outputs/synthetic_answers", "--output", "out"]
+    found = read_flags(report.Settings, None, [*argv, *more])
+    named = vars(read_flags(report.Settings, None, [*folders, "--output", "out", *more]))
+    for name, value in vars(with_project(found, Path())).items():
+        if name != "project":
+            expected = named[name]
+            assert value == (sorted(expected) if isinstance(expected, list) else expected)
+
+
+def test_a_run_without_privacy_in_a_project_takes_the_guarantee_away(folders, capsys):
+    """Nothing here shows that the rows of outputs/synthetic_answers were synthetic."""
+    assert "trained without differential privacy" in "".join(page_of(["--project", "."], code=1))
+    with pytest.raises(UsageError, match="name the RUNs, or the folder that they are in"):
+        report.main(["--output", "out"])
 
 
 # ------------------------------------------------------------------ what it says

@@ -17,7 +17,8 @@ FILES = sorted(ROOT.glob("*.py")) + sorted(
     path for package in PACKAGES for path in (ROOT / package).rglob("*.py")
 )
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
-NO_TORCH = ("generate_train_command", "generate_inference_command", "utils.privacy.accounting",
+NO_TORCH = ("generate_train_command", "generate_inference_command", "generate_pipeline_script",
+            "utils.privacy.accounting",
             "utils.models.footprint", "utils.privacy.plan", "utils.texts.canaries",
             "utils.texts.data_sets", "utils.texts.forms", "utils.texts.units",
             "data.prepare_instructions")  # fmt: skip

@@ -45,6 +45,15 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where it is not there, or not an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:

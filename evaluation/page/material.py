@@ -137,7 +137,7 @@ class Sources:
     """The flags that name what a page is made of, and for whom it is."""
 
     run: list[Path] = flag(
-        "training runs that read the private rows", name="run", type=Path, nargs="+"
+        "training runs that read the private rows", [], name="run", type=Path, nargs="*"
     )
     internal: bool = flag(
         "with everything computed from private data, for whoever may see that", False

@@ -97,6 +97,11 @@ class JobSettings(ModelSettings):
         """Where the run is written."""
         return Path(self.output_dir) / self.job_sess
 
+    @property
+    def config_file(self) -> Path:
+        """Where a generator keeps the flags of a run that it read from a file."""
+        return Path(self.output_dir) / f"{self.job_sess}.yaml"
+
 
 _privacy = partial(flag, group="privacy")
 _memorisation = partial(flag, group="memorisation")

@@ -212,8 +212,17 @@ def private_identity_of(folder: Path) -> dict:
 
 def model_name_of(folder: Path) -> str:
     """The base model of a run as it was given, which only its `private/` knows of a local one."""
-    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["model_name"]
-    return private_identity_of(folder).get("model_name", released)
+    return _given(folder, "model_name")
+
+
+def dataset_name_of(folder: Path) -> str:
+    """The data set of a run as it was given, likewise."""
+    return _given(folder, "dataset_name")
+
+
+def _given(folder: Path, name: str) -> str:
+    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"][name]
+    return private_identity_of(folder).get(name, released)
 
 
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
