@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, run_cli, say
@@ -50,6 +49,7 @@ from utils.models.loading import (
     share_cores,
 )
 from utils.models.lora import load_adapted
+from utils.progress import Progress
 from utils.runs.distributed import on_main_process
 from utils.runs.stopping import StopRequest, launched_by_accelerate
 from utils.sampling.decoding import STOP, Completion, Decoding, Request
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         stop = StopRequest()
         with (
             JsonlAppender(folder / f"shard-{rank}.jsonl") as shard,
-            tqdm(total=len(missing), desc="sample", unit="sample", disable=not is_main) as bar,
+            Progress(None, "sample", unit="sample", total=len(missing), hidden=not is_main) as bar,
         ):
             drawn = draw(settings, sampler, wanted, missing, shard, bar, stop)
 
@@ -244,7 +244,7 @@ def draw(
     wanted: Wanted,
     missing: list[int],
     shard: JsonlAppender,
-    bar: tqdm,
+    bar: Progress,
     stop: StopRequest,
 ) -> Drawn:
     """Draw the `missing` samples, or until `stop`, and append them to `shard` now and then."""

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks import figures
 from benchmarks.figures import aligned
@@ -35,6 +34,7 @@ from utils.cli import UsageError, run_cli
 from utils.command_line.parser import flag, read_flags
 from utils.files import read_jsonl, write_json
 from utils.folders import whole_folder
+from utils.progress import Progress
 from utils.texts.text_inputs import FORMATS, read_entries
 from utils.versions import versions_of
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     vectors = np.array(open_embeddings(folder, private=False).vectors)
     trials = [
         trial(texts, vectors, seed, settings)
-        for seed in tqdm(range(settings.num_seeds), desc="trial", unit="seed")
+        for seed in Progress(range(settings.num_seeds), "trial", unit="seed")
     ]
     print(table(trials))
     versions = versions_of(VERSIONED)
