@@ -41,7 +41,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, run_cli, say
@@ -60,6 +59,7 @@ from utils.models.loading import (
 )
 from utils.models.lora import attach_saved, load_adapted
 from utils.models.memory import PeakMemory
+from utils.progress import Progress
 from utils.runs.distributed import on_main_process
 from utils.runs.preflight import (
     check_positions,
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         stop = StopRequest()
         with (
             JsonlAppender(folder / f"shard-{rank}.jsonl") as shard,
-            tqdm(total=len(missing), desc="sample", unit="sample", disable=not is_main) as bar,
+            Progress(None, "sample", unit="sample", total=len(missing), hidden=not is_main) as bar,
         ):
             drawn = draw(settings, sampler, wanted, missing, shard, bar, stop)
 
@@ -316,7 +316,7 @@ def draw(
     wanted: Wanted,
     missing: list[int],
     shard: JsonlAppender,
-    bar: tqdm,
+    bar: Progress,
     stop: StopRequest,
 ) -> Drawn:
     """Draw the `missing` samples, or until `stop`, and append them to `shard` now and then."""

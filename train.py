@@ -42,7 +42,6 @@ from accelerate.utils import broadcast, gather, reduce
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
@@ -75,6 +74,7 @@ from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
 from utils.privacy.plan import UNITS_AT_ONCE, PrivacyPlan, num_steps
 from utils.privacy.unit_sums import Units
+from utils.progress import Progress
 from utils.row_dropout import RowMasks
 from utils.runs.batching import Halving, Microbatch, Shapes, cut_microbatches, deal_parts
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
@@ -717,8 +717,8 @@ def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
     rescue.append(lambda: try_to_save(run, step, write_checkpoint))
     say_start(run)
     stop = StopRequest()
-    progress = tqdm(
-        total=run.steps, initial=step, desc="train", unit="step", disable=not run.is_main
+    progress = Progress(
+        None, "train", unit="step", total=run.steps, initial=step, hidden=not run.is_main
     )
     if step == 0 and not settings.no_eval_at_start:
         evaluate(run, step, stop)
@@ -957,7 +957,7 @@ def evaluate(run: Run, step: int, stop: StopRequest) -> None:
     loss = validation_loss(run, microbatches, stop)
     if loss is not None and run.is_main:
         run.record(step, {"validation_loss": loss})
-        tqdm.write(f"step {step}: validation loss {loss:.4f} (private)", file=sys.stderr)
+        Progress.write(f"step {step}: validation loss {loss:.4f} (private)", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -34,8 +34,9 @@ from pathlib import Path
 
 import numpy as np
 
-from resample_with_dp_histogram.embed import begin
-from resample_with_dp_histogram.embeddings import VECTORS_FILE, location
+from benchmarks import figures
+from resample_with_dp_histogram.embed import begin, make_vectors
+from resample_with_dp_histogram.embeddings import location
 from utils.cli import EXIT_FAILED, EXIT_OK, run_cli, say
 from utils.texts.data_sets import rows_fingerprint
 from utils.versions import versions_of
@@ -146,8 +147,7 @@ def write_embeddings(
         "num_embedded": shape[0],
     }
     begin(place, private, manifest)
-    file = place / VECTORS_FILE
-    vectors = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+    vectors = make_vectors(place, shape)
     start = 0
     for block in blocks:
         vectors[start : start + len(block)] = block

@@ -42,7 +42,6 @@ class Settings(figures.Settings):
 answer_early(__name__, Settings, __doc__)
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.figures import aligned
 from benchmarks.resampling import write_embeddings
@@ -55,6 +54,7 @@ from resample_with_dp_histogram.selection import total_variation
 from utils.cli import UsageError, run_cli
 from utils.files import read_jsonl, write_json
 from utils.folders import whole_folder
+from utils.progress import Progress
 from utils.versions import versions_of
 
 HELD_OUT, PRIVATE = 0.1, 0.4
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     vectors = np.array(open_embeddings(folder, private=False).vectors)
     trials = [
         trial(texts, vectors, seed, settings)
-        for seed in tqdm(range(settings.num_seeds), desc="trial", unit="seed")
+        for seed in Progress(range(settings.num_seeds), "trial", unit="seed")
     ]
     print(table(trials))
     versions = versions_of(VERSIONED)

@@ -29,14 +29,13 @@ import hashlib
 import json
 import re
 import sys
-import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,6 +43,7 @@ from utils.cli import UsageError, run_cli, say  # noqa: E402
 from utils.command_line.parser import flag, positive_int, read_flags  # noqa: E402
 from utils.files import write_json  # noqa: E402
 from utils.folders import PREPARATION_FILE, claimed, private_folder, whole_folder  # noqa: E402
+from utils.progress import Progress  # noqa: E402
 from utils.texts.data_sets import DATA_FOLDER, download_files, is_labelled  # noqa: E402
 from utils.texts.forms import (  # noqa: E402
     LANGUAGES,
@@ -70,7 +70,6 @@ SPLITS = ("train", "val", "test")
 SPLIT_SHARES = "train=0.95,val=0.02,test=0.03"
 # The unit of rows that come out of one conversation, where no column names another.
 CONVERSATION = "conversation"
-PROGRESS_SECONDS = 5.0
 SHOWN_ROWS, SHOWN_LETTERS = 3, 160
 CODES = {
     "english": "en", "german": "de", "french": "fr", "spanish": "es", "portuguese": "pt",
@@ -78,8 +77,6 @@ CODES = {
     "turkish": "tr", "arabic": "ar", "chinese": "zh", "japanese": "ja", "korean": "ko",
     "vietnamese": "vi", "indonesian": "id", "hindi": "hi", "swedish": "sv", "czech": "cs",
 }  # fmt: skip
-
-Item = TypeVar("Item")
 
 
 def split_shares(text: str) -> dict[str, float]:
@@ -307,7 +304,7 @@ class Preparation:
                 name: stack.enter_context(open(self._file(name), "w", encoding="utf-8"))
                 for name in SPLITS
             }
-            for place, row, said, form in with_progress(self._rows(files)):
+            for place, row, said, form in Progress(self._rows(files), "read", unit="row"):
                 self._keep(place, row, said, form, outputs)
 
     def _rows(
@@ -535,16 +532,6 @@ def language_code(name: object) -> str:
     """A language's name or code (English, en-US) in one form."""
     word = re.split(r"[-_ ]", str(name).casefold().strip())[0]
     return CODES.get(word, word)
-
-
-def with_progress(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield `items`, and say now and then how many have passed, and how fast."""
-    begun = shown = time.monotonic()
-    for number, item in enumerate(items, start=1):
-        yield item
-        if number % 1000 == 0 and (now := time.monotonic()) - shown >= PROGRESS_SECONDS:
-            say(f"{number:,} rows read, {number / (now - begun):,.0f} a second")
-            shown = now
 
 
 if __name__ == "__main__":

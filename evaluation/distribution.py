@@ -48,7 +48,6 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from evaluation.measures import lexical
 from evaluation.measures.intervals import SEEDS, mean_and_spread
@@ -65,6 +64,7 @@ from evaluation.results import (
 )
 from resample_with_dp_histogram import embed
 from utils.cli import UsageError, run_cli, say
+from utils.progress import Progress
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -210,7 +210,7 @@ def evaluate(sets: dict[str, TextSet], size: int, num_seeds: int, private: bool)
     """
     per_seed = [
         figures_of(samples(sets, size, seed), seed)
-        for seed in tqdm(range(num_seeds), desc="compare", unit="seed")
+        for seed in Progress(range(num_seeds), "compare", unit="seed")
     ]
     # Each seed draws all of such a set: there is no spread over draws.
     whole = {name for name, found in sets.items() if len(found.words) == size}

@@ -42,7 +42,6 @@ answer_early(__name__, Settings, __doc__)
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
@@ -52,6 +51,7 @@ from utils.command_line.sampling_flags import check_adapter
 from utils.models.language_model import LanguageModel
 from utils.models.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
+from utils.progress import Progress
 from utils.runs.batching import cut_microbatches
 from utils.runs.run_folder import private_identity_of
 from utils.texts.data_sets import find_dataset, load_split, rows_fingerprint
@@ -149,7 +149,7 @@ def example_losses(
     language_model = LanguageModel(model.eval())
     sums, counts = np.zeros(len(data)), np.zeros(len(data))
     (microbatches,) = cut_microbatches(np.arange(len(data)), data.lengths, token_budget)
-    for part in tqdm(microbatches, name, unit="batch"):
+    for part in Progress(microbatches, name, unit="batch"):
         # Padding is never attended to and carries no loss, so any token serves.
         batch = data.collate(part.examples, 0, model.device)
         losses, tokens = language_model.example_losses(batch)

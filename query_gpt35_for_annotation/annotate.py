@@ -99,13 +99,10 @@ answer_early(__name__, Settings, __doc__)
 
 import asyncio
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from textwrap import shorten
-
-from tqdm import tqdm
 
 from query_gpt35_for_annotation.rate_limits import RateBudget
 from utils.cli import (
@@ -120,6 +117,7 @@ from utils.cli import (
 )
 from utils.files import JsonlAppender
 from utils.folders import locked
+from utils.progress import Progress
 
 # So many refusals (400) without an answer between them show that no request of this form is
 # welcome: before the first answer, and after it.
@@ -201,7 +199,7 @@ class Run:
         self.outcomes: Counter[str] = Counter()
         self.with_reasoning = 0
 
-    async def finish(self, bar: tqdm) -> None:
+    async def finish(self, bar: Progress) -> None:
         """Ask everything, or until the client stops."""
         workers = [self._work(bar) for _ in range(self._concurrency)]
         # One worker's defect must not cost the others the answers that are on their way.
@@ -213,7 +211,7 @@ class Run:
             self._client.stop(_REFUSES_ALL + unexplained[0]["error"])
         await self._release(UNANSWERED if self._client.stop_reason else FAILED)
 
-    async def _work(self, bar: tqdm) -> None:
+    async def _work(self, bar: Progress) -> None:
         try:
             for instruction in self._pending:
                 known = self._unmetered.get(instruction_id(instruction), 0)
@@ -278,7 +276,7 @@ class Run:
         self.outcomes[record["status"]] += 1
 
 
-async def annotate(run: Run, client: Client, bar: tqdm) -> None:
+async def annotate(run: Run, client: Client, bar: Progress) -> None:
     """Run to the end, to a stop, or to a signal; a Ctrl-C after that does not wait for answers."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
@@ -364,11 +362,9 @@ def run_job(
     del records
     total = sum(1 for _ in islice(job.instructions, settings.limit))
     done = total - len(pending)
-    # A log file of a night should not hold a line for every tenth of a second.
-    interval = 0.1 if sys.stderr.isatty() else 30
     with (
         JsonlAppender(answers_file(job.folder)) as file,
-        tqdm(total=total, initial=done, unit="answer", mininterval=interval) as bar,
+        Progress(None, "ask", unit="answer", total=total, initial=done) as bar,
     ):
         recorder = Recorder(file)
         client = Client(

@@ -89,7 +89,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from resample_with_dp_histogram.embeddings import (
     IDENTITY_FILE,
@@ -113,6 +112,7 @@ from utils.folders import (
     sibling_lock,
 )
 from utils.models.loading import model_fingerprint
+from utils.progress import Progress
 from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import read_column, read_instructions
 from utils.texts.units import read_units
@@ -122,6 +122,7 @@ if TYPE_CHECKING:
 
 # Batches that a device gets at once, and the least time between two saves.
 BATCHES_AT_ONCE = 8
+IN_MEMORY_AT_ONCE = 512  # texts
 SAVE_SECONDS = 5.0
 
 
@@ -247,6 +248,18 @@ def begin(folder: Path, private: bool, manifest: dict, units: np.ndarray | None 
     write_json(folder / MANIFEST_FILE, manifest)
 
 
+def make_vectors(folder: Path, shape: tuple[int, int]) -> np.memmap:
+    """A new file of zeros, float16 [texts, dimensions], for which the disk has room."""
+    file = folder / VECTORS_FILE
+    made = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # not on a Mac
+        # A full disk is an error here; of a sparse file it would be a bus error later.
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
+    fsync_folder(folder)
+    return made
+
+
 def embed(
     texts: list[str],
     model: "SentenceTransformer",
@@ -266,13 +279,7 @@ def embed(
     """
     done = manifest["num_embedded"]
     if done == 0:
-        shape = (manifest["num_texts"], manifest["dimensions"])
-        np.lib.format.open_memmap(folder / VECTORS_FILE, mode="w+", dtype=np.float16, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # not on a Mac
-            # A full disk is an error here; of a sparse file it would be a bus error later.
-            with open(folder / VECTORS_FILE, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-        fsync_folder(folder)
+        make_vectors(folder, (manifest["num_texts"], manifest["dimensions"]))
     vectors = open_vectors(folder, manifest, "r+")
     # Known from the texts alone, so that a later run finds the same first `num_embedded` done.
     order = np.argsort([-len(text) for text in texts], kind="stable")
@@ -280,7 +287,7 @@ def embed(
     pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
     saved_at = time.monotonic()
     try:
-        with tqdm(total=len(texts), initial=done, desc="embed", unit="text") as progress:
+        with Progress(None, "embed", unit="text", total=len(texts), initial=done) as progress:
             for start in range(done, len(texts), rows_at_once):
                 rows = order[start : start + rows_at_once]
                 embeddings = model.encode(
@@ -332,8 +339,17 @@ def embed_in_memory(
     Raises:
         UsageError: see `unit_vectors`.
     """
-    embeddings = model.encode(texts, show_progress_bar=True, device=default_devices()[0])
-    return unit_vectors(embeddings, rows, where)
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    starts = range(0, len(texts), IN_MEMORY_AT_ONCE)
+    embeddings = [
+        model.encode(
+            [texts[place] for place in order[start : start + IN_MEMORY_AT_ONCE]],
+            show_progress_bar=False,
+            device=default_devices()[0],
+        )
+        for start in Progress(starts, "embed", unit="block")
+    ]
+    return unit_vectors(np.concatenate(embeddings)[np.argsort(order)], rows, where)
 
 
 def default_devices() -> list[str]:

@@ -108,7 +108,6 @@ import itertools
 import json
 
 import numpy as np
-from tqdm import tqdm
 
 from resample_with_dp_histogram.clusters import PCA_VARIANCE, Clusters, fit_clusters
 from resample_with_dp_histogram.embeddings import (
@@ -133,6 +132,7 @@ from utils.folders import claimed, private_folder, whole_folder
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
 from utils.privacy.guarantee import SEVERAL_ROWS, UNIT, for_unit, person
 from utils.privacy.ledger import read_histograms, record_histogram
+from utils.progress import Progress
 from utils.sampling.shards import Origin, origins
 from utils.secure_random import SecureRandom, grid_spacing
 from utils.texts.data_sets import rows_fingerprint
@@ -188,7 +188,7 @@ def select(settings: Settings) -> None:
     read_histograms(ledger, num_examples, settings.unit_column, owner)
 
     # ------------------------------------------------------------------ clusters and counts
-    steps = tqdm(total=3, desc="cluster", unit="step")
+    steps = Progress(None, "cluster", unit="step", total=3)
     clusters = fit_clusters(synthetic.vectors, num_bins, settings.seed, str(synthetic.folder))
     steps.update()
     synthetic_bins = clusters.assign(synthetic.vectors, str(synthetic.folder))

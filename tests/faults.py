@@ -48,11 +48,12 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
 
-    def read_until(self, text: str = "", condition: Callable[[], bool] = lambda: True) -> None:
-        """Read what it writes until `text` was in it and `condition` holds."""
+    def read_until(self, text: str = "", condition: Callable[[], bool] = lambda: True) -> str:
+        """Read and return what it writes until `text` was in it and `condition` holds."""
         seen = b""
         while text.encode() not in seen or not condition():
             seen += os.read(self._master, 1024)
+        return seen.decode(errors="replace")
 
     def close(self) -> int:
         """Returns the process's exit code."""

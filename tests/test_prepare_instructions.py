@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from data.prepare_instructions import Preparation, language_code, main, split_shares, with_progress
+from data.prepare_instructions import Preparation, language_code, main, split_shares
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.test_rows import SAME, TEXTS, WRONG
@@ -454,14 +454,6 @@ def test_languages_have_names_and_codes():
     assert {language_code(name) for name in ("English", "en", "EN-us", "en_GB")} == {"en"}
     assert language_code("Klingon") == "klingon"
     assert language_code(None) != "en"
-
-
-def test_progress_is_said_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr("data.prepare_instructions.PROGRESS_SECONDS", 0.0)
-    assert list(with_progress(range(2500))) == list(range(2500))
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("1,000 rows read, ")
-    assert second.endswith(" a second")
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.cli import UsageError
 from utils.folders import private_folder
+from utils.progress import Progress
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def tokenise_once(
             private_folder(private, explained=False)
             for split, rows in splits.items():
                 hidden = not state.is_main_process
-                rows = tqdm(rows, f"tokenise {split}", unit="row", disable=hidden, leave=False)
+                rows = Progress(rows, f"tokenise {split}", unit="row", hidden=hidden, leave=False)
                 tokenise(rows, tokenizer, style, max_seq_len, place / split)
         state.wait_for_everyone()
         data = {split: open_tokens(place / split) for split in splits}
