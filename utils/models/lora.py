@@ -6,7 +6,7 @@ from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import load_peft_weights
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from utils.cli import UsageError, in_one_line
+from utils.dp_utils import FactorLinear
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_base_model, model_fingerprint
 from utils.row_dropout import RowDropout, RowMasks
@@ -63,6 +64,30 @@ def _names(target: str, module_name: str) -> bool:
     return module_name == target or module_name.endswith(f".{target}")
 
 
+class BaseDtypeLora(Linear):
+    """PEFT's layer, computing in the dtype of the base: no copies of inputs in float32.
+
+    Its float32 weights are cast where they multiply, and B's product is added to the base's output
+    by the product itself.
+    """
+
+    def update_layer(self, adapter_name: str, *given, **settings) -> None:
+        super().update_layer(adapter_name, *given, **settings)
+        for factors in (self.lora_A, self.lora_B):
+            weight = factors[adapter_name].weight
+            factor = FactorLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            factor.weight = weight
+            factors[adapter_name] = factor
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            # Scaled where it has few features.
+            low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
+            result = self.lora_B[name](low, result)
+        return result
+
+
 def attach_lora(
     model: PreTrainedModel,
     rank: int,
@@ -96,6 +121,8 @@ def attach_lora(
         alpha_pattern=alpha_pattern or {},
     )
     model.config.use_cache = False
+    if model.dtype == torch.bfloat16:
+        config._register_custom_module({nn.Linear: BaseDtypeLora})
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
