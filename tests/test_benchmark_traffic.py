@@ -55,15 +55,17 @@ def test_what_the_adapters_cost_is_a_small_part_of_what_they_cost_in_float32():
     assert ours - base < (peft - base) / 3
 
 
-def test_what_is_recomputed_counts_twice_and_dropout_counts():
+def test_what_is_recomputed_and_drawn_counts():
     def bytes_moved(*flags):
-        return sum(traffic.count(settings("--max_seq_len=64", *flags), TINY, "ours").values())
+        shape = replace(TINY, layers=1)
+        return sum(traffic.count_all(settings("--max_seq_len=64", *flags), shape, "ours").values())
 
     plain = bytes_moved()
-    assert 1.2 * plain < bytes_moved("--gradient_checkpointing") < 2 * plain
+    assert 1.1 * plain < bytes_moved("--gradient_checkpointing") < 2 * plain
     assert bytes_moved("--lora_dropout=0.1") > plain
 
 
+@pytest.mark.slow
 def test_two_layers_tell_what_three_move():
     flags, three = settings("--max_seq_len=64"), replace(TINY, layers=3)
     assert traffic.count(flags, three, "ours") == traffic.count_all(flags, three, "ours")
