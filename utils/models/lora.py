@@ -5,7 +5,13 @@ import warnings
 from pickle import UnpicklingError
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import load_peft_weights
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -152,20 +158,25 @@ def use_row_dropout(model: PeftModel, masks: RowMasks) -> None:
 
 
 def load_adapted(
-    model_name: str, adapter_path: str | os.PathLike, dtype: torch.dtype, *, merge: bool
+    model_name: str,
+    adapter_path: str | os.PathLike,
+    dtype: torch.dtype,
+    *,
+    merge: bool,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Load a base model with a LoRA adapter.
+    """Load a base model of `dtype` with a LoRA adapter, onto `device`.
 
     Args:
-        merge: add the adapter to the base's weights (in float32, then cast); else keep it apart,
-            in float32 on a base of `dtype`.
+        merge: add the adapter to the base's weights, there, one matrix after the other: each sum is
+            made in float32 and then cast; else keep it apart, in float32.
 
     Raises:
         UsageError: no adapter there, one that was trained on another base, or one that is not, name
             by name and shape by shape, what its configuration makes of this base.
     """
     info = read_adapter_info(adapter_path)
-    model = load_base_model(model_name, torch.float32 if merge else dtype)
+    model = load_base_model(model_name, dtype)
     trained_on = info.get("base_model_fingerprint")
     if trained_on not in (None, model_fingerprint(model)):
         raise UsageError(
@@ -184,7 +195,10 @@ def load_adapted(
             f"the adapter {str(adapter_path)!r} does not fit --model_name {model_name!r}: {reason}"
         ) from None
     _require_all(model, weights, str(adapter_path))
-    return model.merge_and_unload().to(dtype) if merge else model.get_base_model()
+    # PEFT has rounded them to the base's dtype on their way to float32.
+    set_peft_model_state_dict(model, weights)
+    model.to(device)
+    return model.merge_and_unload() if merge else model.get_base_model()
 
 
 def _require_all(model: PeftModel, weights: dict[str, torch.Tensor], adapter_path: str) -> None:
