@@ -284,8 +284,14 @@ def prepare(
     if settings.adapter_path is None:
         model = load_base_model(settings.model_name, dtype)
     else:
-        merge = not settings.no_merge
-        model = load_adapted(settings.model_name, settings.adapter_path, dtype, merge=merge)
+        model = load_adapted(
+            settings.model_name,
+            settings.adapter_path,
+            dtype,
+            merge=not settings.no_merge,
+            # vLLM fills the GPU by itself, with what is saved.
+            device="cpu" if settings.engine == "vllm" else state.device,
+        )
     shared = shared | {"model_fingerprint": model_fingerprint(model)}
     check_manifest(folder, shared)
     decoding = Decoding(

@@ -49,6 +49,7 @@ from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
 from utils.files import write_atomic, write_json
 from utils.folders import portable, whole_folder
 from utils.models.adapter_info import adapter_sha256, write_adapter_info
+from utils.models.compiled import compile_parts, frozen_parts, undo
 from utils.models.footprint import GIB, Architecture, RowMemory
 from utils.models.independence import (
     require_independent_examples,
@@ -306,11 +307,11 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, steps)
     memory = row_memory(base, parameters, settings, dtype) if plan else RowMemory()
     token_budget = tokens_at_once(mechanism, language_model, settings, memory)
+    parts = compiled_parts(model, gradients, language_model) if settings.compile else []
     shapes = None
     if plan:
         fixed = fixed_shapes(settings, token_budget, device, memory)
-        shapes, numerics = probed(language_model, gradients, masks, fixed, largest_of_all)
-        mechanism.numerics = str(numerics)
+        shapes = probed_with(parts, mechanism, language_model, gradients, masks, fixed)
     run = Run(
         settings=settings,
         accelerator=accelerator,
@@ -612,13 +613,13 @@ def tokens_at_once(
 
     Tried are microbatches of the lengths that take the most, short ones as well as the longest.
     """
-    state, max_seq_len = PartialState(), settings.max_seq_len
+    max_seq_len, device = settings.max_seq_len, PartialState().device
     if settings.perdevice_bs != "auto":
         return int(settings.perdevice_bs) * max_seq_len
     model = language_model.model.train()
     trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
     # Next to the step's sum there will be the optimizer's two moments.
-    total, *_moments = torch.ones(3, trained, device=state.device)
+    total, *_moments = torch.ones(3, trained, device=device)
 
     def step(sequences: int) -> None:
         shapes = Shapes(max_seq_len, sequences * max_seq_len, None, memory)
@@ -629,10 +630,11 @@ def tokens_at_once(
             pass_microbatch(mechanism, language_model, max_seq_len, examples, batch)
             mechanism.add(total)
 
-    count = torch.tensor([fitting_sequences(step, state.device)], device=state.device)
+    count = torch.tensor([fitting_sequences(step, device)], device=device)
     sequences = int(gather(count).min())
-    if state.is_main_process:
-        say(f"--perdevice_bs auto: {sequences} sequences of {max_seq_len} tokens fit on a device")
+    say_on_main(
+        f"--perdevice_bs auto: {sequences} sequences of {max_seq_len} tokens fit on a device"
+    )
     return sequences * max_seq_len
 
 
@@ -694,6 +696,55 @@ def rehearse(run: Run) -> None:
             f"{run.steps:,} steps, without validation (private: as long as the rows are); "
             f"{gib:.3g} GiB of memory at most in a process, {disk / 1e6:,.1f} MB of disk"
         )
+
+
+def compiled_parts(
+    model: PeftModel, gradients: PerExampleGradients, language_model: LanguageModel
+) -> list[nn.Module]:
+    """Compile the frozen parts of a model, on all processes or, where one cannot, on none."""
+    parts, reason = frozen_parts(model), ""
+    compile_parts(parts)
+    try:
+        require_coverage(gradients, language_model)
+    except UsageError as error:
+        cause = error.__cause__
+        reason = in_one_line(cause if isinstance(cause, Exception) else error, 200)
+    if largest_of_all(bool(reason)):
+        undo(parts)
+        say_on_main(f"--compile: cannot, and goes on without: {reason or 'another process cannot'}")
+        return []
+    return parts
+
+
+def probed_with(
+    parts: list[nn.Module],
+    mechanism: Mechanism,
+    language_model: LanguageModel,
+    gradients: PerExampleGradients,
+    masks: RowMasks,
+    fixed: Shapes,
+) -> Shapes:
+    """The shapes that a probe finds, with compiled parts if these are exact, else without them."""
+    probe = partial(probed, language_model, gradients, masks, fixed, largest_of_all)
+    try:
+        shapes, numerics = probe()
+        reason = str(numerics) if numerics.difference else ""
+    except UsageError as error:
+        if not parts:
+            raise
+        reason = str(error)
+    if parts and reason:
+        undo(parts)
+        say_on_main(f"--compile: goes on without, since compiled parts are not exact: {reason}")
+        shapes, numerics = probe()
+    mechanism.numerics = str(numerics)
+    return shapes
+
+
+def say_on_main(line: str) -> None:
+    """Say something once for all processes."""
+    if PartialState().is_main_process:
+        say(line)
 
 
 def largest_of_all(number: float) -> float:

@@ -7,6 +7,7 @@ from scipy import stats
 from torch import nn
 
 import utils.dp_utils
+from privacy_checks.tiny_model import tiny_llama
 from tests.helpers import (
     adapted_model,
     clipped_sum,
@@ -22,7 +23,10 @@ from utils.dp_utils import (
     clip_factors,
     ghost_norms,
     instantiates,
+    products,
 )
+from utils.models.language_model import LanguageModel
+from utils.models.lora import BaseDtypeLora
 from utils.runs.batching import cut_microbatches
 from utils.secure_random import SecureRandom, grid_spacing
 
@@ -58,6 +62,65 @@ def test_instantiated_and_ghost_norm_layers_together_equal_the_reference(lengths
         total, observed = clipped_sum(model, data, clip_norm, budget=budget)
         assert relative_error(total, expected) < 1e-5
         assert torch.allclose(observed.double(), norms.flatten(), rtol=1e-5)
+
+
+# ---------------------------------------------------------------- a base in bfloat16
+
+
+def in_bfloat16(targets, **options):
+    """A tiny LLaMA in bfloat16 with adapters, of which none computes in float32."""
+    model = adapted_model(targets, base=tiny_llama().to(torch.bfloat16), **options)
+    assert {t.dtype for t in model.parameters() if t.requires_grad} == {torch.float32}
+    assert sum(isinstance(module, BaseDtypeLora) for module in model.modules()) >= 8
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("targets", "rank"), [(ATTENTION, 4), ("all-linear", 16)])
+def test_sums_on_a_base_in_bfloat16_agree_with_the_reference(targets, rank, checkpointing):
+    data = random_examples([5, 30, 12, 17])
+    model = in_bfloat16(targets, rank=rank, checkpointing=checkpointing)
+    expected, norms = reference_sum(model, data, 0.7)
+    total, observed = clipped_sum(model, data, 0.7)
+    assert relative_error(total, expected) < 0.05
+    assert torch.allclose(observed.double(), norms.flatten(), rtol=0.05)
+
+
+@pytest.mark.parametrize("rank", [4, 64])  # mostly instantiated; mostly ghost norms
+def test_an_example_adds_at_most_the_clip_norm_in_bfloat16(rank):
+    model, data = in_bfloat16("all-linear", rank=rank), random_examples([3, 50, 17, 29])
+    for example in range(4):
+        total, norms = clipped_sum(model, data, 1e-3, indices=np.array([example]))
+        assert norms > 1e-3
+        assert total.double().norm() == pytest.approx(1e-3, rel=1e-5)
+
+
+def test_products_of_bfloat16_are_not_rounded_to_it():
+    torch.manual_seed(0)
+    first, second = torch.randn(3, 20, 400).bfloat16(), torch.randn(3, 400, 30).bfloat16()
+    exact = first.double() @ second.double()
+    assert products(first, second).dtype == torch.float32
+    assert relative_error(products(first, second), exact) < 1e-6
+    assert relative_error(first @ second, exact) > 1e-3
+
+
+def test_no_copy_of_an_adapters_input_is_made_on_a_base_in_bfloat16():
+    """What it was given is what the hook holds, one tensor for queries, keys and values."""
+    model = in_bfloat16(ATTENTION)
+    gradients, seen = PerExampleGradients(model), {}
+    deposit = gradients._deposit
+
+    def watched(name, inputs, output_gradient):
+        seen.setdefault(inputs.data_ptr(), []).append(name)
+        deposit(name, inputs, output_gradient)
+
+    gradients._deposit = watched
+    language_model = LanguageModel(model.get_base_model())
+    with gradients.capture(2):
+        sums, _ = language_model.example_losses(language_model.public_batch(2, 12))
+        sums.sum().backward()
+    together = [names for names in seen.values() if "lora_A" in names[0] and len(names) > 1]
+    assert [len(names) for names in together] == [3, 3]
 
 
 def test_what_is_smaller_is_kept_until_the_clip_factors_are_known():

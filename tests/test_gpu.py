@@ -13,6 +13,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import Linear
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import inference
@@ -32,7 +34,7 @@ from utils.cli import EXIT_OK, UsageError
 from utils.dp_utils import add_noise
 from utils.models.language_model import LanguageModel
 from utils.models.loading import load_quantised_model, resolve_dtype
-from utils.models.lora import default_target_modules
+from utils.models.lora import default_target_modules, load_adapted
 from utils.models.memory import MOST_SEQUENCES, PeakMemory, fitting_sequences
 from utils.privacy.ledger import LEDGER_FILE
 from utils.row_dropout import kept
@@ -177,6 +179,34 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(trained, tmp_path):
     assert (whole / adapter).read_bytes() == (folder / adapter).read_bytes()
 
 
+def test_memory_that_runs_out_in_the_middle_of_a_step_changes_nothing(
+    one_layer, data, tmp_path, monkeypatch, capped_memory, capsys
+):
+    original, failed = train.pass_microbatch, []
+
+    def pass_microbatch(*given):
+        result = original(*given)
+        rows = len(given[-1]["lengths"])
+        if stingy and rows > 1:
+            failed.append(rows)
+            torch.empty(capped_memory + 1, dtype=torch.uint8, device=GPU)
+        return result
+
+    monkeypatch.setattr(train, "pass_microbatch", pass_microbatch)
+    monkeypatch.setattr(train, "probed", lambda *given: (given[3], Numerics(0.0, "nothing")))
+    adapters = []
+    for stingy in (False, True):
+        folder = tmp_path / str(stingy)
+        argv = flags(one_layer, data, folder, *SHORT, "--dtype=float32", "--perdevice_bs=4",
+                     "--insecure_fixed_noise_seed=3", "--no_eval_at_start")  # fmt: skip
+        assert in_process(train.main, argv) == EXIT_OK
+        adapters.append(load_file(folder / "job" / "adapter" / "adapter_model.safetensors"))
+    assert len(failed) > 1
+    assert "out of memory in the middle of a step" in capsys.readouterr().err
+    whole, halved = adapters
+    assert all(torch.allclose(whole[name], halved[name], atol=1e-5) for name in whole)
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_microbatch_waits_three_times_for_the_gpu_however_many_layers(
     layers, data, tmp_path, monkeypatch
@@ -248,6 +278,21 @@ class waiting_noticed(warnings.catch_warnings):
 def test_a_row_that_is_left_out_moves_no_other(dtype):
     moves = replay_wide(dtype, device="auto")
     assert moves.passed, moves
+
+
+def test_an_adapter_is_merged_on_the_gpu(trained, one_layer, monkeypatch):
+    merging, places = Linear.get_delta_weight, []
+
+    def watched(layer, name):
+        delta = merging(layer, name)
+        places.append((delta.device, layer.base_layer.weight.dtype))
+        return delta
+
+    monkeypatch.setattr(Linear, "get_delta_weight", watched)
+    adapter = trained[1] / "adapter"
+    model = load_adapted(one_layer, adapter, torch.bfloat16, merge=True, device=GPU)
+    assert places == [(GPU, torch.bfloat16)] * 4
+    assert {(each.device, each.dtype) for each in model.parameters()} == {(GPU, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("engine", ["static", "continuous", "vllm"])

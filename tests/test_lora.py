@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 
 from utils.cli import UsageError
@@ -55,6 +56,42 @@ def test_a_whole_adapter_changes_the_base(adapter, tiny_model_dir, merge):
     base = load_base_model(tiny_model_dir, torch.float32)(input_ids=ids).logits
     adapted = load(adapter, tiny_model_dir, merge)(input_ids=ids).logits
     assert (adapted - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_merged_into_a_base_of_the_dtype_that_is_asked_for(
+    adapter, tiny_model_dir, dtype, monkeypatch
+):
+    """No process holds a float32 copy of a base in bfloat16; each sum is rounded once."""
+    merging, dtypes = Linear.get_delta_weight, []
+
+    def watched(layer, name):
+        delta = merging(layer, name)
+        dtypes.append((layer.base_layer.weight.dtype, delta.dtype))
+        return delta
+
+    monkeypatch.setattr(Linear, "get_delta_weight", watched)
+    merged = load_adapted(tiny_model_dir, adapter, dtype, merge=True)
+    assert dtypes == [(dtype, torch.float32)] * 4
+    assert {tensor.dtype for tensor in merged.parameters()} == {dtype}
+    weights, base = load_file(adapter / WEIGHTS), load_base_model(tiny_model_dir, dtype)
+    for name, tensor in base.named_parameters():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = tensor
+        if f"{layer}.lora_A.weight" in weights:
+            low, high = (weights[f"{layer}.lora_{factor}.weight"] for factor in "AB")
+            expected = (tensor.float() + 2 * (high @ low)).to(dtype)
+            assert not torch.equal(expected, tensor)
+        assert torch.equal(merged.get_parameter(name), expected), name
+
+
+def test_an_adapter_that_is_kept_apart_stays_as_it_is(adapter, tiny_model_dir):
+    model = load_adapted(tiny_model_dir, adapter, torch.bfloat16, merge=False)
+    kept = {f"base_model.model.{name.replace('.default', '')}": tensor
+            for name, tensor in model.named_parameters() if "lora_" in name}  # fmt: skip
+    weights = load_file(adapter / WEIGHTS)
+    assert kept.keys() == weights.keys()
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
 
 
 def without_first(tensors):

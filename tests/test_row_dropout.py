@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import utils.row_dropout
 from tests.helpers import adapted_model, random_examples
 from utils.dp_utils import PerExampleGradients
 from utils.models.language_model import LanguageModel
@@ -108,3 +109,28 @@ def test_an_examples_gradient_is_the_same_in_any_company(checkpointing):
     assert (by_place - by_place_together).norm() > 0.05 * by_place.norm()
     masks.step = 1
     assert (sums(model, masks, data, [[3, 1, 0, 2]])[0] - together).norm() > 0.05 * apart.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_queries_keys_and_values_of_a_layer_have_one_mask(checkpointing, monkeypatch):
+    model = adapted_model(["q_proj", "k_proj", "v_proj", "o_proj"], checkpointing=checkpointing,
+                          dropout=0.3)  # fmt: skip
+    masks = RowMasks(b"k")
+    use_row_dropout(model, masks)
+    drawn = []
+    monkeypatch.setattr(
+        utils.row_dropout, "kept", lambda *given: drawn.append(given) or kept(*given)
+    )
+    sums(model, masks, random_examples(LENGTHS), [[0, 1, 2, 3]])
+    # Two layers: one mask for what all three read, one for what the fourth reads.
+    assert len(drawn) == 2 * 2 * (1 + checkpointing)
+    of_layer = [layer.lora_dropout["default"] for layer in model.modules()
+                if hasattr(layer, "lora_dropout")][:3]  # fmt: skip
+    inputs = torch.ones(4, 5, 6)
+    masks.rows = np.arange(4)
+    first, *others = (dropout(inputs) for dropout in of_layer)
+    assert all(other is first for other in others)
+    # Another pass has other rows, and a copy of a tensor is another tensor.
+    assert of_layer[1](inputs.clone()) is not first
+    masks.rows = np.arange(4)
+    assert masks.last_dropped is None

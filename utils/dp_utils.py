@@ -77,6 +77,21 @@ def instantiates(tokens: int, d_in: int, d_out: int) -> bool:
     return d_in * d_out <= tokens * (d_in + d_out)
 
 
+def products(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Matrix products with sums in float32, which nothing rounds.
+
+    Args:
+        first: [examples, n, k], in float32, or in bfloat16, whose products float32 has exactly.
+        second: [examples, k, m], in the same dtype.
+
+    Returns:
+        float32 [examples, n, m].
+    """
+    if first.dtype == torch.bfloat16 and first.device.type != "cpu":  # which has no such kernel
+        return torch.bmm(first, second, out_dtype=torch.float32)
+    return torch.bmm(first.float(), second.float())
+
+
 def ghost_norms(
     inputs: torch.Tensor, output_gradients: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,15 +116,36 @@ def ghost_norms(
     return squares.clamp(min=0).sqrt(), cancelled
 
 
+class FactorLinear(nn.Linear):
+    """A Linear layer without bias whose float32 weight multiplies in the dtype of its input."""
+
+    def forward(self, inputs: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+        """The product, added to `start` before it is rounded.
+
+        Args:
+            inputs: [..., d_in], in bfloat16 with sums in float32.
+            start: [..., d_out], in the same dtype.
+
+        Returns:
+            [..., d_out], in the same dtype.
+        """
+        weight = self.weight.to(inputs.dtype)
+        if start is None:
+            return nn.functional.linear(inputs, weight)
+        product = torch.addmm(start.flatten(0, -2), inputs.flatten(0, -2), weight.t())
+        return product.view(start.shape)
+
+
 class PerExampleGradients:
     """Per-example gradients of every trainable tensor of a model, in one backward pass.
 
-    Each trainable tensor must be the weight of an `nn.Linear` without bias that sees
-    [examples, tokens, features] exactly once in a forward pass, as LoRA's A and B do. A forward
-    hook passes the layer's output through an identity whose backward holds both the layer's input
-    and its output gradient; their product per example is the per-example gradient, instantiated
-    or not as `instantiates` says. Autograd's own weight gradient is never computed. Works under
-    non-reentrant activation checkpointing, whose recomputed forward runs the hook again.
+    Each trainable tensor must be the weight of an `nn.Linear` or `FactorLinear` without bias that
+    sees [examples, tokens, features] exactly once in a forward pass, as LoRA's A and B do. A
+    forward hook passes the layer's output through an identity whose backward holds both the layer's
+    input and its output gradient; their product per example is the per-example gradient,
+    instantiated or not as `instantiates` says. Autograd's own weight gradient is never computed.
+    Works under non-reentrant activation checkpointing, whose recomputed forward runs the hook
+    again.
 
     Raises:
         UsageError: a trainable tensor is not covered; the message names it.
@@ -131,7 +167,7 @@ class PerExampleGradients:
             if len(modules) != 1:
                 raise UsageError(f"{name} is shared by {len(modules)} layers; DP needs one")
             layer = modules[0]
-            if type(layer) is not nn.Linear or layer.bias is not None:
+            if type(layer) not in (nn.Linear, FactorLinear) or layer.bias is not None:
                 raise UsageError(
                     f"{name} is trainable but not the weight of a Linear layer without bias, so "
                     "per-example clipping cannot cover it; train LoRA adapters alone"
@@ -142,7 +178,7 @@ class PerExampleGradients:
         self._captured: dict[str, _Instantiated | _Pair] = {}
 
     def _make_hook(self, name: str):
-        def hook(_module: nn.Linear, inputs: tuple[torch.Tensor], output: torch.Tensor):
+        def hook(_module: nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor):
             if not self._num_examples:
                 return None
             return _Tap.apply(
@@ -162,7 +198,7 @@ class PerExampleGradients:
         _, tokens, d_in = inputs.shape
         form = _Instantiated if instantiates(tokens, d_in, output_gradient.shape[2]) else _Pair
         # What the model saved for its backward pass is still part of the graph.
-        self._captured[name] = form(inputs.detach().float(), output_gradient.float())
+        self._captured[name] = form(inputs.detach(), output_gradient)
 
     @contextmanager
     def capture(self, num_examples: int) -> Iterator[None]:
@@ -265,7 +301,7 @@ class _Instantiated:
 
     def __init__(self, inputs: torch.Tensor, output_gradients: torch.Tensor):
         # [examples, d_out, tokens] @ [examples, tokens, d_in] -> [examples, d_out, d_in]
-        self.gradients = torch.bmm(output_gradients.transpose(1, 2), inputs).flatten(1)
+        self.gradients = products(output_gradients.transpose(1, 2), inputs).flatten(1)
         # In float32 the norm of a million numbers is off by 1e-5 on a CPU, of more by more.
         norms = torch.linalg.vector_norm(self.gradients, dim=1, dtype=torch.float64)
         self.norms = norms.float()
@@ -290,8 +326,8 @@ class _Pair:
     """
 
     def __init__(self, inputs: torch.Tensor, output_gradients: torch.Tensor):
-        self.inputs, self.output_gradients = inputs, output_gradients
-        self.norms, self.cancelled = ghost_norms(inputs, output_gradients)
+        self.inputs, self.output_gradients = inputs.float(), output_gradients.float()
+        self.norms, self.cancelled = ghost_norms(self.inputs, self.output_gradients)
         self.exact: _Instantiated | None = None
 
     def instantiate(self, apart: torch.Tensor) -> None:

@@ -2,7 +2,8 @@
 
 torch deals masks by place in the microbatch, so that an example's mask, and with it its gradient,
 depends on who else was drawn. Here an entry of a mask is a function of a secret key, step, layer,
-row, position and feature, and of nothing else that was drawn.
+row, position and feature, and of nothing else that was drawn. Layers that read one tensor, as
+queries, keys and values do, have one mask, that of the first of them.
 
 What follows is a statement on the mixture over keys: the masks of rows are independent and have one
 law, so equal masks can be coupled between neighbouring data sets, and by joint convexity of the
@@ -32,12 +33,23 @@ class RowMasks:
         key: secret bytes, the same on every process of a job; never written.
         step: the logical step.
         rows: int64 [examples], the rows of the microbatch, by their place in the data set.
+        last_dropped: the tensor that was dropped out last in this pass, and what became of it.
     """
 
     def __init__(self, key: bytes | None = None):
         self.key = key or os.urandom(32)
         self.step = 0
         self.rows = np.zeros(0, dtype=np.int64)
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: np.ndarray) -> None:
+        self._rows = rows
+        # With it goes what a pass that failed has left: its graph holds all that it computed.
+        self.last_dropped: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def seeds(self, layer: int) -> np.ndarray:
         """int64 [examples], a keyed hash of step, layer and row."""
@@ -53,7 +65,7 @@ class RowDropout(nn.Module):
     """Inverted dropout of [examples, tokens, features] by `RowMasks`.
 
     Args:
-        p: probability of a zero.
+        p: probability of a zero, one for all layers.
         layer: a number of its own.
     """
 
@@ -69,8 +81,13 @@ class RowDropout(nn.Module):
         examples, tokens, features = inputs.shape
         if examples != len(self._masks.rows):
             raise RuntimeError(f"{examples} examples pass, masks are of {len(self._masks.rows)}")
-        seeds = to_device(torch.tensor(self._masks.seeds(self._layer)), inputs.device)
-        return inputs * (kept(seeds, tokens, features, self.p) / (1 - self.p)).to(inputs.dtype)
+        last = self._masks.last_dropped
+        if last is None or last[0] is not inputs:
+            seeds = to_device(torch.tensor(self._masks.seeds(self._layer)), inputs.device)
+            keeps = kept(seeds, tokens, features, self.p)
+            last = inputs, torch.where(keeps, inputs * (1 / (1 - self.p)), 0.0)
+            self._masks.last_dropped = last
+        return last[1]
 
 
 def kept(seeds: torch.Tensor, tokens: int, features: int, p: float) -> torch.Tensor:

@@ -154,7 +154,7 @@ def dispatch(func, args: tuple, kwargs: dict):
         return (SDPBackend.MATH if masked else SDPBackend.FLASH_ATTENTION).value
     _require_one_device(name, given, own)
     _notice_waiting(name, args, kwargs, own, wanted)
-    function = FLASH.get(func, func)
+    function = KERNELS.get(func, func)
     inner_kwargs = {key: _mapped(_inner, value) for key, value in kwargs.items()}
     result = function(*_mapped(_inner, args), **inner_kwargs)
     if wanted is not None and wanted.type == "cpu" and own:
@@ -263,7 +263,7 @@ def _line_of_the_repository() -> tuple[str, int]:
     return "libtorch", 0
 
 
-# ------------------------------------------------------------------------ flash attention
+# ------------------------------------------------------------------------ kernels
 
 
 def _flash(query, key, value, dropout=0.0, causal=False, _mask=False, *, scale=None):
@@ -285,9 +285,10 @@ def _flash_backward(
 
 
 # What the CPU has under another name.
-FLASH = {
+KERNELS = {
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten.bmm.dtype: lambda first, second, dtype: aten.bmm(first.to(dtype), second.to(dtype)),
 }
 
 # ------------------------------------------------------------------------ torch.cuda

@@ -257,6 +257,9 @@ class TrainingSettings(JobSettings):
     gradient_checkpointing: bool = _base(
         "recompute activations in the backward pass: less memory, slower", False
     )
+    compile: bool = _base(
+        "compile its frozen norms and MLPs, if examples stay as exact as without", False
+    )
 
     no_eval_at_start: bool = _reporting("skip the validation loss before the first step", False)
     max_eval_examples: int = _reporting("validation examples used", 1000)
@@ -366,6 +369,11 @@ def check_training_settings(settings: TrainingSettings) -> list[str]:
         raise UsageError(
             f"--fsdp cannot shard a base in {settings.quantised_bits} bits; leave one of the two "
             "out"
+        )
+    if settings.fsdp and settings.compile:
+        raise UsageError(
+            "--compile does not go with --fsdp, whose layers gather their weights as they pass; "
+            "leave one of the two out"
         )
     if settings.eps == -1:
         return _check_without_privacy(settings)

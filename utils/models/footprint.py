@@ -195,18 +195,17 @@ class Training:
         """What a row takes in the forward and backward pass.
 
         Frozen Linear layers keep nothing. Kept are float32 inputs of norms, what attention and
-        the MLP's products need, and for the adapters their float32 inputs, which are copies
-        unless the base is float32 too; with checkpointing the input of each layer, and one
-        layer in full. What a layer works with was measured to be a quarter of what it keeps.
+        the MLP's products need, and the adapters' inputs; with checkpointing the input of each
+        layer, and one layer in full. What a layer works with was measured to be a quarter of what
+        it keeps.
         """
         shape, adapted = self.architecture, self.adapted
-        inputs = {SAME_INPUT.get(n, n) if self.itemsize == FLOAT else n: s[0]
-                  for n, s in adapted.items()}  # fmt: skip
+        inputs = {SAME_INPUT.get(name, name): d_in for name, (d_in, _) in adapted.items()}
         layer = (
             2 * FLOAT * shape.hidden
             + self.itemsize * 2 * (shape.query + shape.key_value)
             + self.itemsize * (3 if shape.gated else 2) * shape.inner
-            + FLOAT * (sum(inputs.values()) + self.rank * len(adapted))
+            + self.itemsize * (sum(inputs.values()) + self.rank * len(adapted))
         )
         working = layer // 4
         if self.gradient_checkpointing:

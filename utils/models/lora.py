@@ -5,8 +5,14 @@ import warnings
 from pickle import UnpicklingError
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import load_peft_weights
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
@@ -15,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from utils.cli import UsageError, in_one_line
+from utils.dp_utils import FactorLinear
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_base_model, model_fingerprint
 from utils.row_dropout import RowDropout, RowMasks
@@ -63,6 +70,30 @@ def _names(target: str, module_name: str) -> bool:
     return module_name == target or module_name.endswith(f".{target}")
 
 
+class BaseDtypeLora(Linear):
+    """PEFT's layer, computing in the dtype of the base: no copies of inputs in float32.
+
+    Its float32 weights are cast where they multiply, and B's product is added to the base's output
+    by the product itself.
+    """
+
+    def update_layer(self, adapter_name: str, *given, **settings) -> None:
+        super().update_layer(adapter_name, *given, **settings)
+        for factors in (self.lora_A, self.lora_B):
+            weight = factors[adapter_name].weight
+            factor = FactorLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            factor.weight = weight
+            factors[adapter_name] = factor
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            # Scaled where it has few features.
+            low = self.lora_A[name](self.lora_dropout[name](x)) * self.scaling[name]
+            result = self.lora_B[name](low, result)
+        return result
+
+
 def attach_lora(
     model: PreTrainedModel,
     rank: int,
@@ -96,6 +127,8 @@ def attach_lora(
         alpha_pattern=alpha_pattern or {},
     )
     model.config.use_cache = False
+    if model.dtype == torch.bfloat16:
+        config._register_custom_module({nn.Linear: BaseDtypeLora})
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
@@ -131,20 +164,25 @@ def use_row_dropout(model: PeftModel, masks: RowMasks) -> None:
 
 
 def load_adapted(
-    model_name: str, adapter_path: str | os.PathLike, dtype: torch.dtype, *, merge: bool
+    model_name: str,
+    adapter_path: str | os.PathLike,
+    dtype: torch.dtype,
+    *,
+    merge: bool,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """Load a base model with a LoRA adapter.
+    """Load a base model of `dtype` with a LoRA adapter, onto `device`.
 
     Args:
-        merge: add the adapter to the base's weights (in float32, then cast); else keep it apart,
-            in float32 on a base of `dtype`.
+        merge: add the adapter to the base's weights, there, one matrix after the other: each sum is
+            made in float32 and then cast; else keep it apart, in float32.
 
     Raises:
         UsageError: no adapter there, one that was trained on another base, or one that is not, name
             by name and shape by shape, what its configuration makes of this base.
     """
     info = read_adapter_info(adapter_path)
-    base = load_base_model(model_name, torch.float32 if merge else dtype)
+    base = load_base_model(model_name, dtype)
     trained_on = info.get("base_model_fingerprint")
     if trained_on not in (None, model_fingerprint(base)):
         raise UsageError(
@@ -152,7 +190,8 @@ def load_adapted(
             f"which differs from --model_name {model_name!r}"
         )
     model = attach_saved(base, model_name, str(adapter_path), merge=merge)
-    return model.merge_and_unload().to(dtype) if merge else model.get_base_model()
+    model.to(device)
+    return model.merge_and_unload() if merge else model.get_base_model()
 
 
 def attach_saved(
@@ -184,6 +223,9 @@ def attach_saved(
             f"the adapter {adapter_path!r} is of the head of {model_name!r}, which is its "
             "embedding too: merged into one it would change both; add --no_merge"
         )
+    if base.device.type != "meta":
+        # PEFT has rounded them to the base's dtype on their way to float32.
+        set_peft_model_state_dict(model, weights)
     return model
 
 
