@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n== {settings.samples}: {len(samples):,} samples, of which")
         for sample in samples[: settings.num_shown]:
             base = before.get(sample["id"]) if settings.untuned else None
-            print(shown(sample, base and base["text"]))
+            print(shown(sample, None if base is None else base["text"]))
 
 
 def guarantee_line(run: Path) -> str:
