@@ -1,10 +1,13 @@
 """The DP core against a one-example-at-a-time float64 loop, and its guarantees."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils.dp_utils
 from privacy_checks.tiny_model import tiny_llama
@@ -62,6 +65,43 @@ def test_instantiated_and_ghost_norm_layers_together_equal_the_reference(lengths
         total, observed = clipped_sum(model, data, clip_norm, budget=budget)
         assert relative_error(total, expected) < 1e-5
         assert torch.allclose(observed.double(), norms.flatten(), rtol=1e-5)
+
+
+# ---------------------------------------------------------------- rows of units
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2, 3], [2, 0, 2, 2], [3, 3, 1, 1], [1, 0]])
+@pytest.mark.parametrize("rank", [4, 64])  # mostly instantiated; mostly ghost norms
+def test_sums_of_several_rows_are_those_of_one_after_the_other_to_the_last_bit(places, rank):
+    model, data = adapted_model("all-linear", rank=rank), random_examples([12] * 4)
+    gradients, language_model = PerExampleGradients(model), LanguageModel(model.get_base_model())
+    with gradients.capture(4):
+        sums, _ = language_model.example_losses(data.collate(np.arange(4), 0))
+        sums.sum().backward()
+    start = torch.randn(4, gradients.num_parameters)
+    expected, found = start.clone(), start.clone()
+    for example, place in enumerate(places):
+        expected[place] += gradients.of_example(example)[: gradients.num_parameters]
+    with Kernels() as kernels:
+        gradients.add_examples(found, places)
+    assert torch.equal(found, expected)
+    if rank == 4:
+        # As many for each matrix as the largest unit has rows, and not as there are rows.
+        most = max(map(places.count, places))
+        assert kernels.counts["index_add_"] == len(gradients.parameters) * most
+        assert kernels.counts["add_"] == 0
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------- a base in bfloat16

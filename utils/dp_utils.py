@@ -250,13 +250,19 @@ class PerExampleGradients:
             sums: float32 [rows, parameters], in the order of `parameters`.
             places: for each example its row; captured examples beyond them are left out.
         """
+        # In a round no row is added to twice, so that a sum has the order of its own examples.
+        rounds: list[tuple[list[int], list[int]]] = []
+        for example, place in enumerate(places):
+            number = places[:example].count(place)
+            if number == len(rounds):
+                rounds.append(([], []))
+            rounds[number][0].append(example)
+            rounds[number][1].append(place)
+        on_device = [to_device(torch.tensor(each), sums.device) for each in rounds]
         offset = 0
         for name, tensor in self.parameters.items():
-            # One example at a time: those of a pair are not made for all of them at once.
-            layer = self._captured.pop(name)
             part = sums[:, offset : offset + tensor.numel()]
-            for example, place in enumerate(places):
-                part[place] += layer.of_example(example).flatten()
+            self._captured.pop(name).add_to_rows(part, places, on_device)
             offset += tensor.numel()
 
     @torch.no_grad()
@@ -309,6 +315,12 @@ class _Instantiated:
     def of_example(self, place: int) -> torch.Tensor:
         return self.gradients[place]
 
+    def add_to_rows(
+        self, sums: torch.Tensor, places: list[int], rounds: list[torch.Tensor]
+    ) -> None:
+        for examples, rows in rounds:
+            sums.index_add_(0, rows, self.gradients[examples])
+
     def silence(self, examples: torch.Tensor) -> None:
         self.gradients.masked_fill_(examples[:, None], 0.0)
 
@@ -338,6 +350,13 @@ class _Pair:
 
     def of_example(self, place: int) -> torch.Tensor:
         return self.output_gradients[place].t() @ self.inputs[place]
+
+    def add_to_rows(
+        self, sums: torch.Tensor, places: list[int], rounds: list[torch.Tensor]
+    ) -> None:
+        # One at a time: gradients of all of them at once take more than the pairs.
+        for example, place in enumerate(places):
+            sums[place] += self.of_example(example).flatten()
 
     def silence(self, examples: torch.Tensor) -> None:
         # Both may be shared with the model's own backward pass, so these are copies.
