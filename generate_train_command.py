@@ -18,7 +18,7 @@ from utils.command_line.parser import (
     flag,
     natural_int,
     parser_of,
-    positive_int,
+    port,
     read_flags,
     to_argv,
 )
@@ -52,7 +52,7 @@ class Settings(TrainingSettings):
     main_process_ip: str | None = _launch("address of machine 0, as the others see it")
     main_process_port: int | None = _launch(
         f"its port; {DEFAULT_PORT} with several machines, any free one otherwise",
-        type=positive_int,
+        type=port,
     )
     card: int | None = _launch(
         "GiB of memory of each GPU: warn if the run does not fit, with the flags to change, as "
