@@ -47,11 +47,13 @@ from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
 from evaluation.results import Result, Score, require_new_result, table, write_result
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.sampling_flags import check_adapter
+from utils.models.adapter_info import read_adapter_info
 from utils.models.language_model import LanguageModel
 from utils.models.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
 from utils.runs.batching import cut_microbatches
 from utils.texts.data_sets import load_split
+from utils.texts.prompts import fix_date
 from utils.texts.tokens import TokenisedExamples, tokenised
 
 TOOL = "perplexity"
@@ -68,6 +70,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = rows.select(range(min(len(rows), settings.num_rows)))
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model_name)
+    # All are compared on the same tokens, so the day of their prompts is the first adapter's.
+    days = [read_adapter_info(each).get("prompt_date") for each in settings.adapter_path]
+    if days and days[0]:
+        fix_date(tokenizer, days[0])
     data = tokenised(rows, tokenizer, settings.prompt_style, settings.max_seq_len)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(settings.dtype, device)
