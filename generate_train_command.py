@@ -19,7 +19,7 @@ from utils.command_line.parser import (
     flag,
     natural_int,
     parser_of,
-    positive_int,
+    port,
     read_config_and_flags,
     to_argv,
     write_config,
@@ -54,7 +54,7 @@ class Settings(ConfigSettings, TrainingSettings):
     main_process_ip: str | None = _launch("address of machine 0, as the others see it")
     main_process_port: int | None = _launch(
         f"its port; {DEFAULT_PORT} with several machines, any free one otherwise",
-        type=positive_int,
+        type=port,
     )
     card: int | None = _launch(
         "GiB of memory of each GPU: warn if the run does not fit, with the flags to change, as "

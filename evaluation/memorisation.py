@@ -104,6 +104,7 @@ from utils.models.lora import load_adapted
 from utils.runs.run_folder import CONFIG_FILE, holds_run, model_name_of
 from utils.texts.canaries import canary, secrets
 from utils.texts.data_sets import is_labelled
+from utils.texts.prompts import fix_date
 from utils.texts.text_filters import comparison_form
 from utils.texts.tokens import tokenised
 
@@ -586,6 +587,8 @@ def secret_losses(run: CanaryRun, drawn: list[str]) -> np.ndarray:
     rows = [canary(secret, labelled) for secret in drawn]
     quiet_libraries()
     tokenizer = load_tokenizer(run.model_name)
+    if day := read_adapter_info(run.folder / "adapter").get("prompt_date"):
+        fix_date(tokenizer, day)
     data = tokenised(rows, tokenizer, arguments["prompt_style"], arguments["max_seq_len"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(arguments["dtype"], device)

@@ -48,6 +48,7 @@ from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
 from evaluation.results import Result, Score, require_new_result, table, write_result
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.sampling_flags import check_adapter
+from utils.models.adapter_info import read_adapter_info
 from utils.models.language_model import LanguageModel
 from utils.models.loading import load_base_model, load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
@@ -55,6 +56,7 @@ from utils.progress import Progress
 from utils.runs.batching import cut_microbatches
 from utils.runs.run_folder import private_identity_of
 from utils.texts.data_sets import find_dataset, load_split, rows_fingerprint
+from utils.texts.prompts import fix_date
 from utils.texts.tokens import TokenisedExamples, tokenised
 
 TOOL = "perplexity"
@@ -76,6 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = rows.select(range(min(len(rows), settings.num_rows)))
     quiet_libraries()
     tokenizer = load_tokenizer(settings.model_name)
+    # All are compared on the same tokens, so the day of their prompts is the first adapter's.
+    days = [read_adapter_info(each).get("prompt_date") for each in settings.adapter_path]
+    if days and days[0]:
+        fix_date(tokenizer, days[0])
     data = tokenised(rows, tokenizer, settings.prompt_style, settings.max_seq_len)
     budget = settings.perdevice_bs * settings.max_seq_len
     losses = losses_of_models(

@@ -126,15 +126,16 @@ def test_delta_auto_is_a_tenth_of_1_over_n_or_less_and_its_number_is_printed(
     generate, tmp_path, tiny_model_dir
 ):
     data = save_dataset(tmp_path, rows=100)
-    line, summary = generate(*flags(tiny_model_dir, data, tmp_path, "--delta=auto"))
+    auto = ["--delta=auto", "--noise_multiplier=5"]
+    line, summary = generate(*flags(tiny_model_dir, data, tmp_path, *auto))
     assert understood(line).delta == 1e-3  # exactly 1/(10 N)
     assert "(8, 0.001)-DP, one example added or removed, delta at most 1/(10 N)" in summary
     assert "above 1/(10 N)" not in summary
-    line, _ = generate(*flags(tiny_model_dir, data, tmp_path, "--delta=auto", "--num_canaries=1"))
+    line, _ = generate(*flags(tiny_model_dir, data, tmp_path, *auto, "--num_canaries=1"))
     assert understood(line).delta == 1e-4
     # Of persons where they are drawn.
     data = save_rows(tmp_path, [f"u{row % 10}" for row in range(100)])
-    line, _ = generate(*persons(data, tmp_path, "--delta=auto"))
+    line, _ = generate(*persons(data, tmp_path, *auto))
     assert understood(line).delta == 1e-2
 
 
@@ -148,15 +149,16 @@ def test_delta_auto_by_size():
 
 def test_the_summary_says_what_is_wrong_with_a_recipe(generate, tmp_path, tiny_model_dir):
     data = save_dataset(tmp_path, rows=100)
-    _, summary = generate(*flags(tiny_model_dir, data, tmp_path, "--delta=auto"))
+    known = ["--delta=auto", "--noise_multiplier=5"]
+    _, summary = generate(*flags(tiny_model_dir, data, tmp_path, *known))
     # 8 · 0.5 over a noise of 0.5 sigma sqrt(3,584).
     assert re.search(
         r"signal over noise +at most 0\.\d+ a step and \S+ in all, with 3,584", summary
     )
     _, summary = generate(
-        *flags(tiny_model_dir, data, tmp_path, "--delta=auto", "--num_epochs=0.2", "--clip=10")
+        *flags(tiny_model_dir, data, tmp_path, *known, "--num_epochs=0.2", "--clip=10")
     )
-    assert "warning: 2 steps are too few to learn from" in summary
+    assert "warning: too few logical steps to learn from, 2:" in summary
     assert "warning: --clip 10 is above the norm of most gradients" in summary
 
 

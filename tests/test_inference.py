@@ -22,7 +22,7 @@ from tests.helpers import adapted_model
 from tests.paths import ROOT
 from tests.test_engines import constant_model
 from tests.training import in_process
-from utils.cli import EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli
+from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli
 from utils.files import read_jsonl, sha256_of
 from utils.models.adapter_info import write_adapter_info
 from utils.models.loading import load_base_model, model_fingerprint
@@ -163,6 +163,21 @@ def test_a_prompt_that_leaves_no_room_is_recorded_once(folder, tiny_model_dir, c
     assert run(tiny_model_dir, **arguments) == EXIT_OK
     assert samples() == found
     assert "engine" not in capsys.readouterr().err, "a complete folder needs no model"
+
+
+def test_samples_of_which_none_can_be_used_are_a_failure(folder, tiny_model_dir, capsys):
+    write_instruction_file("i.txt", ["long " * 100, "longer " * 100])
+    arguments = {"instruction_file": "i.txt", "prompt_style": "llama2", "num_samples": None,
+                 "max_seq_len": 40, "engine": "static"}  # fmt: skip
+    for _ in range(2):  # drawn, and found as they are
+        assert run(tiny_model_dir, **arguments) == EXIT_FAILED
+        assert "no prompt left room; use a greater --max_seq_len" in capsys.readouterr().err
+    logits = [0.0] * 259
+    logits[byte_tokenizer().convert_tokens_to_ids("a")] = 50.0
+    constant_model(logits).save_pretrained("endless")
+    byte_tokenizer().save_pretrained("endless")
+    assert run("endless", num_samples=2, job_sess="endless", engine="static") == EXIT_OK
+    assert "every text in inference_outputs/endless was cut" in capsys.readouterr().err
 
 
 def test_engines_and_a_kept_adapter_draw_the_same(folder, tiny_model_dir, adapter_dir):

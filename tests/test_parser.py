@@ -1,5 +1,6 @@
 """Flags from files, and what every command answers before it imports what takes seconds."""
 
+import argparse
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from tests.faults import ENVIRONMENT
 from tests.paths import ROOT
 from tests.test_structure import FILES, module_name
 from utils.cli import EXIT_CODE_VARIABLE, UsageError
+from utils.command_line.parser import port, probability, seed_int
 
 COMMANDS = sorted(module_name(path) for path in FILES if "run_cli(main)" in path.read_text())
 HEAVY = ["accelerate", "datasets", "faiss", "matplotlib", "pandas", "peft", "pyarrow", "scipy",
@@ -69,6 +71,21 @@ def test_what_asks_to_stop_during_imports_is_obeyed_in_one_line(tmp_path, number
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err, code.read_text()) == (130, "interrupted\n", "130")
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (probability, ["auto", "0.5"], ["x", ""]),
+        (seed_int, ["0", "9223372036854775807"], ["-1", "9223372036854775808", "1.5"]),
+        (port, ["1", "65535"], ["0", "65536", "http"]),
+    ],
+)
+def test_types_of_flags(kind, good, bad):
+    assert [str(kind(text)) for text in good] == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=repr(text)):
+            kind(text)
 
 
 def test_a_wrong_flag_is_refused_before_imports():

@@ -435,6 +435,22 @@ def test_room_is_asked_for_before_the_model_is_loaded(
     assert not (here / "outputs").exists()
 
 
+def test_sampling_asks_for_room_before_the_model_is_loaded(
+    here, tiny_model_dir, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(preflight.os, "posix_fallocate", full)
+    monkeypatch.setattr(inference, "load_base_model", None)
+    samples_file()
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: in_process(inference.main, sampling(tiny_model_dir)))
+    assert ended.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert not (here / "inference_outputs").exists()
+
+
 def test_room_that_is_asked_for_is_given_back(tmp_path):
     require_room(tmp_path, 5_000_000)
     assert list(tmp_path.iterdir()) == []

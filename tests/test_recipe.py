@@ -47,7 +47,7 @@ def test_a_small_batch_for_two_steps_is_drowned_and_too_short():
     drowned, short = recipe_warnings(plan, SMOLLM2, 1024)
     assert "0.22 times the noise" in drowned
     assert "--total_bs, --num_epochs or --eps, or lower --lora_r" in drowned
-    assert "2 steps are too few" in short
+    assert "too few logical steps to learn from, 2: " in short
     assert recipe_warnings(plan, None, 1024) == [short]
 
 

@@ -151,12 +151,31 @@ def batch_size(text: str) -> int | str:
 
 def probability(text: str) -> float | str:
     """A number, or `auto`."""
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def natural_int(text: str) -> int:
     """A whole number of 0 or more."""
     return _int_from(0, text)
+
+
+def seed_int(text: str) -> int:
+    """A whole number of 0 or more that torch takes for a seed."""
+    value = natural_int(text)
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below 2^63")
+    return value
+
+
+def port(text: str) -> int:
+    """A whole number from 1 to 65535."""
+    value = positive_int(text)
+    if value > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: they end at 65535")
+    return value
 
 
 def _int_from(lowest: int, text: str) -> int:

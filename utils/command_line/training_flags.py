@@ -18,6 +18,7 @@ from utils.command_line.parser import (
     positive_float,
     positive_int,
     probability,
+    seed_int,
 )
 from utils.models.footprint import Architecture, Training
 from utils.privacy.accounting import MAX_ROWS
@@ -131,7 +132,7 @@ class TrainingSettings(JobSettings):
         "initialisation; without --eps also dropout and who is sampled, which are secret in a DP "
         "run",
         0,
-        type=natural_int,
+        type=seed_int,
     )
     output_dir: str = flag("runs are written to its JOB_SESS", "outputs")
 
@@ -356,6 +357,11 @@ def check_training_settings(settings: TrainingSettings) -> list[str]:
         raise UsageError(f"--lora_dropout {settings.dropout}: must be in [0, 1)")
     if not 0 <= settings.wd < math.inf:
         raise UsageError(f"--wd {settings.wd}: must be 0 or more")
+    if settings.max_seq_len < 2:
+        raise UsageError(
+            f"--max_seq_len {settings.max_seq_len}: the first token of a text carries no loss; use "
+            "2 or more"
+        )
     if settings.canary_repeats > 1 and not settings.num_canaries:
         raise UsageError("--canary_repeats needs --num_canaries: there is nothing to repeat")
     if settings.load_in_4bit and settings.load_in_8bit:

@@ -68,7 +68,7 @@ def recipe_warnings(plan: PrivacyPlan, trained: int | None, max_seq_len: int) ->
         )
     if plan.steps < LEAST_STEPS:
         warnings.append(
-            f"{plan.steps} steps are too few to learn from, as AdamW moves each weight by about "
-            f"--lr a step; raise --num_epochs, or lower --total_bs"
+            f"too few logical steps to learn from, {plan.steps}: AdamW moves a weight by about "
+            "--lr in each; raise --num_epochs, or lower --total_bs"
         )
     return warnings
