@@ -32,6 +32,7 @@ from utils.command_line.parser import (
     job_name,
     parser_of,
     positive_float,
+    probability,
     read_config_and_flags,
     to_argv,
     write_config,
@@ -70,9 +71,10 @@ class Settings(ConfigSettings, RowSettings):
         "epsilon of training and histogram together, such as 6",
         type=positive_float, required=True, group="privacy",
     )  # fmt: skip
-    delta: str = flag(
-        "target delta, below 1/N; auto: the power of ten below 1/(10 N)", "auto", group="privacy"
-    )
+    delta: float | str = flag(
+        "target delta, below 1/N; auto: 1/(10 N), rounded down to a power of ten",
+        "auto", type=probability, group="privacy",
+    )  # fmt: skip
     max_rows_per_unit: int = flag(
         "K, the rows of one unit of --unit_column that a step may take", 8, group="privacy"
     )

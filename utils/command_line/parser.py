@@ -122,6 +122,11 @@ def batch_size(text: str) -> int | str:
     return text if text == "auto" else positive_int(text)
 
 
+def probability(text: str) -> float | str:
+    """A number, or `auto`."""
+    return text if text == "auto" else float(text)
+
+
 def natural_int(text: str) -> int:
     """A whole number of 0 or more."""
     return _int_from(0, text)
