@@ -291,6 +291,7 @@ def test_what_no_script_can_mean_is_refused(tmp_path, more, message):
 # ------------------------------------------------------------------ as it is, at full size
 
 ROWS, OWNERS = 30_000, 311
+FULL_SIZE_SECONDS = 1800
 
 
 def conversation(n: int, role: str, content: str, user: str, assistant: str) -> list[dict]:
@@ -356,7 +357,7 @@ def full_size(folder: Path, data: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(FULL_SIZE_SECONDS)
 @pytest.mark.parametrize(
     ("write", "more"),
     [
@@ -370,7 +371,7 @@ def full_size(folder: Path, data: Path, *more: str) -> list[str]:
 )
 def test_every_form_of_rows_leads_to_a_page(tmp_path, capsys, write, more):
     script = tmp_path / "mine.sh"
-    with Server() as server:
+    with Server(most_seconds=FULL_SIZE_SECONDS) as server:
         flags = full_size(tmp_path, write(tmp_path), *more, "--annotator", server.url, "fake")
         script.write_text(printed(capsys, *flags))
         assert bash(script).wait() == 0
@@ -384,7 +385,7 @@ def test_every_form_of_rows_leads_to_a_page(tmp_path, capsys, write, more):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(FULL_SIZE_SECONDS)
 @pytest.mark.parametrize("after", ["prepare", "type_a", "type_b", "budget"])
 def test_a_killed_script_goes_on(tmp_path, capsys, after):
     write_rows(tmp_path / "rows.csv")
