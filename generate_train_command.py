@@ -15,16 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
+from utils.command_line.config import ConfigSettings, read_config_and_flags, write_config
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
 from utils.command_line.parser import (
-    ConfigSettings,
     flag,
     natural_int,
     parser_of,
     positive_int,
-    read_config_and_flags,
     to_argv,
-    write_config,
 )
 from utils.command_line.training_flags import TrainingSettings, check_training_settings, plan_of
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy

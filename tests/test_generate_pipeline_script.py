@@ -278,6 +278,8 @@ def test_a_file_of_flags_gives_the_same_script(tmp_path, monkeypatch, capsys):
         (["--annotator", "http://me:secret@host/v1", "M"], "a key belongs into OPENAI_API_KEY"),
         (["--annotator", "http://host/v1?key=secret", "M"], "a key belongs into OPENAI_API_KEY"),
         (["--annotator", "M", "http://host/v1"], "the address of a server comes first"),
+        (["--delta", "2"], "--delta 2: must be between 0 and 1"),
+        (["--delta", "small"], "--delta small: must be between 0 and 1, and below 1/N; or auto"),
         (["--max_cost", "5"], "--max_cost 5 needs --annotator"),
         (["--turn", "all"], "name whose they are with --unit_column"),
     ],

@@ -201,21 +201,16 @@ def require_own_adapter(folder: Path, report: dict, recorded: str | None) -> str
     return f"adapter: the one that {path.name} and ledger name, {named}"
 
 
+def private_identity_of(folder: Path) -> dict:
+    """What a run's `private/` says of the data and the places that it began with, if it is here."""
+    private_file = folder / "private" / "identity.json"
+    return json.loads(private_file.read_text()) if private_file.exists() else {}
+
+
 def model_name_of(folder: Path) -> str:
     """The base model of a run as it was given, which only its `private/` knows of a local one."""
-    return _given(folder, "model_name")
-
-
-def dataset_name_of(folder: Path) -> str:
-    """The data set of a run as it was given, likewise."""
-    return _given(folder, "dataset_name")
-
-
-def _given(folder: Path, name: str) -> str:
-    private_file = folder / "private" / "identity.json"
-    known = json.loads(private_file.read_text()) if private_file.exists() else {}
-    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"][name]
-    return known.get(name, released)
+    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["model_name"]
+    return private_identity_of(folder).get("model_name", released)
 
 
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
@@ -238,3 +233,9 @@ Prompt style: `{prompt_style}`. Sample from it with
     python generate_inference_command.py --model_name {base_model} --adapter_path {adapter} \\
         --prompt_style {prompt_style} --instruction_file FILE --job_sess NAME
 """
+
+
+def dataset_name_of(folder: Path) -> str:
+    """The data set of a run as it was given, see `model_name_of`."""
+    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["dataset_name"]
+    return private_identity_of(folder).get("dataset_name", released)
