@@ -15,14 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli, say
+from utils.command_line.config import ConfigSettings, read_config_and_flags, write_config
 from utils.command_line.launch import launch_command, print_or_run
 from utils.command_line.parser import (
-    ConfigSettings,
     flag,
     parser_of,
-    read_config_and_flags,
     to_argv,
-    write_config,
 )
 from utils.command_line.sampling_flags import (
     SamplingSettings,

@@ -24,17 +24,15 @@ import jinja2
 
 from data.prepare_instructions import SPLIT_SHARES, RowSettings, split_shares
 from utils.cli import UsageError, run_cli, say
+from utils.command_line.config import ConfigSettings, read_config_and_flags, write_config
 from utils.command_line.launch import ROOT
 from utils.command_line.parser import (
-    ConfigSettings,
     batch_size,
     flag,
     job_name,
     parser_of,
     positive_float,
-    read_config_and_flags,
     to_argv,
-    write_config,
 )
 from utils.texts.forms import NO_COLUMN
 
@@ -71,7 +69,9 @@ class Settings(ConfigSettings, RowSettings):
         type=positive_float, required=True, group="privacy",
     )  # fmt: skip
     delta: str = flag(
-        "target delta, below 1/N; auto: the power of ten below 1/(10 N)", "auto", group="privacy"
+        "target delta, below 1/N; auto: 1/(10 N), rounded down to a power of ten",
+        "auto",
+        group="privacy",
     )
     max_rows_per_unit: int = flag(
         "K, the rows of one unit of --unit_column that a step may take", 8, group="privacy"
@@ -135,6 +135,14 @@ def check(settings: Settings) -> None:
         raise UsageError(
             "--turn all gives several rows of one conversation, and a guarantee for one row; name "
             "whose they are with --unit_column, or leave --turn out"
+        )
+    try:
+        is_delta = settings.delta == "auto" or 0 < float(settings.delta) < 1
+    except ValueError:
+        is_delta = False
+    if not is_delta:
+        raise UsageError(
+            f"--delta {settings.delta}: must be between 0 and 1, and below 1/N; or auto"
         )
     if settings.max_cost and not settings.annotator:
         raise UsageError(f"--max_cost {settings.max_cost:g} needs --annotator BASE_URL MODEL")

@@ -13,16 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from utils.cli import UsageError, run_cli, say
+from utils.command_line.config import ConfigSettings, read_config_and_flags, write_config
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
 from utils.command_line.parser import (
-    ConfigSettings,
     flag,
     natural_int,
     parser_of,
     port,
-    read_config_and_flags,
     to_argv,
-    write_config,
 )
 from utils.command_line.training_flags import (
     TrainingSettings,

@@ -121,27 +121,6 @@ def require_unseen(texts: list[str], adapter: str) -> None:
         )
 
 
-def losses_of_models(
-    base: str, adapters: Sequence[str], data: TokenisedExamples, dtype_name: str, token_budget: int
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`example_losses` of a base model and of adapters on it, by their names.
-
-    Args:
-        dtype_name: the flag --dtype.
-        token_budget: padded tokens on the device at once.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(dtype_name, device)
-    model = load_base_model(base, dtype).to(device)
-    losses = {base: example_losses(model, data, token_budget, "base model")}
-    del model
-    for number, adapter in enumerate(adapters, start=1):
-        model = load_adapted(base, adapter, dtype, merge=True).to(device)
-        name = f"adapter {number} of {len(adapters)}"
-        losses[adapter] = example_losses(model, data, token_budget, name)
-    return losses
-
-
 @torch.no_grad()
 def example_losses(
     model: PreTrainedModel, data: TokenisedExamples, token_budget: int, name: str
@@ -161,6 +140,27 @@ def example_losses(
         losses, tokens = language_model.example_losses(batch)
         sums[part.examples], counts[part.examples] = losses.cpu().numpy(), tokens.cpu().numpy()
     return sums, counts
+
+
+def losses_of_models(
+    base: str, adapters: Sequence[str], data: TokenisedExamples, dtype_name: str, token_budget: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`example_losses` of a base model and of adapters on it, by their names.
+
+    Args:
+        dtype_name: the flag --dtype.
+        token_budget: padded tokens on the device at once.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(dtype_name, device)
+    model = load_base_model(base, dtype).to(device)
+    losses = {base: example_losses(model, data, token_budget, "base model")}
+    del model
+    for number, adapter in enumerate(adapters, start=1):
+        model = load_adapted(base, adapter, dtype, merge=True).to(device)
+        name = f"adapter {number} of {len(adapters)}"
+        losses[adapter] = example_losses(model, data, token_budget, name)
+    return losses
 
 
 def compare(losses: dict[str, tuple[np.ndarray, np.ndarray]], base: str, public: bool) -> Result:

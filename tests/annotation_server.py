@@ -96,8 +96,10 @@ class MinuteLimit:
 class Server:
     """Runs `behave` for each request, in a thread, on 127.0.0.1, while the context is open."""
 
-    def __init__(self, behave: Callable[[Request], Reply] = answer):
-        self.behave = behave
+    def __init__(
+        self, behave: Callable[[Request], Reply] = answer, most_seconds: float = MOST_SECONDS
+    ):
+        self.behave, self.most_seconds = behave, most_seconds
         self.requests: list[Request] = []
         self.times: list[float] = []
         self.answered: Counter = Counter()  # whole 200 replies by instruction: these are paid
@@ -123,7 +125,7 @@ class Server:
             self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
             started.set()
             try:
-                await asyncio.wait_for(self._stop.wait(), MOST_SECONDS)
+                await asyncio.wait_for(self._stop.wait(), self.most_seconds)
             finally:
                 server.close()
                 for task in asyncio.all_tasks() - {asyncio.current_task()}:

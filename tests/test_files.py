@@ -17,6 +17,7 @@ from utils.cli import UsageError
 from utils.files import (
     JsonlAppender,
     json_lines,
+    json_object,
     placed_records,
     read_jsonl,
     record_at,
@@ -216,3 +217,13 @@ def test_a_pointer_in_place_of_a_file_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_text(pointer)
     with pytest.raises(UsageError, match="model.safetensors is a git-lfs pointer .* git lfs pull"):
         require_fetched(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[1]", b"\xff", b'"text"'])
+def test_what_is_no_object_reads_as_an_empty_one(tmp_path, content):
+    path = tmp_path / "record.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert json_object(path) == {}
+    path.write_text('{"a": "é"}', encoding="utf-8")
+    assert json_object(path) == {"a": "é"}

@@ -278,6 +278,8 @@ def test_a_file_of_flags_gives_the_same_script(tmp_path, monkeypatch, capsys):
         (["--annotator", "http://me:secret@host/v1", "M"], "a key belongs into OPENAI_API_KEY"),
         (["--annotator", "http://host/v1?key=secret", "M"], "a key belongs into OPENAI_API_KEY"),
         (["--annotator", "M", "http://host/v1"], "the address of a server comes first"),
+        (["--delta", "2"], "--delta 2: must be between 0 and 1"),
+        (["--delta", "small"], "--delta small: must be between 0 and 1, and below 1/N; or auto"),
         (["--max_cost", "5"], "--max_cost 5 needs --annotator"),
         (["--turn", "all"], "name whose they are with --unit_column"),
     ],
@@ -291,6 +293,7 @@ def test_what_no_script_can_mean_is_refused(tmp_path, more, message):
 # ------------------------------------------------------------------ as it is, at full size
 
 ROWS, OWNERS = 30_000, 311
+FULL_SIZE_SECONDS = 1800
 
 
 def conversation(n: int, role: str, content: str, user: str, assistant: str) -> list[dict]:
@@ -356,7 +359,7 @@ def full_size(folder: Path, data: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(FULL_SIZE_SECONDS)
 @pytest.mark.parametrize(
     ("write", "more"),
     [
@@ -370,7 +373,7 @@ def full_size(folder: Path, data: Path, *more: str) -> list[str]:
 )
 def test_every_form_of_rows_leads_to_a_page(tmp_path, capsys, write, more):
     script = tmp_path / "mine.sh"
-    with Server() as server:
+    with Server(most_seconds=FULL_SIZE_SECONDS) as server:
         flags = full_size(tmp_path, write(tmp_path), *more, "--annotator", server.url, "fake")
         script.write_text(printed(capsys, *flags))
         assert bash(script).wait() == 0
@@ -384,7 +387,7 @@ def test_every_form_of_rows_leads_to_a_page(tmp_path, capsys, write, more):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(FULL_SIZE_SECONDS)
 @pytest.mark.parametrize("after", ["prepare", "type_a", "type_b", "budget"])
 def test_a_killed_script_goes_on(tmp_path, capsys, after):
     write_rows(tmp_path / "rows.csv")

@@ -159,7 +159,9 @@ def test_every_command_runs(clone, endpoint, monkeypatch, capsys):
         )
         command = command.replace(LOCAL_URL, endpoint.url)
         if ".judge " in command:
+            assert run_script(shlex.split(command)) == 0, command
             endpoint.behave = judge(lambda first, second: "tie")
+            command = command.replace("--dry_run", f"--base_url {endpoint.url}")
         command, _, target = command.partition(" > ")
         words = shlex.split(command)
         # What `--run` starts is what is printed without it, through a launcher that takes ten
@@ -230,7 +232,8 @@ def test_the_local_annotator_is_started_as_by_the_quick_start():
     assert flags in quickstart
     asking = [command for command in found if re.search(r"\.(annotate|judge) ", command)]
     assert len(asking) == 2
-    assert all(f"--base_url {LOCAL_URL} --model data/quick" in command for command in asking)
+    local = f"--base_url {LOCAL_URL} --model data/quickstart_model"
+    assert all(local in command or "--dry_run" in command for command in asking)
 
 
 def test_a_line_in_a_substitution_is_taught_nowhere():

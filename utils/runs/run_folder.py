@@ -212,17 +212,8 @@ def private_identity_of(folder: Path) -> dict:
 
 def model_name_of(folder: Path) -> str:
     """The base model of a run as it was given, which only its `private/` knows of a local one."""
-    return _given(folder, "model_name")
-
-
-def dataset_name_of(folder: Path) -> str:
-    """The data set of a run as it was given, likewise."""
-    return _given(folder, "dataset_name")
-
-
-def _given(folder: Path, name: str) -> str:
-    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"][name]
-    return private_identity_of(folder).get(name, released)
+    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["model_name"]
+    return private_identity_of(folder).get("model_name", released)
 
 
 def model_card(base_model: str, prompt_style: str, report: dict, adapter: str) -> str:
@@ -245,3 +236,9 @@ Prompt style: `{prompt_style}`. Sample from it with
     python generate_inference_command.py --model_name {base_model} --adapter_path {adapter} \\
         --prompt_style {prompt_style} --instruction_file FILE --job_sess NAME
 """
+
+
+def dataset_name_of(folder: Path) -> str:
+    """The data set of a run as it was given, see `model_name_of`."""
+    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["dataset_name"]
+    return private_identity_of(folder).get("dataset_name", released)
