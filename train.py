@@ -35,6 +35,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import utils  # noqa: F401 (silences a notice of what is imported below)
+
+# isort: split
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState

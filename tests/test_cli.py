@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.faults import ENVIRONMENT, Terminal
+from tests.helpers import slow
 from tests.paths import ROOT
 from utils.cli import UsageError, run_cli, say, stop_handlers_restored
 
@@ -226,3 +227,12 @@ def test_what_a_disk_does_not_take_is_one_line(tmp_path, body, reason):
 def test_say_obeys_no_server(capfd):
     say("\x1b]0;title\x07 \u202eabc")
     assert capfd.readouterr().err == "\ufffd]0;title\ufffd \ufffdabc\n"
+
+
+@pytest.mark.parametrize("command", ["train.py", slow("inference.py")])
+def test_no_notice_of_a_library_comes_before_the_help(command):
+    finished = subprocess.run(
+        [sys.executable, command, "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True
+    )
+    assert finished.stdout.startswith(b"usage: ")
+    assert (finished.returncode, finished.stderr) == (0, b"")

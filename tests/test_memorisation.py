@@ -216,13 +216,13 @@ def twelve_hundred():
 @pytest.mark.parametrize(
     ("count", "edit"),
     [
-        (1, None),
+        slow(1, None),
         slow(10, None),
         slow(100, None),
         (1000, None),
         slow(1, edited),
         (10, edited),
-        (100, edited),
+        slow(100, edited),
         slow(1000, edited),
     ],
 )

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import logging
 import os
 import warnings
 
@@ -141,8 +140,6 @@ def load_quantised_model(
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(f"--load_in_{bits}bit: pip install bitsandbytes")
-    # It says on every call that it casts inputs to float16, as it always does.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config = BitsAndBytesConfig(
         load_in_4bit=bits == 4,
         load_in_8bit=bits == 8,
