@@ -11,10 +11,31 @@ what kernels read twice are left out. Three columns: the base without adapters, 
 which compute in float32, and those that `train.py` trains.
 """
 
+from dataclasses import dataclass, replace
+
+from benchmarks import figures
+from utils.command_line.parser import answer_early, flag, read_flags
+from utils.models.footprint import ATTENTION, LLAMA, Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(figures.Settings):
+    """The flags of the count."""
+
+    model: list[str] = flag("sizes of LLaMA 2", ["13b"], nargs="+", choices=tuple(LLAMA))
+    perdevice_bs: int = flag("rows of the microbatch", 4)
+    max_seq_len: int = flag("tokens of each row", 1024)
+    lora_r: int = flag("rank", 8)
+    lora_dropout: float = flag("probability, by row", 0.0)
+    target_modules: list[str] = flag("or all-linear", list(ATTENTION), nargs="+")
+    gradient_checkpointing: bool = flag("recompute layers in the backward pass", False)
+
+
+answer_early(__name__, Settings, __doc__)
+
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import numpy as np
@@ -24,11 +45,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks import figures
 from utils.cli import EXIT_OK, run_cli
-from utils.command_line.parser import flag, read_flags
 from utils.dp_utils import PerExampleGradients
-from utils.models.footprint import ATTENTION, LLAMA, Architecture
 from utils.models.language_model import LanguageModel
 from utils.models.lora import attach_lora, use_row_dropout
 from utils.models.losses import normalise
@@ -59,19 +77,6 @@ SCATTERS = {"index_put_", "_index_put_impl_", "index_put"}
 # Those that do not read the tensor that they fill, or whose shape they take.
 FILLS = {"copy_", "fill_", "zero_", "zeros_like", "ones_like", "full_like", "new_zeros",
          "new_full", "new_ones"}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(figures.Settings):
-    """The flags of the count."""
-
-    model: list[str] = flag("sizes of LLaMA 2", ["13b"], nargs="+", choices=tuple(LLAMA))
-    perdevice_bs: int = flag("rows of the microbatch", 4)
-    max_seq_len: int = flag("tokens of each row", 1024)
-    lora_r: int = flag("rank", 8)
-    lora_dropout: float = flag("probability, by row", 0.0)
-    target_modules: list[str] = flag("or all-linear", list(ATTENTION), nargs="+")
-    gradient_checkpointing: bool = flag("recompute layers in the backward pass", False)
 
 
 def main(argv: list[str] | None = None) -> int:

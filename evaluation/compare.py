@@ -12,45 +12,10 @@ what was measured on them goes under OUTPUT/private, and OUTPUT itself has the r
 epsilons alone.
 """
 
-import csv
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-import numpy as np
-from markupsafe import Markup
-
-from evaluation.distribution import MAUVE, SYNTHETIC
-from evaluation.distribution import TOOL as DISTRIBUTION
-from evaluation.measures.intervals import BOOTSTRAP, SEEDS, bootstrap, ratio_of_sums
-from evaluation.page.charts import score_chart
-from evaluation.page.material import Training, read_training, weights_of
-from evaluation.page.printing import plain
-from evaluation.perplexity import losses_of_models
-from evaluation.results import PRIVATE_FOLDER, Score, interval, shown
-from utils.cli import UsageError, run_cli, say
-from utils.command_line.parser import flag, read_flags
-from utils.files import json_object, write_atomic
-from utils.folders import PREPARATION_FILE, claimed, portable, private_folder
-from utils.models.loading import load_tokenizer, quiet_libraries
-from utils.printable import printable
-from utils.runs.run_folder import dataset_name_of, model_name_of
-from utils.sampling.shards import MANIFEST_FILE
-from utils.texts.data_sets import load_split
-from utils.texts.tokens import tokenised
-
-FILES = ("compare.txt", "compare.csv", "compare.html")
-TEMPLATES = Path(__file__).parent / "page" / "templates"
-LOSS, GAIN, GAIN_ON_FIRST = "loss a token", "gain on the base", "gain on the first run"
-# Flags of a run, by the heading of their column.
-FLAGS = {
-    "noise multiplier": "noise_multiplier", "clip norm": "clip", "rank": "lora_r",
-    "batch": "total_bs", "epochs": "num_epochs", "learning rate": "lr", "seed": "seed",
-}  # fmt: skip
-# What must be equal for losses to be comparable.
-SAME = ("prompt_style", "max_seq_len")
+from utils.command_line.parser import answer_early, flag, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +44,46 @@ class Settings:
     )
     public: bool = flag("the held-out texts are public, so the figures are too", False)
     output: Path = flag("folder for the comparison", type=Path, required=True, metavar="DIR")
+
+
+answer_early(__name__, Settings, __doc__)
+
+import csv
+import io
+from collections.abc import Sequence
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from evaluation.distribution import MAUVE, SYNTHETIC
+from evaluation.distribution import TOOL as DISTRIBUTION
+from evaluation.measures.intervals import BOOTSTRAP, SEEDS, bootstrap, ratio_of_sums
+from evaluation.page.charts import score_chart
+from evaluation.page.material import Training, read_training, weights_of
+from evaluation.page.printing import plain
+from evaluation.perplexity import losses_of_models
+from evaluation.results import PRIVATE_FOLDER, Score, interval, shown
+from utils.cli import UsageError, run_cli, say
+from utils.files import json_object, write_atomic
+from utils.folders import PREPARATION_FILE, claimed, portable, private_folder
+from utils.models.loading import load_tokenizer, quiet_libraries
+from utils.printable import printable
+from utils.runs.run_folder import dataset_name_of, model_name_of
+from utils.sampling.shards import MANIFEST_FILE
+from utils.texts.data_sets import load_split
+from utils.texts.tokens import tokenised
+
+FILES = ("compare.txt", "compare.csv", "compare.html")
+TEMPLATES = Path(__file__).parent / "page" / "templates"
+LOSS, GAIN, GAIN_ON_FIRST = "loss a token", "gain on the base", "gain on the first run"
+# Flags of a run, by the heading of their column.
+FLAGS = {
+    "noise multiplier": "noise_multiplier", "clip norm": "clip", "rank": "lora_r",
+    "batch": "total_bs", "epochs": "num_epochs", "learning rate": "lr", "seed": "seed",
+}  # fmt: skip
+# What must be equal for losses to be comparable.
+SAME = ("prompt_style", "max_seq_len")
 
 
 @dataclass(frozen=True)
