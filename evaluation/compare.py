@@ -62,12 +62,12 @@ from evaluation.measures.intervals import BOOTSTRAP, SEEDS, bootstrap, ratio_of_
 from evaluation.page.charts import score_chart
 from evaluation.page.material import Training, read_training, weights_of
 from evaluation.page.printing import plain
-from evaluation.perplexity import losses_of_models
+from evaluation.perplexity import losses_of_models, tokenizer_of
 from evaluation.results import PRIVATE_FOLDER, Score, interval, shown
 from utils.cli import UsageError, run_cli, say
 from utils.files import json_object, write_atomic
 from utils.folders import PREPARATION_FILE, claimed, portable, private_folder
-from utils.models.loading import load_tokenizer, quiet_libraries
+from utils.models.loading import quiet_libraries
 from utils.printable import printable
 from utils.runs.run_folder import dataset_name_of, model_name_of
 from utils.sampling.shards import MANIFEST_FILE
@@ -174,7 +174,7 @@ def held_out_losses(
     losses: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for base in dict.fromkeys(model_name_of(run.folder) for run in runs):
         adapters = [adapter_of(run) for run in runs if model_name_of(run.folder) == base]
-        data = tokenised(rows, load_tokenizer(base), style, longest)
+        data = tokenised(rows, tokenizer_of(base, adapters), style, longest)
         budget = settings.perdevice_bs * longest
         losses |= losses_of_models(base, adapters, data, settings.dtype, budget)
     counts = [found for _, found in losses.values()]

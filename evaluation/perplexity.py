@@ -42,7 +42,7 @@ answer_early(__name__, Settings, __doc__)
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.measures.intervals import BOOTSTRAP, bootstrap, ratio_of_sums
 from evaluation.results import Result, Score, require_new_result, table, write_result
@@ -77,11 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         require_unseen(rows["instruction"], adapter)
     rows = rows.select(range(min(len(rows), settings.num_rows)))
     quiet_libraries()
-    tokenizer = load_tokenizer(settings.model_name)
-    # All are compared on the same tokens, so the day of their prompts is the first adapter's.
-    days = [read_adapter_info(each).get("prompt_date") for each in settings.adapter_path]
-    if days and days[0]:
-        fix_date(tokenizer, days[0])
+    tokenizer = tokenizer_of(settings.model_name, settings.adapter_path)
     data = tokenised(rows, tokenizer, settings.prompt_style, settings.max_seq_len)
     budget = settings.perdevice_bs * settings.max_seq_len
     losses = losses_of_models(
@@ -90,6 +86,17 @@ def main(argv: list[str] | None = None) -> None:
     result = compare(losses, settings.model_name, settings.public)
     write_result(settings.output, result, vars(settings))
     print(table(result))
+
+
+def tokenizer_of(base: str, adapters: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base; its template holds the day of the first adapter, if that has one.
+
+    All are compared on the same tokens.
+    """
+    tokenizer = load_tokenizer(base)
+    if adapters and (day := read_adapter_info(adapters[0]).get("prompt_date")):
+        fix_date(tokenizer, day)
+    return tokenizer
 
 
 def require_unseen(texts: list[str], adapter: str) -> None:
