@@ -52,7 +52,7 @@ assert Path("file").read_text() == "old"
 def commands(folder, model, names):
     """Name, module and words of each command, with OUTPUT for the place that a fault is made at."""
     write_json(folder / "texts.json", TEXTS)
-    (folder / "block.txt").write_text("### BOI ### 1\n2\n### EOI ###\n")
+    (folder / "block.txt").write_text("### BOI ### 1\n120\n### EOI ###\n")
     synthetic, private = unit_vectors(40, seed=1), unit_vectors(60, seed=2)
     save_embeddings(folder / "synthetic", synthetic, private=False, texts=TEXTS)
     save_embeddings(folder / "private_data", private, private=True)
