@@ -3,7 +3,7 @@
 import errno
 import json
 import re
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers.utils import chat_template_utils
 
 import generate_inference_command
 import generate_train_command
@@ -121,6 +122,7 @@ def test_a_rehearsed_training_of_units_is_of_the_shapes_of_units(here, tiny_mode
     rows = [{"instruction": "a" * (1 + row % 20), "who": f"u{row % 16}"} for row in range(64)]
     (here / "rows.jsonl").write_text(jsonl(rows))
     units = ["--unit_column=who", "--max_rows_per_unit=3", "--total_bs=4", "--dry_run"]
+    units.append("--noise_multiplier=5")
     argv = flags(tiny_model_dir, "rows.jsonl", here / "outputs", *units)
     assert in_process(train.main, argv) == 0
     assert "h for 4 steps" in capsys.readouterr().err
@@ -336,6 +338,12 @@ class Tomorrow(date):
         return date(2031, 5, 6)
 
 
+class ClockOfTomorrow(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime(2031, 5, 6)
+
+
 def test_the_day_of_a_run_stays_and_travels_with_the_adapter(
     here, tiny_model_dir, monkeypatch, capsys
 ):
@@ -359,6 +367,7 @@ def test_the_day_of_a_run_stays_and_travels_with_the_adapter(
     today = date.today().isoformat()
     monkeypatch.setattr(train, "date", Tomorrow)
     monkeypatch.setattr(inference, "date", Tomorrow)
+    monkeypatch.setattr(chat_template_utils, "datetime", ClockOfTomorrow)
     assert in_process(train.main, [*argv, "--resume=auto"]) == 0
     assert json.loads((here / "outputs/job/run_config.json").read_text())["prompt_date"] == today
     adapter = here / "outputs" / "job" / "adapter"
