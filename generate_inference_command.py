@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     for warning in warnings:
         say(f"warning: {warning}")
     say_summary(settings, instructions)
-    if settings.config:
+    if settings.config and not settings.is_rehearsal:
         write_config(settings.config_file, settings)
     arguments = to_argv(parser_of(SamplingSettings, ""), settings)
     command = launch_command("inference.py", arguments, settings.gpus)

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     for warning in warnings:
         say(f"warning: {warning}")
     say_summary(settings, plan, num_examples, trained, is_auto)
-    if settings.config:
+    if settings.config and not settings.is_rehearsal:
         write_config(settings.config_file, settings)
     command = launch_command(
         "train.py",

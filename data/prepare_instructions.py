@@ -28,6 +28,7 @@ import argparse
 import hashlib
 import json
 import re
+import shlex
 import sys
 from array import array
 from collections import Counter
@@ -228,6 +229,8 @@ def find_files(name: str, settings: Settings) -> list[tuple[Path, str | None]]:
             fix = "save it as CSV in UTF-8" if ".xls" in path.name.lower() else f"take {FORMATS}"
             raise UsageError(f"--input {name!r} has a form that is not known; {fix}")
         return [(path, WHOLE_TEXT if settings.txt_rows == "file" and _is_txt(path) else None)]
+    if not path.is_dir():
+        raise UsageError(f"--input {name!r} is a pipe or a device; save what it gives in a file")
     if (path / "state.json").is_file():
         return [(file, None) for file in saved_files(path)]
     splits = split_files(path)
@@ -514,12 +517,13 @@ class Preparation:
     def next_command(self, output: Path) -> str:
         """The training command for what was made, to be filled in."""
         own = output.parent == DATA_FOLDER
-        words = [
-            f"python generate_train_command.py --dataset_name {output.name if own else output}"
-        ]
+        name = shlex.quote(output.name if own else str(output))
+        words = [f"python generate_train_command.py --dataset_name {name}"]
         if self.unit_column:
             most = self.settings.max_rows_per_unit or "K"
-            words.append(f"--unit_column {self.unit_column} --max_rows_per_unit {most}")
+            words.append(
+                f"--unit_column {shlex.quote(self.unit_column)} --max_rows_per_unit {most}"
+            )
             if self.settings.unowned_rows_are_units:
                 words.append("--unowned_rows_are_units")
         words.append(f"--prompt_style {'vicuna' if self.pairs else 'uncond_generation'} ...")

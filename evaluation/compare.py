@@ -62,7 +62,7 @@ from evaluation.measures.intervals import BOOTSTRAP, SEEDS, bootstrap, ratio_of_
 from evaluation.page.charts import score_chart
 from evaluation.page.material import Training, read_training, weights_of
 from evaluation.page.printing import plain
-from evaluation.perplexity import losses_of_models, tokenizer_of
+from evaluation.perplexity import losses_of_models, require_unseen, tokenizer_of
 from evaluation.results import PRIVATE_FOLDER, Score, interval, shown
 from utils.cli import UsageError, run_cli, say
 from utils.files import json_object, write_atomic
@@ -168,6 +168,8 @@ def held_out_losses(
             "with --dataset_name"
         )
     rows = load_split(settings.dataset_name or next(iter(names)), settings.split)
+    for run in runs:
+        require_unseen(rows["instruction"], adapter_of(run))
     rows = rows.select(range(min(len(rows), settings.num_rows)))
     quiet_libraries()
     style, longest = (runs[0].arguments[name] for name in SAME)

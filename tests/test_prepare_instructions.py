@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import shlex
 import stat
 import subprocess
 import sys
@@ -398,22 +399,35 @@ def test_wrong_rows_and_flags_are_explained_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_the_next_command_can_be_pasted_whatever_the_names_are(prepare, capsys):
+    rows = [{"instruction": "a", "a person": "p"}]
+    prepare(rows, "--unit_column=a person", name="my; data")
+    (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("next: ")]
+    words = shlex.split(line)
+    assert Path(words[words.index("--dataset_name") + 1]).name == "my; data"
+    assert words[words.index("--unit_column") + 1] == "a person"
+
+
 def test_pairs_need_answers(prepare):
     with pytest.raises(UsageError, match="takes pairs from a name .* --answer_column, or choose"):
         prepare(ONE, name="labelled_mine")
 
 
-@pytest.mark.parametrize("name", ["none.csv", "a.docx", "a.xlsx", "empty", "saved", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["none.csv", "a.docx", "a.xlsx", "empty", "saved", "pipe.json", "x" * 5000]
+)
 def test_inputs_that_are_not_there_or_not_known_are_explained(name, prepare, tmp_path):
     (tmp_path / "a.docx").write_bytes(b"")
     (tmp_path / "a.xlsx").write_bytes(b"")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
     write_saved(tmp_path / "saved")
     messages = {
         "none.csv": "none.csv' does not exist",
         "a.docx": "a form that is not known; take .json, .jsonl, .csv",
         "a.xlsx": "save it as CSV in UTF-8",
         "empty": "a folder without a file that is known",
+        "pipe.json": "is a pipe or a device; save what it gives in a file",
         "saved": "has the splits test_sft, train_sft; take one with --input_split NAME",
     }
     with pytest.raises(UsageError, match=messages.get(name, "does not exist")):
