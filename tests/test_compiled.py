@@ -176,6 +176,7 @@ def test_sharded_layers_are_not_compiled(argv):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a compiler on a busy machine
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_machine_code_learns_the_same(argv, dtype, tmp_path, monkeypatch, capsys):
     if shutil.which("g++") is None:
