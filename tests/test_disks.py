@@ -12,7 +12,7 @@ from tests.resampling import save_embeddings, save_tiny_encoder, unit_vectors
 from tests.training import flags, save_dataset
 from utils.files import write_json
 
-TEXTS = [f"{number} ".ljust(3000, "x") for number in range(40)]
+TEXTS = [f"{number} ".ljust(400, "x") for number in range(300)]
 # Runs commands one after the other, and prints the exit code and the stderr of each.
 SCRIPT = """
 import importlib, json, os, resource, subprocess, sys, tempfile
@@ -53,7 +53,7 @@ def commands(folder, model, names):
     """Name, module and words of each command, with OUTPUT for the place that a fault is made at."""
     write_json(folder / "texts.json", TEXTS)
     (folder / "block.txt").write_text("### BOI ### 1\n120\n### EOI ###\n")
-    synthetic, private = unit_vectors(40, seed=1), unit_vectors(60, seed=2)
+    synthetic, private = unit_vectors(300, seed=1), unit_vectors(60, seed=2)
     save_embeddings(folder / "synthetic", synthetic, private=False, texts=TEXTS)
     save_embeddings(folder / "private_data", private, private=True)
     answers = [answer_record(text, "ok", 0, answer=text) for text in TEXTS]
