@@ -53,7 +53,16 @@ def found(project: Path, **given) -> Settings:
 
 def defaults() -> dict:
     lists = ("run", "histogram", "samples", "evaluations", "synthetic_runs")
-    single = ("extraction", "selection", "annotations", "real", "split", "delta", "project")
+    single = (
+        "extraction",
+        "selection",
+        "annotations",
+        "real",
+        "split",
+        "delta",
+        "data_name",
+        "project",
+    )
     flags = {"internal": False, "public_prompts": False, "overwrite": False, "num_shown": 6}
     return {
         **dict.fromkeys(single), **{name: [] for name in lists}, **flags,

@@ -3,6 +3,8 @@
 import re
 import sys
 
+import pytest
+
 from tests.faults import Terminal
 from tests.training import run_process
 from utils import progress
@@ -79,3 +81,13 @@ def test_a_hidden_one_says_nothing_and_one_that_is_cut_short_says_where(capsys):
             break
     (last,) = lines_of(capsys.readouterr().err)
     assert last[2] is None
+
+
+def test_one_that_counts_nothing_has_no_last_line(capsys):
+    with pytest.raises(ValueError), Progress(what="read", unit="row"):
+        raise ValueError
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError), Progress(what="read", unit="row") as counted:
+        counted.update(2)
+        raise ValueError
+    assert "read: 2, " in capsys.readouterr().err

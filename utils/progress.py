@@ -69,9 +69,10 @@ class Progress(tqdm):
             super().clear(nolock)
 
     def close(self) -> None:
-        """End, with a last line."""
+        """End, with a last line, but where nothing was done: then an error says why."""
         if self._in_lines and not getattr(self, "disable", True):
-            self._say()
+            if self.n > self.initial:
+                self._say()
             self.leave = False  # nor a blank one
         super().close()
 
