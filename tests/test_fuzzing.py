@@ -156,6 +156,7 @@ def test_adapters(folder, config, style):
 TURN = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 # One small file of each kind that people bring, and of each fault that such files have.
 CORPUS = [
+    b"text\n" + b"[" * 20_000 + b"\n",
     b'{"instruction": "a"}\n{"instruction": "b"}',
     b'\xef\xbb\xbf{"instruction": "a"}\r\n\r\n{"instruction": "b"}\r\n',
     b'[{"instruction": "a", "output": "b", "input": ""}, {"instruction": null, "output": 1}]',

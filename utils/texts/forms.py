@@ -261,7 +261,7 @@ def _turns(value: object) -> list[dict]:
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     if _is_tree(value):
         return [] if value.get("deleted") else _best_path(value)
