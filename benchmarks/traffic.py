@@ -43,6 +43,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from utils.cli import EXIT_OK, run_cli
@@ -229,8 +230,8 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if name not in FREE and not _is_view(func):
             given, made = (
-                list(_tensors([*args, *(kwargs or {}).values()])),
-                list(_tensors([result])),
+                [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+                for values in ((args, kwargs), result)
             )
             kind = next((kind for kind, names in KINDS.items() if name in names), "elementwise")
             self.by_kind[kind] += moved(name, given, made)
@@ -282,14 +283,6 @@ def _bytes(tensor: torch.Tensor) -> int:
     """Of the elements that a tensor has; those that it repeats count once."""
     sizes = (size for size, step in zip(tensor.shape, tensor.stride()) if step)
     return tensor.itemsize * int(np.prod([*sizes, min(1, tensor.numel())], dtype=np.int64))
-
-
-def _tensors(values) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _is_view(func) -> bool:

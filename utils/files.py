@@ -54,6 +54,24 @@ def json_object(path: str | os.PathLike) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def required_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file that has to hold one.
+
+    Args:
+        remedy: what the user can do, such as "restore the model's own".
+
+    Raises:
+        UsageError: it does not.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a JSON object; {remedy}")
+    return value
+
+
 def sha256_of(path: str | os.PathLike) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:

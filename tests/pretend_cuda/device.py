@@ -6,12 +6,12 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch.nn.attention import SDPBackend
 from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.paths import ROOT
 
@@ -143,7 +143,7 @@ class PretendDevice(TorchDispatchMode):
 
 def dispatch(func, args: tuple, kwargs: dict):
     """Do one operation: on the CPU, for whichever device it is asked of."""
-    given = list(_tensors((*args, *kwargs.values())))
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     own = [tensor for tensor in given if isinstance(tensor, PretendTensor)]
     name = func._schema.name.split("::")[1]
     wanted = _device_of(args, kwargs)
@@ -179,15 +179,6 @@ def _mapped(change, value):
     if isinstance(value, list | tuple):
         return type(value)(_mapped(change, each) for each in value)
     return change(value)
-
-
-def _tensors(values) -> Iterator[torch.Tensor]:
-    """Those among values, and in lists and tuples of them."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _inner(value):

@@ -1,12 +1,11 @@
 """What travels with an adapter next to its weights: prompt style and base model; no torch."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 from utils.cli import UsageError
-from utils.files import require_fetched, sha256_of, write_json
+from utils.files import require_fetched, required_object, sha256_of, write_json
 
 TRAINING_STYLE_FILE = "training_style.json"
 KIND = "LORA"
@@ -49,20 +48,10 @@ def read_adapter_info(folder: str | os.PathLike) -> dict:
             "one to outputs/JOB_SESS/adapter"
         )
     require_fetched(folder)
-    kind = _read_object(config_file).get("peft_type")
+    kind = required_object(config_file, "restore the adapter's own").get("peft_type")
     if kind != KIND:
         raise UsageError(
             f"{config_file} is of an adapter of the kind {str(kind)[:40]!r}; use one of {KIND!r}"
         )
     style = folder / TRAINING_STYLE_FILE
-    return _read_object(style) if style.is_file() else {}
-
-
-def _read_object(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is not a JSON object; restore the adapter's own")
-    return value
+    return required_object(style, "restore the adapter's own") if style.is_file() else {}

@@ -1,10 +1,9 @@
 """A base model's folder and config.json, looked at before anything is loaded; no torch."""
 
-import json
 from pathlib import Path
 
 from utils.cli import UsageError
-from utils.files import require_fetched
+from utils.files import require_fetched, required_object
 
 
 def model_folder(model_name: str) -> Path | None:
@@ -35,15 +34,7 @@ def read_config(model_name: str) -> dict | None:
         file = folder / "config.json" if folder else None
     else:
         file = _cached_config(model_name)
-    if file is None:
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise UsageError(f"{file} is not a JSON object; restore the model's own")
-    return config
+    return None if file is None else required_object(file, "restore the model's own")
 
 
 def _cached_config(hub_id: str) -> Path | None:
