@@ -22,7 +22,7 @@ training=(python -m benchmarks.training --model_name "$work/model" --dtype bfloa
 [[ ${dry_run:-} ]] || rm -rf "$work"
 
 step 60 "model and texts" python -m benchmarks.first_gpu --prepare
-step 90 "tests" python -m pytest -m gpu
+step 90 "tests" python -m pytest -m gpu tests/test_gpu.py
 for dtype in bfloat16 float32; do
     step 45 "exactness in $dtype" python -m privacy_checks.replay --device auto --dtype "$dtype" \
         --json "$work/exactness-$dtype.json"
@@ -33,6 +33,6 @@ for tokens in 16 128 1024; do
     step 45 "memory of rows of $tokens tokens" "${training[@]}" --num_examples 64 \
         --dataset_name "$work/rows-$tokens.jsonl" --engines ours-dp --json "$work/memory-$tokens.json"
 done
-step 90 "sampling" python -m benchmarks.sampling --model_name "$work/model" --num_samples 256 \
-    --max_seq_len 256 --repeats 1 --json "$work/sampling.json"
+step 90 "sampling" python -m benchmarks.sampling --model_name "$work/model" --num_samples 128 \
+    --max_seq_len 128 --repeats 1 --json "$work/sampling.json"
 step 10 "the table" python -m benchmarks.first_gpu

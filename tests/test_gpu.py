@@ -31,15 +31,16 @@ from tests.helpers import (
 )
 from tests.training import flags, in_process, run_process, save_dataset
 from utils.cli import EXIT_OK, UsageError
-from utils.dp_utils import add_noise
+from utils.dp_utils import PerExampleGradients, add_noise
 from utils.models.language_model import LanguageModel
 from utils.models.loading import load_quantised_model, resolve_dtype
 from utils.models.lora import default_target_modules, load_adapted
 from utils.models.memory import MOST_SEQUENCES, PeakMemory, fitting_sequences
 from utils.privacy.ledger import LEDGER_FILE
-from utils.row_dropout import kept
+from utils.row_dropout import RowMasks, kept
+from utils.runs.batching import Shapes
 from utils.runs.checkpointing import load_last_good
-from utils.runs.probe import Numerics
+from utils.runs.probe import Numerics, full_precision, probed
 from utils.sampling.shards import read_samples
 from utils.secure_random import SecureRandom
 
@@ -278,6 +279,47 @@ class waiting_noticed(warnings.catch_warnings):
 def test_a_row_that_is_left_out_moves_no_other(dtype):
     moves = replay_wide(dtype, device="auto")
     assert moves.passed, moves
+
+
+def probe_on_gpu(base, targets=("q_proj",), tokens=48):
+    """What the probe finds of an adapted base; its company passes in one shape."""
+    model = adapted_model(list(targets), base=base.to(torch.bfloat16)).to(GPU)
+    shapes = Shapes(max_seq_len=tokens, token_budget=4 * tokens, tokens=2 * tokens)
+    gradients, language_model = PerExampleGradients(model), LanguageModel(model.get_base_model())
+    full_precision()
+    return probed(language_model, gradients, RowMasks(b"k"), shapes, lambda number: number)
+
+
+@pytest.fixture
+def any_order():
+    """Kernels as torch chooses them, after the test too."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_no_kernel_is_taken_that_adds_in_no_order(any_order, capsys):
+    probe_on_gpu(tiny.tiny_llama())
+    assert torch.get_deterministic_debug_mode() == 2
+    assert "order of sums" not in capsys.readouterr().err
+
+
+def test_a_base_that_needs_such_a_kernel_is_told(any_order, capsys):
+    def unordered(_module, _inputs, hidden):
+        one = torch.zeros(1, dtype=torch.long, device=hidden.device)
+        hidden.detach().clone().put_(one, hidden.detach().flatten()[:1])
+
+    base = tiny.tiny_llama()
+    base.model.norm.register_forward_hook(unordered)
+    probe_on_gpu(base)
+    assert torch.get_deterministic_debug_mode() == 1
+    assert "the order of sums is not fixed: put_" in capsys.readouterr().err
+
+
+@real_gpu
+def test_long_rows_of_a_deep_base_have_gradients_of_their_own(any_order):
+    wide = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8}
+    deep = tiny.tiny_llama(**wide, num_hidden_layers=16, max_position_embeddings=1024)
+    probe_on_gpu(deep, ("q_proj", "v_proj"), tokens=1024)
 
 
 def test_an_adapter_is_merged_on_the_gpu(trained, one_layer, monkeypatch):

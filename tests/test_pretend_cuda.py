@@ -25,7 +25,8 @@ def test_the_gpus_tests_pass_on_the_pretend_device(tmp_path):
     assert skipped <= {
         "test_texts_are_drawn_by",  # vLLM
         "test_a_row_that_is_left_out_moves_no_other",
+        "test_long_rows_of_a_deep_base_have_gradients_of_their_own",
         "test_a_quantised_base_passes_gradients_to_its_adapters",
         "test_two_gpus_train_one_model",
     }
-    assert len(outcomes) - len(skipped) >= 13
+    assert len(outcomes) - len(skipped) >= 15

@@ -51,6 +51,25 @@ def test_a_coupling_of_more_than_a_hundredth_is_refused():
         probe(adapted_model(["q_proj", "v_proj"], base=base))
 
 
+def test_an_embedding_of_zeros_for_padding_is_not_in_the_way():
+    # A norm's derivative at zero is 1,000, and so is its power of 16.
+    base = tiny_llama(num_hidden_layers=16, initializer_range=0.1)
+    assert not base.get_input_embeddings().weight[base.config.pad_token_id].any()
+    _, numerics = probe(adapted_model(["q_proj"], base=base))
+    assert numerics.difference == 0
+
+
+def test_a_gradient_that_is_not_finite_is_said():
+    def infinite(_module, _inputs, hidden):
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient * float("inf"))
+
+    base = tiny_llama()
+    base.model.norm.register_forward_hook(infinite)
+    with pytest.raises(UsageError, match="gradient of made-up tokens is not finite on cpu in"):
+        probe(adapted_model(["q_proj", "v_proj"], base=base))
+
+
 def test_a_slight_coupling_fixes_the_rows_and_is_told():
     shapes, numerics = probe(adapted_model(["q_proj", "v_proj"], base=couple(tiny_llama(), 1e-2)))
     assert shapes == FIXED

@@ -54,8 +54,15 @@ class LanguageModel:
         )  # fmt: skip
 
     def public_batch(self, examples: int, tokens: int = 4) -> dict[str, torch.Tensor]:
-        """A batch of arbitrary tokens that no data went into, for passes that only check."""
+        """A batch of arbitrary tokens that no data went into, for passes that only check.
+
+        None of them is for padding: an embedding of zeros at a row's start stays zero in every
+        layer without biases, where a norm's derivative is a thousand, and so overflows in the end.
+        """
         ids = torch.arange(examples * tokens, device=self.model.device) * 7919 % self.vocabulary
+        padding = self.model.config.get_text_config().pad_token_id
+        if padding is not None:
+            ids[ids == padding] = (padding + 1) % self.vocabulary
         lengths = torch.full((examples,), tokens, device=ids.device)
         return {
             "input_ids": ids.view(examples, tokens),
@@ -91,11 +98,20 @@ class LanguageModel:
 
     @torch.no_grad()
     def _parts_are_exact(self, tokens: int = 16) -> bool:
-        """Compare with the model's own logits on arbitrary (public) tokens."""
+        """Compare with the model's own logits on arbitrary (public) tokens.
+
+        Raises:
+            UsageError: these are not finite.
+        """
         ids = self.public_batch(1, tokens)["input_ids"]
         training = self.model.training
         self.model.eval()
         own = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not own.isfinite().all():
+            raise UsageError(
+                f"{self.model.config.model_type}: the base's logits of made-up tokens are not "
+                "finite; use a whole copy of it, or --dtype float32"
+            )
         parts = self._head(self._decode(ids, None)).float()
         self.model.train(training)
         return torch.allclose(own, parts, rtol=1e-4, atol=1e-4 * own.abs().max().item())
