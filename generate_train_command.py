@@ -12,7 +12,7 @@ run it at once with --run, which passes its exit code on.
 from dataclasses import dataclass, replace
 from functools import partial
 
-from utils.cli import UsageError, run_cli, say
+from utils.cli import EXIT_OK, UsageError, run_cli, say
 from utils.command_line.config import ConfigSettings, read_config_and_flags, write_config
 from utils.command_line.launch import DEFAULT_PORT, launch_command, print_or_run
 from utils.command_line.parser import (
@@ -20,6 +20,7 @@ from utils.command_line.parser import (
     natural_int,
     parser_of,
     port,
+    positive_float,
     to_argv,
 )
 from utils.command_line.training_flags import (
@@ -31,13 +32,19 @@ from utils.command_line.training_flags import (
 from utils.models.base_folder import read_config
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
-from utils.privacy.recipe import recipe_warnings, signal_to_noise
+from utils.privacy.recipe import batch_sizes, promise, recipe_warnings, signal_to_noise
 from utils.runs.preflight import check_here
 from utils.runs.run_folder import require_usable
 from utils.texts.data_sets import count_train_examples, tried_places
 from utils.texts.units import read_units, rows_to_keep
 
+# Numbers in an adapter of which nothing is known.
+TYPICAL_ADAPTER = 1_000_000
+# What goes with every size.
+RECIPE = "--loss_normalization tokens --clip 1 --lr 4e-3 --lr_scheduler cosine"
+
 _launch = partial(flag, group="launch")
+_advice = partial(flag, group="advice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,21 @@ class Settings(ConfigSettings, TrainingSettings):
     )
     run: bool = _launch("run the command; pass on its exit code", False)
 
+    advise: bool = _advice(
+        "print, in place of a command, what --total_bs and --num_epochs could be at the same --eps "
+        "and as many tokens, one of them marked, and end",
+        False,
+    )
+    compute: float | None = _advice(
+        "tokens that all steps may take, padding included; those of --num_epochs if left out",
+        type=positive_float,
+        metavar="TOKENS",
+    )
+    hours: float | None = _advice(
+        "the same in hours, with --tokens_per_second, which --dry_run measures", type=positive_float
+    )
+    tokens_per_second: float | None = _advice("see --hours", type=positive_float)
+
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_config_and_flags(Settings, __doc__, argv)
@@ -72,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     num_examples = counted + settings.canaries.num_rows
     is_auto = settings.delta == "auto"
     settings = settle_delta(settings, num_examples)
+    if settings.advise:
+        print(advice(settings, num_examples))
+        return EXIT_OK
     require_usable(settings.folder, settings.run_settings, settings.resume)
     plan, plan_warnings = plan_of(settings, num_examples)
     settings = replace(
@@ -101,6 +126,66 @@ def main(argv: list[str] | None = None) -> int:
         settings.main_process_port,
     )
     return print_or_run(command, run)
+
+
+def advice(settings: Settings, num_examples: int) -> str:
+    """A table of recipes at one epsilon and one compute, and the flags of the best.
+
+    Raises:
+        UsageError: there is nothing to choose from.
+    """
+    if settings.eps == -1:
+        raise UsageError("--advise weighs noise, and --eps -1 has none; give --eps")
+    if settings.noise_multiplier is not None:
+        raise UsageError("--advise calibrates --noise_multiplier for every line; leave it out")
+    a_draw = settings.max_seq_len
+    a_draw *= (settings.max_rows_per_unit or 1) if settings.draws_units else 1
+    num_draws = int(tokens_to_spend(settings, num_examples * a_draw) / a_draw)
+    footprint = footprint_of(settings)
+    trained = footprint.trained if footprint else TYPICAL_ADAPTER
+    plans = []
+    for size in batch_sizes(num_examples, num_draws):
+        steps = max(1, num_draws // size)
+        # A little more than these steps, which is cut off.
+        epochs = f"{(steps + 0.01) * size / num_examples:.6g}"
+        sized = replace(settings, total_bs=size, num_epochs=float(epochs))
+        plan, _ = plan_of(sized, num_examples)
+        if plan is not None:
+            plans.append((promise(plan, trained, settings.max_seq_len), epochs, plan))
+    best = max(plans, key=lambda line: line[0])
+    rows = [("total_bs", "num_epochs", "steps", "sigma", "sigma / total_bs", "tokens", "promise")]
+    for line in plans:
+        promised, epochs, plan = line
+        size, sigma = plan.expected_batch_size, plan.noise_multiplier
+        rows.append((
+            f"{size:,}", epochs, f"{plan.steps:,}", f"{sigma:.3f}", f"{sigma / size:.2e}",
+            f"{plan.steps * size * a_draw:,}", f"{promised:.2f}{' <-' if line is best else ''}",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    _, epochs, plan = best
+    return "\n".join([
+        *lines,
+        f"The marked line promises most of what could be learnt: steps enough to get anywhere, at "
+        f"the least noise. All are ({plan.target_epsilon:g}, {plan.delta:g})-DP; from public "
+        "numbers alone.",
+        f"--total_bs {plan.expected_batch_size} --num_epochs {epochs} {RECIPE}",
+    ])  # fmt: skip
+
+
+def tokens_to_spend(settings: Settings, of_an_epoch: int) -> float:
+    """What all steps of a plan may take, in tokens.
+
+    Raises:
+        UsageError: the flags say it twice, or half.
+    """
+    if (settings.hours is None) != (settings.tokens_per_second is None):
+        raise UsageError("--hours needs --tokens_per_second, and the other way round")
+    if settings.hours is None or settings.tokens_per_second is None:
+        return settings.compute or settings.num_epochs * of_an_epoch
+    if settings.compute is not None:
+        raise UsageError("--compute and --hours both say how much there is; leave one out")
+    return settings.hours * 3600 * settings.tokens_per_second
 
 
 def train_examples(settings: Settings) -> tuple[int, list[str]]:

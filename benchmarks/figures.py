@@ -8,7 +8,7 @@ from utils.command_line.parser import flag
 from utils.files import write_json
 
 # Flags that say where things are on this machine, and not how the figures came about.
-LOCAL = ("json", "work_dir", "texts", "instructions", "jobs", "measure")
+LOCAL = ("json", "work_dir", "texts", "instructions", "jobs", "measure", "arms", "only")
 
 
 @dataclass(frozen=True, kw_only=True)

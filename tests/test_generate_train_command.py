@@ -13,6 +13,7 @@ import pytest
 import generate_train_command
 from tests.paths import ROOT
 from tests.training import flags, run_process, save_dataset
+from utils.cli import UsageError
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import (
     TrainingSettings,
@@ -20,6 +21,7 @@ from utils.command_line.training_flags import (
     plan_of,
     settle_delta,
 )
+from utils.privacy.plan import num_steps
 from utils.texts.data_sets import count_train_examples, load_splits
 
 ARENA = (
@@ -301,6 +303,62 @@ def test_reserving_a_histogram_asks_for_more_noise(generate, tmp_path):
         return understood(line).noise_multiplier
 
     assert noise_multiplier("--reserve_histogram_sigma=3") > noise_multiplier()
+
+
+def advised(generate, *more):
+    """The lines of a plan for 5,824 rows of at most 64 tokens, as cells."""
+    out, _ = generate(
+        "--model_name=m", "--dataset_name=elsewhere", "--num_train_examples=5824", "--eps=5.94",
+        "--delta=1e-5", "--clip=1", "--job_sess=t", "--prompt_style=uncond_generation",
+        "--max_seq_len=64", "--num_epochs=1", "--advise", *more,
+    )  # fmt: skip
+    return [line.split() for line in out.splitlines()]
+
+
+def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
+    head, *lines, _, flags_of_best = advised(generate)
+    assert head[:2] == ["total_bs", "num_epochs"]
+    assert [line[0] for line in lines] == ["64", "128", "256", "512", "1,024"]
+    assert [int(line[2]) for line in lines] == [91, 45, 22, 11, 5]
+    (best,) = [line for line in lines if line[-1] == "<-"]
+    assert max(lines, key=lambda line: float(line[6])) is best
+    assert flags_of_best[:4] == ["--total_bs", best[0], "--num_epochs", best[1]]
+    # What is pasted is what the line says: 22 steps at the noise that the accountant asks for.
+    line, _ = generate(
+        "--model_name=m", "--dataset_name=elsewhere", "--num_train_examples=5824", "--eps=5.94",
+        "--delta=1e-5", "--clip=1", "--job_sess=t", "--prompt_style=uncond_generation",
+        "--max_seq_len=64", "--total_bs=256", f"--num_epochs={lines[2][1]}",
+    )  # fmt: skip
+    settings = understood(line)
+    assert f"{settings.noise_multiplier:.3f}" == lines[2][3]
+    assert num_steps(settings.num_epochs, 5824, 256) == 22
+
+
+def test_advice_spends_the_compute_that_there_is():
+    def spent(*more):
+        argv = ["--model_name=m", "--dataset_name=d", "--eps=1", "--job_sess=t", "--num_epochs=3",
+                "--prompt_style=uncond_generation", *more]  # fmt: skip
+        settings = read_flags(generate_train_command.Settings, None, argv)
+        return generate_train_command.tokens_to_spend(settings, of_an_epoch=100)
+
+    assert spent() == 300
+    assert spent("--compute=40") == 40
+    assert spent("--hours=0.5", "--tokens_per_second=2") == 3600
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--hours=1"], "--hours needs --tokens_per_second"),
+        (["--tokens_per_second=1"], "--hours needs --tokens_per_second"),
+        (["--hours=1", "--tokens_per_second=9", "--compute=5"], "leave one out"),
+        (["--eps=-1", "--clip=-1"], "--eps -1 has none"),
+        (["--noise_multiplier=1"], "leave it out"),
+    ],
+)
+def test_advice_that_cannot_be_given_is_a_line(generate, more, why):
+    with pytest.raises(UsageError, match=why):
+        advised(generate, *more)
 
 
 def test_many_machines_get_one_line_each_which_differ_in_the_rank(generate, tmp_path):

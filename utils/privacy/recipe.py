@@ -12,6 +12,11 @@ SHORT_TEXT = 100
 # What is less than these is warned of. 20 steps with a ratio of 1 in all were seen to learn, and so
 # were 5 steps with one of 3.
 LEAST_SHARE, LEAST_RATIO, LEAST_STEPS = 0.5, 0.5, 5
+# Where steps and signal make half of what they could, see `promise`. In 22 steps of 256 rows the
+# gain was 0.52 nats, in 11 of 512 it was 0.41 (SmolLM2-135M, 5,824 rows, epsilon 5.94).
+HALF_STEPS, HALF_SIGNAL = 16, 2.0
+# Lines of a plan: each costs the accountant half a second.
+MOST_CHOICES = 5
 
 
 def clip_share(plan: PrivacyPlan, max_seq_len: int) -> float:
@@ -72,3 +77,32 @@ def recipe_warnings(plan: PrivacyPlan, trained: int | None, max_seq_len: int) ->
             "--lr in each; raise --num_epochs, or lower --total_bs"
         )
     return warnings
+
+
+def promise(plan: PrivacyPlan, trained: int, max_seq_len: int) -> float:
+    """About which share of the gain without noise and without end a recipe reaches, 0 to 1.
+
+    AdamW moves a weight by about the learning rate in a step, however long the gradient, so few
+    steps lead nowhere though each be exact: T / (T + 16). And noise leaves r / (r + 2) of it, for r
+    of `signal_to_noise` in all. It puts recipes in order, and forecasts no loss.
+
+    Args:
+        trained: see `signal_to_noise`.
+    """
+    ratio = signal_to_noise(plan, trained, max_seq_len)[1]
+    return plan.steps / (plan.steps + HALF_STEPS) * ratio / (ratio + HALF_SIGNAL)
+
+
+def batch_sizes(num_examples: int, num_draws: int) -> list[int]:
+    """Expected batch sizes to choose from: powers of two, at most `MOST_CHOICES`.
+
+    Args:
+        num_examples: N, the largest that there can be.
+        num_draws: examples of all steps together; a size is to leave `LEAST_STEPS` of them.
+
+    Returns:
+        The sizes, the smallest first; [N] or less where not even that leaves so many steps.
+    """
+    most = max(1, min(num_examples, num_draws // LEAST_STEPS))
+    sizes = [1 << power for power in range(most.bit_length())]
+    return sizes[-MOST_CHOICES:]

@@ -1,0 +1,271 @@
+"""Which recipe learns most at one epsilon? Held-out losses of several generators of every arm.
+
+    python -m benchmarks.recipes --instructions FILE --work_dir recipes --json recipes.json --jobs 2
+
+Real instructions are parted into public ones, of which a small base is pre-trained on the spot (or
+--model_name stands in for it), private ones and held-out ones. Every arm of --arms is a set of
+flags of `train.py`; it is trained once for every epsilon and seed, and scored on the held-out
+instructions. Instructions that are longer than --max_seq_len are cut.
+
+Every step runs the toolkit's own commands, and one that has ended is passed over when the same
+command goes on after a stop; an arm whose flags have changed is trained anew.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks import studies
+from utils.command_line.parser import answer_early, flag, positive_float, positive_int, read_flags
+
+ARMS = Path(__file__).with_suffix(".yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(studies.Settings):
+    """The flags."""
+
+    arms: Path = flag(
+        "YAML of the arms; this folder's recipes.yaml has an example", ARMS, type=Path
+    )
+    only: list[str] | None = flag(
+        "names of the arms to train now; all of them if left out", nargs="+"
+    )
+    model_name: str = flag("base model; a small one, made on the spot, if left out", "")
+    dtype: str = flag("of the frozen base", "float32", choices=("bfloat16", "float32"))
+    epsilons: list[float] = flag("targets", [5.94], type=positive_float, nargs="+")
+    delta: float = flag("of the guarantee", 1e-5)
+    num_seeds: int = flag("generators of each arm", 3, type=positive_int)
+    num_public: int = flag("public instructions, for the small base", 4000, type=positive_int)
+    pretraining_tokens: int = flag("of the small base", 3_000_000, type=positive_int)
+    num_private: int | None = flag(
+        "private instructions; all that are left if left out", type=positive_int
+    )
+
+
+answer_early(__name__, Settings, __doc__)
+
+import hashlib
+import json
+
+import numpy as np
+import yaml
+from scipy import stats
+
+from benchmarks.figures import markdown
+from benchmarks.small_base import small_base
+from benchmarks.studies import losses_by_model, require_same_settings, run_once, side_by_side
+from resample_with_dp_histogram.extract import distinct_instructions
+from utils.cli import UsageError, run_cli
+from utils.files import write_json
+from utils.folders import save_dataset
+from utils.privacy.plan import num_steps
+from utils.texts.data_sets import count_train_examples
+from utils.texts.prompts import UNCONDITIONAL
+from utils.texts.text_inputs import read_entries
+from utils.versions import versions_of
+
+# Of an arm that does not say.
+SIZES = {"total_bs": 512, "num_epochs": 1.0}
+VERSIONED = ("torch", "transformers", "peft", "dp-accounting")
+
+
+@dataclass(frozen=True)
+class Generator:
+    """One run of training.
+
+    Attributes:
+        flags: of `train.py`, by name.
+        epsilon: None without privacy.
+    """
+
+    arm: str
+    flags: dict
+    epsilon: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A file name, of its flags too."""
+        digest = hashlib.sha256(json.dumps(self.flags, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.arm.replace(' ', '_')}-{self.epsilon or 'inf'}-{self.seed}-{digest}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = read_flags(Settings, __doc__, argv)
+    # Arms come and go in one study; all else stays.
+    require_same_settings(replace(settings, epsilons=[], num_seeds=1))
+    folder = settings.work_dir.resolve()
+    generators = generators_of(settings)
+    model = save_data(settings, folder)
+    side_by_side(settings.jobs, lambda each: train(settings, folder, model, each), generators)
+    scored = score(settings, folder, model, generators)
+    found = findings(settings, folder, generators, scored)
+    print(table(found))
+    settings.write(found)
+
+
+def generators_of(settings: Settings) -> list[Generator]:
+    """What is to be trained: all arms for one seed after the other.
+
+    Raises:
+        UsageError: --arms is not such a file, or has no arm that --only names.
+    """
+    try:
+        given = yaml.safe_load(settings.arms.read_text())
+        common, arms = given.get("common", {}), given["arms"]
+        flags = {arm: SIZES | common | own for arm, own in arms.items()}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"--arms {settings.arms}: needs `arms`, flags of train.py by the name of an arm, and "
+            f"maybe `common`: {error}"
+        ) from error
+    if unknown := set(settings.only or flags) - set(flags):
+        raise UsageError(f"--only: {settings.arms} has no arm {', '.join(sorted(unknown))}")
+    return [
+        Generator(arm, own, None if own.get("eps") == -1 else epsilon, seed)
+        for seed in range(settings.num_seeds)
+        for arm, own in flags.items()
+        if settings.only is None or arm in settings.only
+        for epsilon in (settings.epsilons if own.get("eps") != -1 else settings.epsilons[:1])
+    ]
+
+
+def save_data(settings: Settings, folder: Path) -> str:
+    """Part the instructions, save the private and held-out ones, and say what the base is.
+
+    Raises:
+        UsageError: there are too few instructions.
+    """
+    kept, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
+    texts = list(kept.values())
+    texts = [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
+    public, test = settings.num_public, settings.num_test
+    private = settings.num_private or len(texts) - public - test
+    if private < 1 or len(texts) < public + test + private:
+        raise UsageError(
+            f"{len(texts):,} distinct instructions are fewer than --num_public, --num_test and "
+            f"--num_private together ({public + test + max(1, private):,})"
+        )
+    if not (folder / "data").exists():
+        rows = [{"instruction": text} for text in texts[public : public + test + private]]
+        parts = {"train": rows[test:], "test": rows[:test]}
+        save_dataset(folder / "data", parts, ["instruction"], {"rows": "study"})
+    if settings.model_name:
+        return settings.model_name
+    return str(small_base(folder / "bases", texts[:public], settings.pretraining_tokens))
+
+
+def model_flags(settings: Settings, model: str) -> list[str]:
+    """Flags of training and scoring alike."""
+    return [
+        f"--model_name={model}", f"--prompt_style={UNCONDITIONAL}",
+        f"--max_seq_len={settings.max_seq_len}", f"--dtype={settings.dtype}",
+    ]  # fmt: skip
+
+
+def train(settings: Settings, folder: Path, model: str, generator: Generator) -> None:
+    """Train one generator."""
+    flags = dict(generator.flags)
+    if generator.epsilon:
+        flags |= {"eps": generator.epsilon, "delta": settings.delta}
+    given = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in flags.items()
+        if value is not False
+    ]
+    run_once(
+        folder, f"train {generator.name}", "train.py", *model_flags(settings, model),
+        f"--dataset_name={folder / 'data'}", f"--job_sess={generator.name}",
+        f"--output_dir={folder / 'outputs'}", "--no_eval_at_start", "--resume=auto",
+        f"--seed={generator.seed}", *given,
+    )  # fmt: skip
+
+
+def score(
+    settings: Settings, folder: Path, model: str, generators: list[Generator]
+) -> dict[str, float]:
+    """Held-out losses by generator's name, and the base's by its own; those known are kept."""
+    file = folder / "losses.json"
+    losses = json.loads(file.read_text()) if file.exists() else {}
+    missing = [each.name for each in generators if each.name not in losses]
+    if not missing:
+        return losses
+    output = folder / "losses" / hashlib.sha256(" ".join(missing).encode()).hexdigest()[:12]
+    adapters = [str(folder / "outputs" / name / "adapter") for name in missing]
+    run_once(
+        folder, f"score {output.name}", "-m", "evaluation.perplexity", "--public",
+        *model_flags(settings, model), f"--dataset_name={folder / 'data'}",
+        f"--perdevice_bs={settings.perdevice_bs}", f"--output={output}",
+        "--adapter_path", *adapters,
+    )  # fmt: skip
+    found = {name: each["value"] for name, each in losses_by_model(output).items()}
+    losses |= {"base": found[model]} | {name: found[at] for name, at in zip(missing, adapters)}
+    write_json(file, losses)
+    return losses
+
+
+def findings(
+    settings: Settings, folder: Path, generators: list[Generator], losses: dict[str, float]
+) -> dict:
+    """All figures, a JSON-able dict."""
+    private = count_train_examples(str(folder / "data")) or 0
+    arms: dict[tuple[str, float | None], dict] = {}
+    for each in generators:
+        output = folder / "outputs" / each.name
+        arm = arms.setdefault((each.arm, each.epsilon), {
+            "arm": each.arm, "epsilon": each.epsilon, "flags": each.flags, "loss": [],
+            "seconds": [],
+        })  # fmt: skip
+        arm["loss"].append(losses[each.name])
+        seconds = folder / "times" / f"train-{each.name}.json"
+        arm["seconds"].append(json.loads(seconds.read_text()))
+        report = json.loads((output / "privacy_report.json").read_text())
+        arm["noise_multiplier"] = report.get("noise_multiplier")
+        arm["steps"] = num_steps(each.flags["num_epochs"], private, each.flags["total_bs"])
+    return {
+        "base": losses["base"],
+        "arms": list(arms.values()),
+        "settings": settings.on_record(),
+        "versions": versions_of(VERSIONED),
+    }
+
+
+def interval(values: list[float]) -> float:
+    """Half of the 95% interval of a mean by Student's t; infinite for a single value."""
+    if len(values) < 2:
+        return float("inf")
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return float(stats.t.ppf(0.975, len(values) - 1)) * error
+
+
+def table(found: dict) -> str:
+    """Markdown: a line for each arm, with intervals over its generators.
+
+    `closed` is the share of the gap between the first arm and the best one without privacy that an
+    arm closes.
+    """
+    first = {arm["epsilon"]: arm for arm in reversed(found["arms"])}
+    free = [float(np.mean(arm["loss"])) for arm in found["arms"] if arm["epsilon"] is None]
+    rows = [["untuned base", "", "", "", "", f"{found['base']:.3f}", "", ""]]
+    for arm in found["arms"]:
+        mean, reference = float(np.mean(arm["loss"])), first[arm["epsilon"]]
+        pairs = [one - other for one, other in zip(arm["loss"], reference["loss"])]
+        gap = float(np.mean(reference["loss"])) - min(free, default=float("nan"))
+        private = arm["epsilon"] is not None
+        is_first = arm is reference
+        sigma = f"{arm['noise_multiplier']:.3f}" if private else ""
+        rows.append([
+            arm["arm"], f"{arm['epsilon'] or 'infinite'}", f"{arm['steps']:,}", sigma,
+            f"{np.median(arm['seconds']):.0f}", f"{mean:.3f} +- {interval(arm['loss']):.3f}",
+            "" if is_first else f"{np.mean(pairs):+.3f} +- {interval(pairs):.3f}",
+            f"{(float(np.mean(reference['loss'])) - mean) / gap:.0%}"
+            if private and not is_first and gap > 0 else "",
+        ])  # fmt: skip
+    headings = [
+        "arm", "epsilon", "steps", "sigma", "s", "held-out loss", "against the first", "closed"
+    ]  # fmt: skip
+    return markdown(headings, rows)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,111 @@
+"""The study of recipes from end to end on a tiny base that it makes itself."""
+
+import json
+
+import pytest
+
+from benchmarks import recipes, small_base
+from tests.studies import TEXTS, one_by_one, run_here_once
+from utils.cli import UsageError
+from utils.command_line.parser import read_flags
+from utils.command_line.training_flags import TrainingSettings
+from utils.files import write_json
+
+ARMS = """
+common: {total_bs: 10, num_epochs: 0.3, clip: 1, lora_r: 2}
+arms:
+  slow: {lr: 1e-3}
+  very fast: {lr: 1e-1}
+  no privacy: {eps: -1, clip: -1, lr: 1e-2}
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Runs the study, with more flags, and gives the names of the commands that ran and figures."""
+    folder = tmp_path_factory.mktemp("recipes")
+    write_json(folder / "texts.json", TEXTS)
+    (folder / "arms.yaml").write_text(ARMS)
+    ran = []
+
+    def run(*more):
+        ran.clear()
+        recipes.main([
+            f"--instructions={folder / 'texts.json'}", f"--work_dir={folder / 'work'}",
+            f"--arms={folder / 'arms.yaml'}", f"--json={folder / 'found.json'}",
+            "--max_seq_len=24", "--num_test=10", "--num_public=40", "--num_private=50",
+            "--pretraining_tokens=64", "--delta=1e-3", *more,
+        ])  # fmt: skip
+        return list(ran), json.loads((folder / "found.json").read_text())
+
+    def run_once(place, name, *command):
+        if not (place / "times" / f"{name.replace(' ', '-')}.json").exists():
+            ran.append(name.split("-")[0])
+        run_here_once(place, name, *command)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "run_once", run_once)
+        patch.setattr(recipes, "side_by_side", one_by_one)
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        patch.setattr(small_base, "SHAPE", small_base.SHAPE | shape)
+        patch.setattr(small_base, "WINDOW", 8)
+        patch.setattr(small_base, "BATCH", 4)
+        yield run
+
+
+def test_a_study_goes_on_where_it_stopped_and_grows(study):
+    ran, found = study("--num_seeds=1", "--only", "slow", "no privacy")
+    assert ran == ["train slow", "train no_privacy", ran[2]]
+    assert [(arm["arm"], arm["epsilon"]) for arm in found["arms"]] == [
+        ("slow", 5.94), ("no privacy", None),
+    ]  # fmt: skip
+    before = found["arms"][0]["loss"]
+    ran, found = study("--num_seeds=2")
+    assert ran[:4] == ["train very_fast", "train slow", "train very_fast", "train no_privacy"]
+    slow, fast, free = found["arms"]
+    assert slow["loss"][:1] == before
+    assert [len(arm["loss"]) for arm in found["arms"]] == [2, 2, 2]
+    assert slow["steps"] == 1
+    assert slow["noise_multiplier"] == fast["noise_multiplier"] > 0.3
+    assert free["noise_multiplier"] is None
+    assert study("--num_seeds=2")[0] == []
+    lines = recipes.table(found).splitlines()
+    assert len(lines) == 2 + 1 + 3
+    # Pairs of one seed, with an interval over generators.
+    pairs = [one - other for one, other in zip(fast["loss"], slow["loss"])]
+    assert f"{sum(pairs) / 2:+.3f} +- {recipes.interval(pairs):.3f}" in lines[4]
+
+
+def test_an_interval_is_students():
+    # t of two degrees of freedom at 97.5% is 4.303.
+    assert recipes.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert recipes.interval([1.0]) == float("inf")
+
+
+def test_arms_that_cannot_be_read_are_a_line(study, tmp_path):
+    file = tmp_path / "arms.yaml"
+    for text in ("arms: [1, 2]", "common: {}", "a: [", "- 1"):
+        file.write_text(text)
+        with pytest.raises(UsageError, match="arms.yaml: needs `arms`"):
+            study(f"--arms={file}")
+    with pytest.raises(UsageError, match="has no arm fastest"):
+        study("--only", "slow", "fastest")
+
+
+def test_the_arms_that_come_with_it_are_flags_of_training():
+    given = read_flags(recipes.Settings, None, ["--instructions=x", "--work_dir=x"])
+    names = {each.arm for each in recipes.generators_of(given)}
+    assert {"published", "no privacy"} <= names
+    known = set(TrainingSettings.__dataclass_fields__)
+    assert all(set(each.flags) <= known for each in recipes.generators_of(given))
+
+
+def test_a_base_is_made_once_for_its_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_base, "_pretrain", lambda *given: None)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    monkeypatch.setattr(small_base, "SHAPE", small_base.SHAPE | shape)
+    one = small_base.small_base(tmp_path, TEXTS, 10)
+    made = (one / "model.safetensors").stat().st_mtime_ns
+    assert small_base.small_base(tmp_path, TEXTS, 10) == one
+    assert (one / "model.safetensors").stat().st_mtime_ns == made
+    assert small_base.small_base(tmp_path, TEXTS[1:], 10) != one
