@@ -73,6 +73,7 @@ from utils.models.loading import (
 from utils.models.lora import attach_lora, default_target_modules, use_row_dropout
 from utils.models.losses import normalise
 from utils.models.memory import PeakMemory, fitting_sequences, use_expandable_segments
+from utils.privacy.banded import BANDED
 from utils.privacy.guarantee import write_report
 from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
@@ -300,7 +301,10 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     mechanism: Mechanism
     if plan:
         seed = settings.insecure_fixed_noise_seed
-        mechanism = private(plan, gradients, masks, units, is_main=is_main, known_seed=seed)
+        keys = data["train"].keys() if plan.bands > 1 else None
+        mechanism = private(
+            plan, gradients, masks, units, is_main=is_main, row_keys=keys, known_seed=seed
+        )
         require_separate_examples(gradients, masks, language_model)
     else:
         total_bs, normalization = settings.total_bs, settings.loss_normalization
@@ -478,10 +482,13 @@ def plan_to_follow(
     ledger = settings.folder / LEDGER_FILE
     # A kill in the middle of its first line leaves nothing that was recorded.
     begun = read_plan(ledger) if ledger.exists() and read_ledger(ledger) else None
+    coefficients = None
     if begun and settings.noise_multiplier is None:
         # Another release of the accountant may calibrate another one for the same target.
         settings = replace(settings, noise_multiplier=begun.noise_multiplier)
-    plan, notices = plan_of(settings, num_examples)
+    if begun and settings.noise == BANDED and settings.bands in ("auto", begun.bands):
+        coefficients = begun.band_coefficients
+    plan, notices = plan_of(settings, num_examples, coefficients)
     if plan and begun:
         plan.require_same(begun, str(settings.folder))
     return plan, notices

@@ -149,8 +149,13 @@ class Ledger:
         return adapter_in(self._records)
 
     @property
+    def steps(self) -> list[int]:
+        """See `steps_in`."""
+        return steps_in(self._records)
+
+    @property
     def steps_recorded(self) -> int:
-        return len(steps_in(self._records))
+        return len(self.steps)
 
     @property
     def head(self) -> dict:
