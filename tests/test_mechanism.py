@@ -13,6 +13,7 @@ from privacy_checks.randomness import (
     count_p_value,
     repetition_p_value,
     scale_p_value,
+    whitened,
 )
 from tests.helpers import adapted_model
 from tests.test_plan import small_plan
@@ -279,15 +280,10 @@ def test_units_of_a_group_are_drawn_with_rows_that_are_theirs(gradients):
         assert np.unique(owners, return_counts=True)[1].max() == 2
 
 
-def whitened(releases, plan=BANDED):
-    """C on what was released of sums of zeros, in units of the deviation of its noise."""
-    noise = torch.stack(releases).numpy() / (plan.noise_multiplier * plan.clip_norm)
-    return np.array(
-        [
-            sum(c * noise[step - j] for j, c in enumerate(plan.coefficients[: step + 1]))
-            for step in range(len(noise))
-        ]
-    )
+def fresh_noise(releases):
+    """What the noise of releases of zeros was made of, where all are of one process start."""
+    noise = torch.stack(releases).numpy() / (BANDED.noise_multiplier * BANDED.clip_norm)
+    return whitened(noise, BANDED.coefficients)
 
 
 def test_released_sums_have_noise_that_c_makes_white_again(gradients, tmp_path):
@@ -300,10 +296,10 @@ def test_released_sums_have_noise_that_c_makes_white_again(gradients, tmp_path):
     again.open(tmp_path)
     resumed = [again.release(torch.zeros(3000), step) for step in range(12, 20)]
     again.close()
-    for noise in (whitened(released), whitened(resumed)):
+    for noise in (fresh_noise(released), fresh_noise(resumed)):
         assert min(scale_p_value(noise), repetition_p_value(noise)) > TINY_PROBABILITY
-    assert repetition_p_value(whitened(released), whitened(resumed)) > TINY_PROBABILITY
-    assert scale_p_value(whitened([*released, *resumed])) < TINY_PROBABILITY
+    assert repetition_p_value(fresh_noise(released), fresh_noise(resumed)) > TINY_PROBABILITY
+    assert scale_p_value(fresh_noise([*released, *resumed])) < TINY_PROBABILITY
     cells = torch.stack(released) / grid_spacing(BANDED.noise_multiplier * BANDED.clip_norm)
     assert torch.equal(cells, cells.round())
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import train
 from privacy_checks.composition import composed_report
+from privacy_checks.randomness import repetition_p_value, scale_p_value, whitened
 from privacy_checks.tiny_model import save_tiny_model
 from tests.faults import Terminal, on_small_disk
 from tests.helpers import slow
@@ -506,6 +507,46 @@ def test_a_resumed_run_draws_fresh_noise(run, monkeypatch):
     assert len(drawn) == 10
     correlations = np.corrcoef(drawn) - np.eye(10)
     assert np.abs(correlations).max() < 6 / np.sqrt(len(drawn[0]))
+
+
+def test_correlated_noise_begins_anew_after_a_crash_and_groups_go_on(run, monkeypatch):
+    """Rate 1 in a group of eight: every row takes part in every eighth step, lost ones apart."""
+    banded, noise, drawn = ["--noise=banded", "--bands=8", "--num_epochs=2"], [], []
+    add_noise, draw = mechanism.add_noise, mechanism.Private.draw
+
+    def noising(clipped_sum, *rest):
+        noised = add_noise(clipped_sum, *rest)
+        noise.append((noised - clipped_sum).numpy())
+        return noised
+
+    def drawing(self, step):
+        drawn.append((step, draw(self, step)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(mechanism, "add_noise", noising)
+    monkeypatch.setattr(mechanism.Private, "draw", drawing)
+    run(*banded, crash_in_step=5)
+    folder = run(*banded, "--resume=auto")
+    assert ledger_steps(folder) == [*range(1, 6), *range(4, 17)]
+
+    plan = read_plan(folder / LEDGER_FILE)
+    assert plan.bands == 8
+    noise = np.array(noise) / (plan.noise_multiplier * plan.clip_norm)
+    before, after = (whitened(part, plan.coefficients) for part in (noise[:5], noise[5:]))
+    assert min(map(scale_p_value, (before, after))) > 1e-6
+    assert repetition_p_value(np.concatenate([before, after])) > 1e-6
+    assert scale_p_value(noise) < 1e-6
+    groups = {step % 8: rows.tolist() for step, rows in drawn}
+    assert sorted(sum(groups.values(), [])) == list(range(64))
+    assert all(rows.tolist() == groups[step % 8] for step, rows in drawn)
+
+    values = report(folder)
+    assert (values["steps_lost"], values["participations"]) == (2, 3)
+    assert values["epsilon_without_lost_steps"]["upper"] <= 8 < values["epsilon"]["upper"]
+    composed = composed_report(folder)
+    (entry,) = composed["mechanisms"]
+    assert (entry["sampling_rate"], entry["times"], entry["steps"]) == (1.0, 3, 18)
+    assert composed["epsilon"]["add_or_remove_one"]["upper"] == values["epsilon"]["upper"]
 
 
 @pytest.mark.parametrize(

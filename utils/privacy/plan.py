@@ -136,6 +136,10 @@ class PrivacyPlan:
         rate = self.bands * self.expected_batch_size / self.num_examples
         return [SampledGaussian(rate, self.noise_multiplier, times, rows)]
 
+    def as_json(self) -> dict:
+        """Every field, as a ledger that is read again has it."""
+        return json.loads(json.dumps(asdict(self)))
+
     def digest(self) -> str:
         """A hash of every field, which ties ledger and checkpoints to this plan."""
         # Left out where they are None, so that plans of earlier versions keep their hash.
@@ -144,7 +148,7 @@ class PrivacyPlan:
         )  # fmt: skip
         settings = {
             name: value
-            for name, value in asdict(self).items()
+            for name, value in self.as_json().items()
             if value is not None or name not in newer
         }
         text = json.dumps(settings, sort_keys=True)
