@@ -81,6 +81,7 @@ from utils.privacy.plan import UNITS_AT_ONCE, PrivacyPlan, num_steps
 from utils.privacy.unit_sums import Units
 from utils.progress import Progress
 from utils.row_dropout import RowMasks
+from utils.runs.averaging import Average
 from utils.runs.batching import Halving, Microbatch, Shapes, cut_microbatches, deal_parts
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
@@ -103,6 +104,7 @@ from utils.runs.preflight import (
 from utils.runs.probe import HALVED, full_precision, probed
 from utils.runs.run_folder import (
     ADAPTER_HASH,
+    LAST_ADAPTER,
     begin,
     date_of,
     held,
@@ -149,6 +151,7 @@ class Run:
         first_step: those that the checkpoint which it continues has taken, else 0.
         is_continued: whether there is such a checkpoint.
         metrics: on the main process alone.
+        average: of the parameters over steps, where it is what is released.
     """
 
     settings: TrainingSettings
@@ -170,6 +173,7 @@ class Run:
     first_step: int = 0
     is_continued: bool = False
     metrics: PrivateMetrics | None = None
+    average: Average | None = None
 
     @property
     def folder(self) -> Path:
@@ -401,10 +405,13 @@ def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
         partial(begin_or_continue, settings, run.mechanism, run.steps, identity, private_identity)
     )
     metrics, first_step = None, checkpoint.state["step"] if checkpoint else 0
+    average = settings.average and Average(settings.average, run.parameters, run.steps)
     if checkpoint:
         restore_adapter(run.parameters, checkpoint.adapter)
         run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         run.scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
+        if average:
+            average.load_state_dict(checkpoint.optimizer.get("average"))
     if run.is_main:
         for name, fact in facts.items():
             write_json(run.folder / "private" / name, fact)
@@ -414,7 +421,13 @@ def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
             or settings.report_private_metrics
         )
         metrics = PrivateMetrics(run.folder, first_step, run.accelerator, tracked=tracked)
-    return replace(run, first_step=first_step, is_continued=checkpoint is not None, metrics=metrics)
+    return replace(
+        run,
+        first_step=first_step,
+        is_continued=checkpoint is not None,
+        metrics=metrics,
+        average=average or None,
+    )
 
 
 def read_splits(settings: TrainingSettings) -> tuple[dict[str, Dataset], Units | None]:
@@ -819,6 +832,8 @@ def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
         run.optimizer.step()
         run.scheduler.step()
         step += 1
+        if run.average:
+            run.average.update(step)
         rescue.append(save_last)
         if before is not None and learning_rate > 0:
             require_movement(before, run.parameters)
@@ -1019,6 +1034,11 @@ def evaluate(run: Run, step: int, stop: StopRequest) -> None:
     if loss is not None and run.is_main:
         run.record(step, {"validation_loss": loss})
         Progress.write(f"step {step}: validation loss {loss:.4f} (private)", file=sys.stderr)
+    if run.average and step == run.steps:
+        with run.average.in_place():
+            loss = validation_loss(run, microbatches, stop)
+        if loss is not None and run.is_main:
+            run.record(step, {"validation_loss_of_average": loss})
 
 
 @torch.no_grad()
@@ -1072,6 +1092,8 @@ def write_checkpoint(run: Run, step: int) -> None:
     """Write a checkpoint; on the main process alone."""
     if run.is_main:
         states = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
+        if run.average:
+            states["average"] = run.average.state_dict()
         save_checkpoint(
             run.folder / "checkpoints",
             step,
@@ -1142,15 +1164,26 @@ def save_adapter(run: Run, report: dict) -> str:
         "base_model_fingerprint": run.base_fingerprint,
         "base_model_bits": settings.quantised_bits,
     } | ({"prompt_date": run.prompt_date} if run.prompt_date else {})
-    card = model_card(settings.model_name, settings.prompt_style, report, str(final))
     run.model.peft_config["default"].base_model_name_or_path = portable(settings.model_name)
-    with whole_folder(final) as temporary:
+    if not run.average:
+        write_adapter(run, final, info, report)
+    else:
+        write_adapter(run, run.folder / LAST_ADAPTER, info, report)
+        with run.average.in_place():
+            write_adapter(run, final, info | {"average": settings.average}, report)
+    return adapter_sha256(final)
+
+
+def write_adapter(run: Run, folder: Path, info: dict, report: dict) -> None:
+    """Write the model's adapter as it is now, see `save_adapter`."""
+    settings = run.settings
+    card = model_card(settings.model_name, settings.prompt_style, report, str(folder))
+    with whole_folder(folder) as temporary:
         run.model.save_pretrained(temporary, save_embedding_layers=False)
         write_adapter_info(temporary, info)
         write_atomic(temporary / "README.md", card)
-        if run.mechanism.adapter:
+        if run.mechanism.adapter and folder.name == "adapter":
             run.mechanism.record_adapter(adapter_sha256(temporary))
-    return adapter_sha256(final)
 
 
 def say_start(run: Run) -> None:

@@ -229,8 +229,8 @@ class CorrelationKeptSecretlyShort(Private):
     """Everybody takes part twice as often as the noise has bands and epsilon counts."""
 
     def draw(self, step: int) -> np.ndarray:
-        both = (super().draw(each) for each in (step, step + self.plan.bands // 2))
-        return np.sort(np.concatenate(list(both)))
+        others = super().draw(step + self.plan.bands // 2)
+        return np.sort(np.concatenate([super().draw(step), others]))
 
 
 class DropoutByPlace(Private):

@@ -484,6 +484,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_counts_what_was_lost(run)
     assert (values["steps_taken"], values["steps_lost"]) == (8, 2)
 
 
+@pytest.mark.parametrize("dp", [slow(True), False])
+def test_an_average_is_the_adapter_and_the_same_after_a_crash(run, dp):
+    rule, plain = [FIXED] if dp else [], run(*([FIXED] if dp else []), dp=dp, output="plain")
+    whole = run(*rule, "--average=tail:0.75", dp=dp, output="whole")
+    run(*rule, "--average=tail:0.75", dp=dp, output="broken", crash_in_step=5)
+    folder = run(*rule, "--average=tail:0.75", "--resume=auto", dp=dp, output="broken")
+    assert largest_difference(whole, folder) == 0
+    # The run itself is the one without an average, which is kept apart.
+    assert largest_difference(whole, plain) > 0
+    last = load_file(folder / "adapter_last" / "adapter_model.safetensors")
+    assert all(torch.equal(last[name], tensor) for name, tensor in adapter(plain).items())
+    styles = [
+        json.loads((folder / name / "training_style.json").read_text()).get("average")
+        for name in ("adapter", "adapter_last")
+    ]
+    assert styles == ["tail:0.75", None]
+    assert report(folder)["adapter_sha256"] == adapter_sha256(folder / "adapter")
+    assert "validation_loss_of_average" in metrics(folder)[-1]
+    assert run(*rule, "--average=tail:0.75", "--resume=auto", dp=dp, output="broken") == folder
+
+
 def test_both_epsilons_are_reported_after_a_crash(run):
     run(crash_in_step=6)
     values = report(run("--resume=auto"))

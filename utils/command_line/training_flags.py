@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from utils.cli import UsageError
 from utils.command_line.parser import (
+    average_rule,
     batch_size,
     flag,
     job_name,
@@ -238,6 +239,13 @@ class TrainingSettings(JobSettings):
     lr_scheduler: str = _optimisation("of the learning rate", "constant", choices=SCHEDULERS)
     warmup_steps: int = _optimisation("steps; `constant` has none", 30, type=natural_int)
     wd: float = _optimisation("AdamW's weight decay", 0.0, type=float)
+    average: str | None = _optimisation(
+        "adapter/ is then an average over steps, which costs no epsilon: ema:B, exponential with "
+        "decay B and without a pull to the start, or tail:F, the mean of the last share F of the "
+        "steps; what the last step left is adapter_last/",
+        type=average_rule,
+        metavar="{ema:B,tail:F}",
+    )
 
     lora_r: int = _lora("rank", 8)
     lora_alpha: float = _lora("scale is alpha / r", 16, type=positive_float)
