@@ -614,20 +614,17 @@ def _noise_checks(run: Run, second: Run) -> list[Check]:
 
 def _sampler_checks(second: Run) -> list[Check]:
     plan = second.plan
-    taken = np.zeros((len(second.seen.batches), plan.num_examples), dtype=bool)
-    for row, batch in zip(taken, second.seen.batches):
+    in_steps = np.zeros((len(second.seen.batches), plan.num_examples), dtype=bool)
+    for row, batch in zip(in_steps, second.seen.batches):
         row[batch] = True
-    separation = []
-    if plan.bands > 1:
-        # [rounds, groups, examples]
-        rounds = taken.reshape(-1, plan.bands, plan.num_examples)
-        most = int(rounds.any(axis=0).sum(axis=0).max())
-        separation = [Check("sampler, groups", most == 1, f"a row was drawn from {most} groups")]
-        # Everybody in the one step of each round that is their group's.
-        taken = rounds.any(axis=1)
+    # In a round each of the groups has its turn, and every row the step of its own.
+    rounds = in_steps.reshape(-1, plan.bands, plan.num_examples)
+    most = int(rounds.any(axis=0).sum(axis=0).max())
+    separation = [Check("sampler, groups", most <= 1, f"a row was drawn from {most} groups")]
+    taken = np.any(rounds, axis=1)
     rate = plan.bands * plan.sampling_rate
     return [
-        *separation,
+        *(separation if plan.bands > 1 else []),
         _statistical("sampler, batch sizes", randomness.batch_size_p_value(taken, rate)),
         _statistical("sampler, counts of examples", randomness.count_p_value(taken, rate)),
         _statistical("sampler, adjacent batches", randomness.adjacent_p_value(taken, rate)),
