@@ -31,6 +31,7 @@ from utils.command_line.training_flags import (
 )
 from utils.models.base_folder import read_config
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
+from utils.privacy.banded import BANDED
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
 from utils.privacy.recipe import batch_sizes, promise, recipe_warnings, signal_to_noise
 from utils.runs.preflight import check_here
@@ -104,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         num_train_examples=settings.num_train_examples if settings.draws_units else counted,
         num_train_units=counted if settings.draws_units else settings.num_train_units,
         noise_multiplier=plan.noise_multiplier if plan else settings.noise_multiplier,
+        bands=plan.bands if plan and settings.noise == BANDED else settings.bands,
     )
 
     footprint = footprint_of(settings)
@@ -296,6 +298,8 @@ def say_summary(
             ("guarantee", f"({plan.target_epsilon:g}, {plan.delta:g})-DP, one {unit} added or "
              f"removed{f', with a histogram of sigma {reserved:g}' if reserved else ''}{of_delta}"),
         ]  # fmt: skip
+        if plan.bands > 1:
+            rows.append(("correlated noise", of_bands(plan, trained)))
         if trained:
             of_a_step, of_all = signal_to_noise(plan, trained, settings.max_seq_len)
             rows.append(
@@ -314,6 +318,17 @@ def say_summary(
     ]  # fmt: skip
     for name, value in rows:
         say(f"  {name:<20} {value}")
+
+
+def of_bands(plan: PrivacyPlan, trained: int | None) -> str:
+    """What correlated noise does, and what it takes."""
+    kept = plan.bands - 1
+    memory = f", {8 * kept * trained / GIB:.2g} GiB" if trained else ""
+    times = plan.participations(range(plan.steps))
+    return (
+        f"{plan.bands} bands: a {'row' if plan.unit_column is None else 'unit'} takes part in at "
+        f"most {times} steps; {kept} past noises{memory} in the main process's memory"
+    )
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ from utils.models.loading import (
 from utils.models.lora import attach_lora, default_target_modules, use_row_dropout
 from utils.models.losses import normalise
 from utils.models.memory import PeakMemory, fitting_sequences, use_expandable_segments
+from utils.privacy.banded import BANDED
 from utils.privacy.guarantee import write_report
 from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
@@ -80,6 +81,7 @@ from utils.privacy.plan import UNITS_AT_ONCE, PrivacyPlan, num_steps
 from utils.privacy.unit_sums import Units
 from utils.progress import Progress
 from utils.row_dropout import RowMasks
+from utils.runs.averaging import Average
 from utils.runs.batching import Halving, Microbatch, Shapes, cut_microbatches, deal_parts
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
@@ -102,6 +104,7 @@ from utils.runs.preflight import (
 from utils.runs.probe import HALVED, full_precision, probed
 from utils.runs.run_folder import (
     ADAPTER_HASH,
+    LAST_ADAPTER,
     begin,
     date_of,
     held,
@@ -148,6 +151,7 @@ class Run:
         first_step: those that the checkpoint which it continues has taken, else 0.
         is_continued: whether there is such a checkpoint.
         metrics: on the main process alone.
+        average: of the parameters over steps, where it is what is released.
     """
 
     settings: TrainingSettings
@@ -169,6 +173,7 @@ class Run:
     first_step: int = 0
     is_continued: bool = False
     metrics: PrivateMetrics | None = None
+    average: Average | None = None
 
     @property
     def folder(self) -> Path:
@@ -300,7 +305,10 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     mechanism: Mechanism
     if plan:
         seed = settings.insecure_fixed_noise_seed
-        mechanism = private(plan, gradients, masks, units, is_main=is_main, known_seed=seed)
+        keys = data["train"].keys() if plan.bands > 1 else None
+        mechanism = private(
+            plan, gradients, masks, units, is_main=is_main, row_keys=keys, known_seed=seed
+        )
         require_separate_examples(gradients, masks, language_model)
     else:
         total_bs, normalization = settings.total_bs, settings.loss_normalization
@@ -397,10 +405,13 @@ def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
         partial(begin_or_continue, settings, run.mechanism, run.steps, identity, private_identity)
     )
     metrics, first_step = None, checkpoint.state["step"] if checkpoint else 0
+    average = settings.average and Average(settings.average, run.parameters, run.steps)
     if checkpoint:
         restore_adapter(run.parameters, checkpoint.adapter)
         run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         run.scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
+        if average:
+            average.load_state_dict(checkpoint.optimizer.get("average"))
     if run.is_main:
         for name, fact in facts.items():
             write_json(run.folder / "private" / name, fact)
@@ -410,7 +421,13 @@ def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
             or settings.report_private_metrics
         )
         metrics = PrivateMetrics(run.folder, first_step, run.accelerator, tracked=tracked)
-    return replace(run, first_step=first_step, is_continued=checkpoint is not None, metrics=metrics)
+    return replace(
+        run,
+        first_step=first_step,
+        is_continued=checkpoint is not None,
+        metrics=metrics,
+        average=average or None,
+    )
 
 
 def read_splits(settings: TrainingSettings) -> tuple[dict[str, Dataset], Units | None]:
@@ -478,10 +495,13 @@ def plan_to_follow(
     ledger = settings.folder / LEDGER_FILE
     # A kill in the middle of its first line leaves nothing that was recorded.
     begun = read_plan(ledger) if ledger.exists() and read_ledger(ledger) else None
+    coefficients = None
     if begun and settings.noise_multiplier is None:
         # Another release of the accountant may calibrate another one for the same target.
         settings = replace(settings, noise_multiplier=begun.noise_multiplier)
-    plan, notices = plan_of(settings, num_examples)
+    if begun and settings.noise == BANDED and settings.bands in ("auto", begun.bands):
+        coefficients = begun.band_coefficients
+    plan, notices = plan_of(settings, num_examples, coefficients)
     if plan and begun:
         plan.require_same(begun, str(settings.folder))
     return plan, notices
@@ -812,6 +832,8 @@ def learn(run: Run, rescue: list[Callable[[], object]]) -> int:
         run.optimizer.step()
         run.scheduler.step()
         step += 1
+        if run.average:
+            run.average.update(step)
         rescue.append(save_last)
         if before is not None and learning_rate > 0:
             require_movement(before, run.parameters)
@@ -1012,6 +1034,11 @@ def evaluate(run: Run, step: int, stop: StopRequest) -> None:
     if loss is not None and run.is_main:
         run.record(step, {"validation_loss": loss})
         Progress.write(f"step {step}: validation loss {loss:.4f} (private)", file=sys.stderr)
+    if run.average and step == run.steps:
+        with run.average.in_place():
+            loss = validation_loss(run, microbatches, stop)
+        if loss is not None and run.is_main:
+            run.record(step, {"validation_loss_of_average": loss})
 
 
 @torch.no_grad()
@@ -1065,6 +1092,8 @@ def write_checkpoint(run: Run, step: int) -> None:
     """Write a checkpoint; on the main process alone."""
     if run.is_main:
         states = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
+        if run.average:
+            states["average"] = run.average.state_dict()
         save_checkpoint(
             run.folder / "checkpoints",
             step,
@@ -1135,15 +1164,26 @@ def save_adapter(run: Run, report: dict) -> str:
         "base_model_fingerprint": run.base_fingerprint,
         "base_model_bits": settings.quantised_bits,
     } | ({"prompt_date": run.prompt_date} if run.prompt_date else {})
-    card = model_card(settings.model_name, settings.prompt_style, report, str(final))
     run.model.peft_config["default"].base_model_name_or_path = portable(settings.model_name)
-    with whole_folder(final) as temporary:
+    if not run.average:
+        write_adapter(run, final, info, report)
+    else:
+        write_adapter(run, run.folder / LAST_ADAPTER, info, report)
+        with run.average.in_place():
+            write_adapter(run, final, info | {"average": settings.average}, report)
+    return adapter_sha256(final)
+
+
+def write_adapter(run: Run, folder: Path, info: dict, report: dict) -> None:
+    """Write the model's adapter as it is now, see `save_adapter`."""
+    settings = run.settings
+    card = model_card(settings.model_name, settings.prompt_style, report, str(folder))
+    with whole_folder(folder) as temporary:
         run.model.save_pretrained(temporary, save_embedding_layers=False)
         write_adapter_info(temporary, info)
         write_atomic(temporary / "README.md", card)
-        if run.mechanism.adapter:
+        if run.mechanism.adapter and folder.name == "adapter":
             run.mechanism.record_adapter(adapter_sha256(temporary))
-    return adapter_sha256(final)
 
 
 def say_start(run: Run) -> None:

@@ -13,7 +13,8 @@ that one example changes how others are computed, so a short replay of a model o
 bfloat16 leaves out rows and asks that no other row's gradient moves. All other randomness is real,
 so a sound run fails once in a thousand times. With --unit each canary is a person with four
 identical rows, in a run that protects persons; another run on the same data, with the same noise,
-protects rows, and shows that a person is lost in it. --break shows that a broken mechanism is
+protects rows, and shows that a person is lost in it. With --bands noise is correlated over steps,
+and the attack undoes what of it cancels. --break shows that a broken mechanism is
 caught. Exit code 0 if everything passes, else 1.
 """
 
@@ -26,6 +27,7 @@ from utils.command_line.parser import answer_early, flag, positive_float, positi
 BROKEN = (
     "noise_half", "clip_double", "no_clip", "reuse_noise", "shuffle", "cap_ignored",
     "mean_by_row_clip", "dropout_by_place", "rope_state", "bf16_free_shapes",
+    "correlation_kept_secretly_short",
 )  # fmt: skip
 
 
@@ -39,6 +41,7 @@ class Settings:
     )
     steps: int | None = flag("logical steps (default 16; 4 with --unit)", type=positive_int)
     noise_multiplier: float | None = flag("sigma (default 4; 2 with --unit)", type=positive_float)
+    bands: int = flag("of correlated noise, see --bands of train.py; 1: white noise", 1)
     delta: float = flag("of the claim", 1e-5)
     broken: str | None = flag("audit this broken mechanism", name="--break", choices=BROKEN)
     json: Path | None = flag("also write this", type=Path, metavar="FILE")
@@ -51,9 +54,10 @@ import math
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import count
 from unittest import mock
 
 import numpy as np
@@ -93,7 +97,7 @@ THRESHOLDS = np.linspace(-0.5, 1.5, 9)
 GUESSED = 5
 # Rows that the replay leaves out: one of a middle length, and the longest.
 REPLAYED_STEPS = 2
-# The second run: Poisson samples of a fifth of the examples.
+# The second run: Poisson samples of a fifth of the examples, or half of that with bands.
 SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE = 100, 20, 100, 1.0
 
 
@@ -135,9 +139,10 @@ class Run:
 
     @property
     def noise(self) -> np.ndarray:
-        """float64 [releases, parameters], in units of the noise that the plan accounts for."""
+        """float64 [releases, parameters]: what the noise that the plan accounts for is made of."""
         deviation = self.plan.noise_multiplier * self.plan.clip_norm
-        return (self.released - np.array(self.seen.clipped_sums)) / deviation
+        noise = (self.released - np.array(self.seen.clipped_sums)) / deviation
+        return randomness.whitened(noise, self.plan.coefficients)
 
 
 # ------------------------------------------------------------------------ the mechanisms
@@ -220,6 +225,14 @@ class Shuffle(Private):
         return shuffled_batch(self.num_examples, self.divisor, seed=0, step=step)
 
 
+class CorrelationKeptSecretlyShort(Private):
+    """Everybody takes part twice as often as the noise has bands and epsilon counts."""
+
+    def draw(self, step: int) -> np.ndarray:
+        others = super().draw(step + self.plan.bands // 2)
+        return np.sort(np.concatenate([super().draw(step), others]))
+
+
 class DropoutByPlace(Private):
     """Dropout whose masks follow an example's place in its microbatch."""
 
@@ -257,6 +270,7 @@ def _no_shapes(*_) -> tuple[Shapes | None, Numerics]:
 BREAKS: dict[str, type[Private]] = {
     "noise_half": NoiseHalf, "clip_double": ClipDouble, "no_clip": NoClip,
     "reuse_noise": ReuseNoise, "shuffle": Shuffle,
+    "correlation_kept_secretly_short": CorrelationKeptSecretlyShort,
 }  # fmt: skip
 BREAKS |= BREAKS_OF_PERSONS
 COUPLINGS = {
@@ -292,6 +306,12 @@ def main(argv: list[str] | None = None) -> int:
     canaries, steps, noise_multiplier = sizes_of(settings)
     if settings.broken in BREAKS_OF_PERSONS and not settings.unit:
         raise UsageError(f"--break {settings.broken} needs --unit: it breaks what protects persons")
+    if settings.bands not in (1, 2, 4, 5):
+        raise UsageError(f"--bands {settings.bands}: must be 1, 2, 4 or 5")
+    if settings.bands > 1 and settings.unit:
+        raise UsageError(f"--bands {settings.bands} does not go with --unit; leave one of them out")
+    if settings.broken == "correlation_kept_secretly_short" and settings.bands == 1:
+        raise UsageError(f"--break {settings.broken} needs --bands 2 or more: white noise has none")
     if not 100 <= canaries <= NUM_PARAMETERS:
         raise UsageError(
             f"--canaries {canaries}: must be between 100 and {NUM_PARAMETERS}, one for "
@@ -301,11 +321,11 @@ def main(argv: list[str] | None = None) -> int:
     # The second run is in a process of its own, so that its keys come from another start.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
-        sampled = pool.submit(sampled_run, settings.broken, settings.unit)
+        sampled = pool.submit(sampled_run, settings.broken, settings.unit, settings.bands)
         sizes = (canaries, steps, noise_multiplier, settings.delta)
         of_rows = pool.submit(canary_run, *sizes, None, ROWS_OF_PERSONS) if settings.unit else None
         protects = PERSONS if settings.unit else EXAMPLES
-        inside, run = canary_run(*sizes, settings.broken, protects)
+        inside, run = canary_run(*sizes, settings.broken, protects, settings.bands)
         second = sampled.result()
         others = others_move(settings.broken)
         if of_rows:
@@ -345,11 +365,13 @@ def canary_run(
     delta: float,
     broken: str | None = None,
     protects: str = EXAMPLES,
+    bands: int = 1,
 ) -> tuple[np.ndarray, Run]:
-    """Train on the canaries that a fair coin put in, all of them in every step.
+    """Train on the canaries that a fair coin put in, all of them, or of a group, in every step.
 
     Args:
         protects: EXAMPLES, PERSONS or ROWS_OF_PERSONS.
+        bands: of the noise, for EXAMPLES.
 
     Returns:
         bool [canaries], which were in, and the run.
@@ -357,20 +379,24 @@ def canary_run(
     inside = np.zeros(canaries, dtype=bool)
     inside[SecureRandom().bernoulli_indices(1, 2, canaries)] = True
     coordinates = canary_coordinates(canaries)[inside]
-    claim = compute_epsilon([SampledGaussian(1.0, noise_multiplier, steps)], delta).upper
+    times = -(-steps // bands)
+    claim = compute_epsilon([SampledGaussian(1.0, noise_multiplier, times)], delta).upper
     rows = np.repeat(coordinates, 1 if protects == EXAMPLES else CANARY_ROWS)
     drawn = len(rows) if protects == ROWS_OF_PERSONS else len(coordinates)
     run = _train(
-        drawn, drawn, steps, noise_multiplier, claim, delta, broken, rows, protects == PERSONS
-    )
+        drawn, drawn // bands, steps, noise_multiplier, claim, delta, broken, rows,
+        protects == PERSONS, bands,
+    )  # fmt: skip
     return inside, run
 
 
-def sampled_run(broken: str | None = None, unit: bool = False) -> Run:
+def sampled_run(broken: str | None = None, unit: bool = False, bands: int = 1) -> Run:
     """Train without canaries on Poisson samples, for tests of the batches and of the noise."""
+    batch = SAMPLED_BATCH if bands == 1 else SAMPLED_BATCH // 2
     return _train(
-        SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE, 1e3, 1e-5, broken, unit=unit
-    )
+        SAMPLED_EXAMPLES, batch, SAMPLED_STEPS, SAMPLED_NOISE, 1e3, 1e-5, broken, unit=unit,
+        bands=bands,
+    )  # fmt: skip
 
 
 def others_move(broken: str | None = None) -> float:
@@ -404,22 +430,27 @@ def _train(
     broken: str | None,
     coordinates: np.ndarray | None = None,
     unit: bool = False,
+    bands: int = 1,
 ) -> Run:
-    """Train on equal rows, one for each of the coordinates or, without them, what is drawn."""
+    """Train on rows, one for each of the coordinates or, without them, what is drawn."""
     more = unit_flags(CANARY_CAP) if unit else []
+    text: Callable[[], str] = lambda: "canary"  # noqa: E731
+    if bands > 1:
+        more = ["--noise=banded", f"--bands={bands}"]
+        text = map(str, count()).__next__  # equal rows would be of one group
     drawn_rows = examples * (CANARY_ROWS if unit else 1)
     rows = drawn_rows if coordinates is None else len(coordinates)
     torch.set_num_threads(1)  # a tiny model's threads would wait for one another
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tiny_model(folder / "model")
-        save_rows(folder / "canaries.jsonl", np.arange(rows) // CANARY_ROWS, lambda: "canary")
+        save_rows(folder / "canaries.jsonl", np.arange(rows) // CANARY_ROWS, text)
         argv = [
             f"--dataset_name={folder / 'canaries.jsonl'}", f"--model_name={folder / 'model'}",
             f"--output_dir={folder}", "--job_sess=audited", "--prompt_style=uncond_generation",
             "--max_seq_len=8", "--perdevice_bs=500", f"--eps={epsilon!r}", f"--delta={delta!r}",
             f"--clip={CLIP_NORM}", f"--noise_multiplier={noise_multiplier!r}",
-            f"--total_bs={batch}", f"--num_epochs={steps * batch / examples!r}", *more,
+            f"--total_bs={batch}", f"--num_epochs={(steps + 0.5) * batch / examples!r}", *more,
         ]  # fmt: skip
         changes = [BREAKS[broken]] if broken in BREAKS else []
         if coordinates is None:
@@ -514,7 +545,7 @@ def judge_persons(
 def _lower_bounds(inside: np.ndarray, run: Run, rows: int = 1) -> dict[str, float]:
     """Lower bounds on epsilon of a canary that so many rows push, by the name of the estimator."""
     delta, push = run.plan.delta, rows * run.plan.clip_norm
-    scores = run.updates[:, canary_coordinates(len(inside))].mean(axis=0) / push
+    scores = _scores(inside, run) / push
     groups = scores[inside], scores[~inside]
     guesses = len(inside) // GUESSED
     one_run_arguments = (correct_guesses(*groups, guesses), guesses, len(inside))
@@ -524,6 +555,29 @@ def _lower_bounds(inside: np.ndarray, run: Run, rows: int = 1) -> dict[str, floa
         "one_run": one_run(*one_run_arguments, delta, CONFIDENCE),
         "one_run_f_dp": one_run_f_dp(*one_run_arguments, delta, CONFIDENCE),
     }
+
+
+def _scores(inside: np.ndarray, run: Run) -> np.ndarray:
+    """float64 [canaries], 1 on average for a canary whose push of 1 was in, and 0 for another.
+
+    What was released is made C G + z, of which a canary moves a column of C for each of its steps:
+    its score is the part along these columns. With white noise that is the mean over steps.
+    """
+    plan = run.plan
+    released = randomness.whitened(
+        run.updates[:, canary_coordinates(len(inside))], plan.coefficients
+    )
+    columns = randomness.whitened(np.eye(len(released)), plan.coefficients)
+    # Whoever was not in was of no group, so any will do.
+    groups = np.arange(len(inside)) % plan.bands
+    if plan.bands > 1:
+        of_rows = groups[inside]
+        for step, batch in reversed(list(enumerate(run.seen.batches))):
+            of_rows[batch] = step % plan.bands
+        groups[inside] = of_rows
+    steps = np.equal.outer(np.arange(len(released)) % plan.bands, groups)
+    weights = columns @ steps  # [steps, canaries]
+    return (weights * released).sum(axis=0) / (weights**2).sum(axis=0)
 
 
 def _mechanism_checks(inside: np.ndarray, run: Run) -> list[Check]:
@@ -559,11 +613,18 @@ def _noise_checks(run: Run, second: Run) -> list[Check]:
 
 
 def _sampler_checks(second: Run) -> list[Check]:
-    taken = np.zeros((len(second.seen.batches), second.plan.num_examples), dtype=bool)
-    for row, batch in zip(taken, second.seen.batches):
+    plan = second.plan
+    in_steps = np.zeros((len(second.seen.batches), plan.num_examples), dtype=bool)
+    for row, batch in zip(in_steps, second.seen.batches):
         row[batch] = True
-    rate = second.plan.sampling_rate
+    # In a round each of the groups has its turn, and every row the step of its own.
+    rounds = in_steps.reshape(-1, plan.bands, plan.num_examples)
+    most = int(rounds.any(axis=0).sum(axis=0).max())
+    separation = [Check("sampler, groups", most <= 1, f"a row was drawn from {most} groups")]
+    taken = np.any(rounds, axis=1)
+    rate = plan.bands * plan.sampling_rate
     return [
+        *(separation if plan.bands > 1 else []),
         _statistical("sampler, batch sizes", randomness.batch_size_p_value(taken, rate)),
         _statistical("sampler, counts of examples", randomness.count_p_value(taken, rate)),
         _statistical("sampler, adjacent batches", randomness.adjacent_p_value(taken, rate)),

@@ -11,6 +11,7 @@ from utils.privacy.accounting import (
     ADD_REMOVE,
     MAX_DELTA,
     MIN_DELTA,
+    REPLACE,
     SampledGaussian,
     compute_delta,
     compute_epsilon,
@@ -91,9 +92,10 @@ def composed_report(
     for run in read:
         _require_claim(run)
     _require_one_unit(read)
-    plan = read[0].plan
+    _require_relations(read, relations)
+    plan = max((run.plan for run in read), key=lambda each: each.bands)
     training = [run.mechanism(run.steps_recorded, len(read) > 1) for run in read]
-    released = [run.mechanism(run.steps, len(read) > 1) for run in read]
+    released = [run.mechanism(range(run.steps), len(read) > 1) for run in read]
     facts = [run.facts() for run in read]
     not_covered = [
         *not_covered_of(plan.unit_column, "; ".join(each["numerics"] for each in facts)),
@@ -141,7 +143,8 @@ class _Run:
     Attributes:
         is_insecure: noise and sampling came from a known seed.
         num_canary_rows: rows of N that are canaries, which only training reads.
-        steps, steps_recorded: those in the released model, and in the ledger.
+        steps: in the released model.
+        steps_recorded: the numbers of those in the ledger.
         ledger_end: its last chain value; chains begin with a random run id.
     """
 
@@ -150,7 +153,7 @@ class _Run:
     plan: PrivacyPlan
     num_canary_rows: int
     steps: int
-    steps_recorded: int
+    steps_recorded: list[int]
     own_report: dict
     checks: Sequence[str]
     ledger_end: str
@@ -162,16 +165,22 @@ class _Run:
             return None
         return self.plan.num_examples - self.num_canary_rows
 
-    def mechanism(self, steps: int, named: bool) -> dict:
-        """`steps` of training, as an entry of the composition."""
+    def mechanism(self, steps: Sequence[int], named: bool) -> dict:
+        """The steps of training of these numbers, as an entry of the composition."""
         training = f"training of {self.folder}" if named else "training"
+        (event,) = self.plan.events(self.plan.participations(steps))
+        of_bands = {}
+        if self.plan.bands > 1:
+            # A step that was lost and taken again may have come any time after itself.
+            in_turn = len(set(steps)) == len(steps)
+            of_bands = {"steps": len(steps), "every": self.plan.bands if in_turn else 1}
         return {
             "mechanism": f"{training}, all steps on record",
-            "sampling_rate": self.plan.sampling_rate,
-            "noise_multiplier": self.plan.noise_multiplier,
-            "rows_per_unit": self.plan.events(steps)[0].rows_per_unit,
-            "times": steps,
-        }
+            "sampling_rate": event.sampling_rate,
+            "noise_multiplier": event.noise_multiplier,
+            "rows_per_unit": event.rows_per_unit,
+            "times": event.steps,
+        } | of_bands
 
     def facts(self) -> dict:
         """What the report says of this run alone."""
@@ -182,10 +191,11 @@ class _Run:
             "max_rows_per_unit": self.plan.max_rows_per_unit,
             "canaries": self.num_canary_rows,
             "clip_norm": self.plan.clip_norm,
+            "bands": self.plan.bands,
             "numerics": self.own_report.get("numerics", NOT_PROBED),
             "steps_planned": self.plan.steps,
             "steps_taken": self.steps,
-            "steps_lost": self.steps_recorded - self.steps,
+            "steps_lost": len(self.steps_recorded) - self.steps,
             "target_epsilon": self.plan.target_epsilon,
             "target_delta": self.plan.delta,
             "plan_hash": self.plan.digest(),
@@ -225,6 +235,18 @@ def _require_one_unit(runs: Sequence[_Run]) -> None:
                 f"the unit of {first.folder} is {unit_of(first.plan)}, and of {run.folder} "
                 f"{unit_of(run.plan)}; make one report for each"
             )
+
+
+def _require_relations(runs: Sequence[_Run], relations: Sequence[str]) -> None:
+    """Refuse REPLACE with correlated noise, of which it says nothing."""
+    if REPLACE in relations:
+        for run in runs:
+            if run.plan.bands > 1:
+                raise UsageError(
+                    f"neighbouring relation {REPLACE!r}: no accountant has it for the noise of "
+                    f"{run.plan.bands} bands of {run.folder}, where another example is of another "
+                    f"group; use {ADD_REMOVE!r}"
+                )
 
 
 def _neighbour(plan: PrivacyPlan) -> tuple[str | None, str | None]:
@@ -315,7 +337,7 @@ def _read_run(folder: Path) -> _Run:
         # Runs of earlier versions have no such flags.
         num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1),
         steps=steps,
-        steps_recorded=len(steps_in(records)),
+        steps_recorded=steps_in(records),
         own_report=own_report,
         checks=checks,
         ledger_end=records[-1]["chain"],
@@ -365,8 +387,9 @@ def _require_claim(run: _Run) -> None:
     claim = run.own_report["epsilon"]["upper"]
     # Reports of earlier versions claim what the steps of the released model cost.
     counts_lost = "epsilon_without_lost_steps" in run.own_report
-    steps = run.steps + run.own_report["steps_lost"] if counts_lost else run.steps
-    spent = compute_epsilon(run.plan.events(steps), run.plan.delta).upper
+    counted = run.steps + run.own_report["steps_lost"] if counts_lost else run.steps
+    times = run.plan.participations(run.steps_recorded[:counted])
+    spent = compute_epsilon(run.plan.events(times), run.plan.delta).upper
     if claim < spent - CLAIM_TOLERANCE:
         raise UsageError(
             f"{run.folder / 'privacy_report.json'} claims epsilon {claim}, but its ledger gives "
@@ -480,11 +503,11 @@ def epsilon_over_steps(report: dict, points: int = CURVE_POINTS) -> list[dict]:
     """
     training, histograms = by_kind(report["mechanisms"])
     relation = report["neighbouring_relations"][0]
-    taken = sum(entry["times"] for entry in training)
+    taken = sum(map(_steps_of, training))
     count = min(points - 1, taken)
     curve = []
     evenly = {round(taken * i / max(1, count)) for i in range(count + 1)}
-    for step in sorted(evenly | set(accumulate(entry["times"] for entry in training))):
+    for step in sorted(evenly | set(accumulate(map(_steps_of, training)))):
         events = events_of([*_first_steps(training, step), *histograms])
         epsilon = compute_epsilon(events, report["delta"], relation).upper
         curve.append({"step": step, "epsilon": epsilon})
@@ -495,7 +518,7 @@ def curve_by_run(report: dict, curve: list[dict]) -> dict[str, list[tuple[int, f
     """`epsilon_over_steps` as (step, epsilon) of each run, from where the one before ended."""
     training, start, found = by_kind(report["mechanisms"])[0], 0, {}
     for run, entry in zip(report.get("runs", [report]), training):
-        end = start + entry["times"]
+        end = start + _steps_of(entry)
         points = [(each["step"], each["epsilon"]) for each in curve]
         found[run["run"]] = [point for point in points if start <= point[0] <= end]
         start = end
@@ -514,7 +537,14 @@ def _first_steps(training: list[dict], steps: int) -> list[dict]:
     """The runs after `steps` steps of all of them, one run after the other."""
     taken = []
     for entry in training:
-        times = min(entry["times"], steps)
+        here = min(_steps_of(entry), steps)
+        # A unit takes part in one of so many steps in turn.
+        times = min(entry["times"], -(-here // entry.get("every", 1)))
         taken.append(entry | {"times": times})
-        steps -= times
+        steps -= here
     return taken
+
+
+def _steps_of(entry: dict) -> int:
+    """The steps of a run; an accountant counts fewer of them where noise is correlated."""
+    return entry.get("steps", entry["times"])

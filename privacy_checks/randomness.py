@@ -1,5 +1,7 @@
 """Tests of who was sampled and of the noise that was added, as p-values of what was recorded."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import fft, special, stats
 
@@ -73,6 +75,21 @@ def repetition_p_value(noise: np.ndarray, other: np.ndarray | None = None) -> fl
         largest = max(largest, float(correlations.max()))
         tests += correlations.size
     return min(1.0, 2 * tests * float(special.ndtr(-largest * np.sqrt(size))))
+
+
+def whitened(noise: np.ndarray, coefficients: Sequence[float]) -> np.ndarray:
+    """C on the noise of one process start, which a plan's coefficients make white again.
+
+    Args:
+        noise: float [steps, parameters].
+        coefficients: the first column of C; (1,) for noise that is white as it is.
+    """
+    return np.stack(
+        [
+            sum(c * noise[step - j] for j, c in enumerate(coefficients[: step + 1]))
+            for step in range(len(noise))
+        ]
+    )
 
 
 def _unit_rows(noise: np.ndarray) -> np.ndarray:

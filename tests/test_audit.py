@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from privacy_checks import audit, randomness
+from privacy_checks.observed_run import Observation
 from privacy_checks.persons import CANARY_ROWS
 from tests.mutated_train import observe_mutated_training
+from tests.test_plan import small_plan
+from utils.cli import UsageError
+from utils.privacy.banded import band_coefficients
 from utils.secure_random import SecureRandom
 
 # The same mu, and so the same claim, as the full size: sqrt(steps) / sigma = 1.
@@ -86,6 +90,64 @@ def test_noise_that_repeats_at_another_process_start_is_caught(sound):
         run.seen.released[2] = kept
     assert "noise between process starts" in caught
     assert "noise between and within steps" not in caught
+
+
+# ---------------------------------------------------------------- correlated noise
+
+# Two participations each: mu is 1 but for what the last columns lack.
+BANDS = SMALL | {"steps": 8, "noise_multiplier": 2**0.5, "bands": 4}
+
+
+@pytest.mark.slow
+def test_correlated_noise_passes_and_is_caught_where_it_is_not_what_is_accounted():
+    sound = *audit.canary_run(**BANDS), audit.sampled_run(bands=4), 0.0
+    result = audit.judge(*sound)
+    assert failed(result) == set()
+    assert result["claimed_epsilon"] == pytest.approx(4.377, abs=0.01)
+    *run, second, others = sound
+    name = "correlation_kept_secretly_short"
+    short = audit.judge(*audit.canary_run(**BANDS, broken=name), second, others)
+    assert failed(short) == {"claim"}
+    often = audit.judge(*run, audit.sampled_run(name, bands=4), others)
+    assert "sampler, groups" in failed(often)
+    half = audit.judge(*audit.canary_run(**BANDS, broken="noise_half"), second, others)
+    assert {"claim", "noise scale"} <= failed(half)
+
+
+def of_steps(batches, bands):
+    """A sampled run of which only the draws are known."""
+    plan = small_plan(
+        num_examples=100, expected_batch_size=10,
+        band_coefficients=band_coefficients(bands, 20) if bands > 1 else None,
+    )  # fmt: skip
+    return audit.Run(plan, Observation(batches=batches), {})
+
+
+def test_a_row_of_two_groups_is_noticed():
+    random = np.random.default_rng(1)
+    groups = np.arange(100) % 4
+    sound = [
+        np.flatnonzero((groups == step % 4) & (random.random(100) < 0.4)) for step in range(20)
+    ]
+    often = [
+        np.flatnonzero((groups % 2 == step % 2) & (random.random(100) < 0.4)) for step in range(20)
+    ]
+    (separation, *others) = audit._sampler_checks(of_steps(sound, 4))
+    assert all(check.passed for check in (separation, *others))
+    assert not audit._sampler_checks(of_steps(often, 4))[0].passed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--bands=3"], "must be 1, 2, 4 or 5"),
+        (["--bands=4", "--unit"], "does not go with --unit"),
+        (["--break=correlation_kept_secretly_short"], "needs --bands 2 or more"),
+    ],
+)
+def test_bands_that_the_audit_cannot_have_are_refused(more, message):
+    with pytest.raises(UsageError, match=message):
+        audit.main(more)
 
 
 # ---------------------------------------------------------------- persons

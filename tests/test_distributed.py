@@ -27,6 +27,7 @@ from utils.runs import distributed
 
 FIXED = "--insecure_fixed_noise_seed=1"
 DROPOUT = "--lora_dropout=0.2"
+BANDED = [FIXED, "--job_sess=banded", "--noise=banded", "--bands=8"]
 # Sums of float32 numbers in another order; a lost, doubled or reweighed example moves them by
 # more than 1e-2.
 SUMMATION = 1e-6
@@ -102,15 +103,16 @@ def alone(parts):
 
 @pytest.fixture(scope="module")
 def interrupted(parts):
-    """Runs of one process: one that crashed in its fifth step, the same uninterrupted, and one
-    without privacy."""
+    """Runs of one process: one that crashed in its fifth step, the same uninterrupted, one with
+    correlated noise, and one without privacy."""
     folder, model, data = parts
     whole, broken = (
         flags(model, data, folder / "one", FIXED, f"--job_sess={name}")
         for name in ("whole", "broken")
     )
+    banded = flags(model, data, folder / "one", *BANDED)
     plain = flags(model, data, folder / "one", "--job_sess=plain", dp=False)
-    for argv in (whole, plain):
+    for argv in (whole, banded, plain):
         assert in_process(train.main, argv) == 0
     calls = iter([train.assign_gradient] * 4)
     with mock.patch("train.assign_gradient", lambda *args: next(calls)(*args)):
@@ -143,6 +145,7 @@ def two(parts, interrupted):
         jobs.append({"name": name, "argv": argv, "by_rank": {"1": [flag]}})
     argv = flags(model, data, interrupted, FIXED, "--job_sess=broken", "--resume=auto", "--fsdp")
     jobs.append({"name": "resumed", "argv": argv})
+    jobs.append({"name": "banded", "argv": flags(model, data, output, *BANDED)})
     argv = flags(model, data, folder / "two-runs", "--job_sess=plain", "--fsdp", dp=False)
     jobs.append({"name": "plain", "argv": argv})
     finish(launch(folder / "two", jobs, gpus=2))
@@ -266,6 +269,11 @@ def test_two_processes_resume_what_one_began_and_release_the_same(two, interrupt
     records = read_ledger(interrupted / "broken" / LEDGER_FILE)
     assert steps_in(records) == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     assert_same_adapters(interrupted / "whole", interrupted / "broken")
+
+
+def test_two_processes_have_the_correlated_noise_and_the_groups_of_one(two, parts, interrupted):
+    assert (two / "banded-1.npz").exists()
+    assert_same_adapters(interrupted / "banded", parts[0] / "two-runs" / "banded")
 
 
 def test_without_privacy_two_processes_train_what_one_does(two, parts, interrupted):

@@ -361,6 +361,21 @@ def test_advice_that_cannot_be_given_is_a_line(generate, more, why):
         advised(generate, *more)
 
 
+def test_the_number_of_bands_is_settled_in_the_line(
+    generate, tmp_path, tiny_model_dir, monkeypatch
+):
+    monkeypatch.setattr("utils.privacy.plan.best_bands", lambda *_: 8)
+    command = flags(tiny_model_dir, save_dataset(tmp_path), tmp_path, "--noise=banded")
+    line, summary = generate(*command)
+    args = understood(line)
+    assert args.bands == 8
+    plan, _ = plan_of(args, 64)
+    assert (plan.bands, plan.noise_multiplier) == (8, args.noise_multiplier)
+    # All of one group of eight in a step; the tiny model's adapter has 3,584 numbers.
+    kept = f"7 past noises, {7 * 8 * 3584 / 2**30:.2g} GiB in the main process's memory"
+    assert f"8 bands: a row takes part in at most 1 steps; {kept}" in summary
+
+
 def test_many_machines_get_one_line_each_which_differ_in_the_rank(generate, tmp_path):
     command = flags("model", save_dataset(tmp_path), tmp_path, "--fsdp", "--gpus=8")
     command += ["--num_machines=4", "--main_process_ip=10.0.0.1"]

@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from privacy_checks.randomness import adjacent_p_value, batch_size_p_value, count_p_value
+from privacy_checks.randomness import (
+    adjacent_p_value,
+    batch_size_p_value,
+    count_p_value,
+    repetition_p_value,
+    scale_p_value,
+    whitened,
+)
 from tests.helpers import adapted_model
 from tests.test_plan import small_plan
 from utils.cli import UsageError
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
 from utils.models.language_model import LanguageModel
+from utils.privacy.banded import band_coefficients, groups_of
 from utils.privacy.ledger import LEDGER_FILE
 from utils.privacy.mechanism import (
     Plain,
@@ -21,8 +29,9 @@ from utils.privacy.mechanism import (
     poisson_batch,
     shuffled_batch,
 )
+from utils.privacy.unit_sums import Units
 from utils.row_dropout import RowMasks
-from utils.secure_random import SecureRandom
+from utils.secure_random import SecureRandom, grid_spacing
 
 N, BATCH, STEPS = 400, 60, 600
 TINY_PROBABILITY = 1e-6
@@ -218,6 +227,119 @@ def test_a_row_that_was_not_drawn_or_is_in_the_sum_already_is_refused(gradients,
     assert torch.equal(total, before)
     mechanism.expect(np.array(rows), 1)
     add(rows)
+
+
+# ---------------------------------------------------------------- correlated noise
+
+
+BANDED = small_plan(
+    num_examples=N, expected_batch_size=BATCH, clip_norm=0.05, steps=STEPS, noise_multiplier=0.8,
+    band_coefficients=band_coefficients(4, STEPS),
+)  # fmt: skip
+
+
+def banded(gradients, units=None, rows=N, plan=BANDED, **given):
+    keys = np.random.default_rng(5).integers(0, 2**63, rows).astype(np.uint64)
+    return Private(plan, gradients, RowMasks(b"k"), units, row_keys=keys, **given), keys
+
+
+def test_steps_draw_from_one_group_after_another_at_b_times_the_rate(gradients):
+    mechanism, keys = banded(gradients)
+    taken = draw_matrix(mechanism.draw)
+    groups = groups_of(keys, None, 4)
+    for step, row in enumerate(taken):
+        assert (groups[row] == step % 4).all()
+    rate = 4 * BATCH / N
+    for group in range(4):
+        of_group = taken[group::4][:, groups == group]
+        tests = (batch_size_p_value, count_p_value, adjacent_p_value)
+        assert min(test(of_group, rate) for test in tests) > TINY_PROBABILITY
+        assert batch_size_p_value(of_group, 0.9 * rate) < TINY_PROBABILITY
+    # Nobody takes part twice within four steps.
+    assert max(taken[start : start + 4].sum(axis=0).max() for start in range(STEPS - 3)) == 1
+
+
+def test_who_is_in_which_group_is_the_same_after_a_restart(gradients):
+    first, second = (banded(gradients)[0] for _ in range(2))
+    before = {row for step in range(0, 40, 4) for row in first.draw(step).tolist()}
+    after = {row for step in range(1, 41, 4) for row in second.draw(step).tolist()}
+    assert not before & after
+    assert before & {row for step in range(4, 40, 4) for row in second.draw(step).tolist()}
+
+
+def test_units_of_a_group_are_drawn_with_rows_that_are_theirs(gradients):
+    of_row = np.random.default_rng(6).permutation(np.repeat(np.arange(N), 3))
+    of_units = {"unit_column": "user", "max_rows_per_unit": 2, "unit_sampling": "units"}
+    plan = dataclasses.replace(BANDED, **of_units)
+    mechanism, keys = banded(gradients, Units(of_row, 2), 3 * N, plan)
+    groups = groups_of(keys, of_row, 4)
+    for step in range(8):
+        owners = of_row[mechanism.draw(step)]
+        assert len(owners)
+        assert (groups[owners] == step % 4).all()
+        assert np.unique(owners, return_counts=True)[1].max() == 2
+
+
+def fresh_noise(releases):
+    """What the noise of releases of zeros was made of, where all are of one process start."""
+    noise = torch.stack(releases).numpy() / (BANDED.noise_multiplier * BANDED.clip_norm)
+    return whitened(noise, BANDED.coefficients)
+
+
+def test_released_sums_have_noise_that_c_makes_white_again(gradients, tmp_path):
+    mechanism, _ = banded(gradients)
+    mechanism.open(tmp_path)
+    released = [mechanism.release(torch.zeros(3000), step) for step in range(12)]
+    mechanism.close()
+    # After a restart it begins anew: no noise of before is subtracted.
+    again, _ = banded(gradients)
+    again.open(tmp_path)
+    resumed = [again.release(torch.zeros(3000), step) for step in range(12, 20)]
+    again.close()
+    for noise in (fresh_noise(released), fresh_noise(resumed)):
+        assert min(scale_p_value(noise), repetition_p_value(noise)) > TINY_PROBABILITY
+    assert repetition_p_value(fresh_noise(released), fresh_noise(resumed)) > TINY_PROBABILITY
+    assert scale_p_value(fresh_noise([*released, *resumed])) < TINY_PROBABILITY
+    cells = torch.stack(released) / grid_spacing(BANDED.noise_multiplier * BANDED.clip_norm)
+    assert torch.equal(cells, cells.round())
+
+
+def test_sum_and_noise_are_added_before_anything_is_rounded(gradients, tmp_path):
+    """The noise of a step does not see the sums of any: it is the same for other data."""
+
+    def released(sums, folder):
+        mechanism, _ = banded(gradients, known_seed=3)
+        mechanism.open(folder)
+        return torch.stack([mechanism.release(total, step) for step, total in enumerate(sums)])
+
+    spacing = grid_spacing(BANDED.noise_multiplier * BANDED.clip_norm)
+    sums = [spacing * torch.randint(-50, 50, (200,)).float() for _ in range(6)]
+    with_data = released(sums, tmp_path / "a")
+    without = released([torch.zeros(200)] * 6, tmp_path / "b")
+    assert torch.equal(with_data - without, torch.stack(sums).double())
+
+
+def test_a_step_out_of_turn_is_not_released(gradients, tmp_path):
+    mechanism, _ = banded(gradients)
+    mechanism.open(tmp_path)
+    mechanism.release(torch.zeros(5), 7)
+    with pytest.raises(RuntimeError, match="of step 7 cannot follow step 7"):
+        mechanism.release(torch.zeros(5), 7)
+
+
+def test_a_record_with_a_crash_is_counted_by_groups(gradients, tmp_path):
+    plan = dataclasses.replace(BANDED, expected_batch_size=100)  # all of a group
+    mechanism, _ = banded(gradients, plan=plan)
+    mechanism.open(tmp_path)
+    for step in range(6):
+        mechanism.release(torch.zeros(5), step)
+    again, _ = banded(gradients, plan=plan)
+    again.open(tmp_path)
+    for step in range(5, 9):  # the sixth is taken again
+        again.release(torch.zeros(5), step)
+    report = again.report(9)
+    assert (report["steps_lost"], report["participations"]) == (1, 3)
+    assert "noise of 4 bands" in again.describe()
 
 
 def test_masks_are_told_the_step_and_the_rows_on_every_process(gradients):

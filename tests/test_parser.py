@@ -11,7 +11,7 @@ from tests.faults import ENVIRONMENT
 from tests.paths import ROOT
 from tests.test_structure import FILES, module_name
 from utils.cli import EXIT_CODE_VARIABLE
-from utils.command_line.parser import port, probability, seed_int
+from utils.command_line.parser import average_rule, port, probability, seed_int
 
 COMMANDS = sorted(module_name(path) for path in FILES if "run_cli(main)" in path.read_text())
 OFTEN = {
@@ -103,3 +103,17 @@ def test_a_wrong_flag_is_refused_before_imports():
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.count("\n") == 1
     assert "--lr" in refused.stderr
+
+
+@pytest.mark.parametrize("text", ["ema:0.9", "ema:.5", "tail:0.5", "tail:1"])
+def test_rules_of_averages_are_taken_as_they_are(text):
+    assert average_rule(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["ema", "ema:", "ema:1", "ema:0", "tail:0", "tail:1.5", "tail:-0.5", "last:0.5", "0.9",
+             "ema:1e-1", "tail:nan", "ema:0.9 "],
+)  # fmt: skip
+def test_other_rules_of_averages_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is neither ema:B .* nor tail:F"):
+        average_rule(text)

@@ -12,7 +12,7 @@ from utils.command_line.training_flags import (
     check_training_settings,
     plan_of,
 )
-from utils.privacy.accounting import compute_epsilon
+from utils.privacy.accounting import compute_epsilon, group_epsilons
 from utils.privacy.guarantee import as_markdown, build_report, render, write_report
 from utils.privacy.ledger import Ledger, read_plan
 from utils.privacy.plan import PrivacyPlan, num_steps
@@ -372,8 +372,100 @@ def test_no_rows_of_a_person_are_no_cap(capsys):
 def test_the_digest_sees_every_field():
     plan = small_plan()
     for field in dataclasses.fields(plan):
-        changed = dataclasses.replace(plan, **{field.name: "changed"})
+        value = (0.8, 0.6) if field.name == "band_coefficients" else "changed"
+        changed = dataclasses.replace(plan, **{field.name: value})
         assert changed.digest() != plan.digest(), field.name
+
+
+def test_a_plan_with_bands_counts_a_unit_in_one_of_so_many_steps():
+    plan, _ = plan_of(settings(noise="banded", bands=4, num_epochs=2.5), 256)
+    assert (plan.steps, plan.bands, plan.sampling_rate) == (10, 4, 64 / 256)
+    (event,) = plan.events(plan.participations(range(plan.steps)))
+    assert (event.sampling_rate, event.steps) == (1.0, 3)
+    assert 7.9 < compute_epsilon([event], 1e-5).upper <= 8.0
+    # Counted as often as it may be: fewer would be claimed too low.
+    assert compute_epsilon(plan.events(2), 1e-5).upper < 7
+    given = settings(noise="banded", num_epochs=2.5, noise_multiplier=plan.noise_multiplier)
+    assert plan_of(given, 256, plan.band_coefficients)[0] == plan
+    with pytest.raises(UsageError, match="gives epsilon .* in 10 steps, above --eps 8"):
+        plan_of(dataclasses.replace(given, noise_multiplier=0.9), 256, plan.band_coefficients)
+
+
+def test_a_report_of_correlated_noise_says_how_to_account_for_it(tmp_path):
+    plan = small_plan(num_examples=30, band_coefficients=(0.8, 0.5, 0.3))
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, plan)
+    assert read_plan(path) == plan
+    for step in [*range(1, 9), *range(5, 21)]:  # four were lost in a crash
+        ledger.record_step(step)
+    ledger.require_unchanged()
+    times = plan.participations(ledger.steps)
+    assert times == 9
+    report = build_report(plan, steps_taken=20, steps_recorded=24, participations=times)
+    assert report["epsilon"]["upper"] == compute_epsilon(plan.events(9), 1e-5).upper
+    assert report["epsilon_without_lost_steps"]["upper"] == (
+        compute_epsilon(plan.events(7), 1e-5).upper
+    )
+    assert (report["bands"], report["participations"]) == (3, 9)
+    assert report["band_coefficients"] == (0.8, 0.5, 0.3)
+    assert "of one group in turn of 3" in report["sampler"]
+    page = render(report, as_markdown)
+    assert "Noise of 3 bands is correlated over steps" in page
+    assert "epsilon counts one step in 3, at 3 times the sampling rate" in page
+    # Nothing is said of it where there is none, and every step counts where nothing else is known.
+    assert "bands" not in build_report(small_plan(), steps_taken=20, steps_recorded=20)
+    most = build_report(plan, steps_taken=20, steps_recorded=24)["epsilon"]["upper"]
+    assert most == compute_epsilon(plan.events(24), 1e-5).upper
+
+
+def test_rows_of_one_person_in_several_groups_have_a_share_of_the_noise_each():
+    plan = small_plan(num_examples=30, band_coefficients=(0.8, 0.5, 0.3))
+    report = build_report(plan, steps_taken=20, steps_recorded=20, participations=7)
+    rows = {each["rows"]: each["epsilon"] for each in report["rows_of_one_person"]}
+    assert rows[1] == report["epsilon"]["upper"]
+    # Without sampling it is what all in one group cost, and with it a little more.
+    assert rows == pytest.approx(group_epsilons(plan.events(7), 1e-5))
+    sampled = small_plan(band_coefficients=(0.8, 0.5, 0.3)).events(7)
+    (apart, together) = (group_epsilons(sampled, 1e-5, (2,), each)[2] for each in (True, False))
+    assert together < apart < 2 * together
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bands": 4}, "--bands 4 needs --noise banded"),
+        ({"noise": "banded", "bands": 79}, "--bands 79: at most 78, for 234 steps"),
+        (
+            PERSONS | {"noise": "banded", "unit_sampling": "rows"},
+            "--noise banded with --unit_sampling rows and --max_rows_per_unit 3",
+        ),
+        ({"noise": "banded", "eps": -1, "clip": -1}, "--noise needs --eps"),
+    ],
+)
+def test_bands_that_mean_nothing_are_refused(changes, message):
+    def plan(asked):
+        check_training_settings(asked)
+        plan_of(asked, 5000)
+
+    with pytest.raises(UsageError, match=message):
+        plan(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"band_coefficients": [0.8, 0.7]}, "squares add up to 1 at most"),
+        ({"band_coefficients": [0.1] * 21}, "--bands 21: at most 20"),
+        ({"band_coefficients": [0.1] * 9, "num_examples": 80}, "--bands 9: at most 8"),
+        (
+            PERSONS | {"band_coefficients": [0.8, 0.6], "unit_sampling": "rows"},
+            "rows of a unit may be of several groups",
+        ),
+    ],
+)
+def test_no_plan_has_correlated_noise_that_its_events_do_not_account_for(changes, message):
+    with pytest.raises(UsageError, match=message):
+        small_plan(**changes)
 
 
 @pytest.mark.parametrize("given", [[], ["--eps=abc"], ["--eps="]])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from utils.dp_utils import add_noise
+from utils.privacy.banded import band_coefficients
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.recipe import (
     batch_sizes,
@@ -38,6 +39,16 @@ def test_over_steps_signals_add_up_and_noise_in_squares():
     assert of_a_step == of_all == pytest.approx(1.397, abs=0.001)
     of_a_step, of_all = signal_to_noise(replace(one, steps=100), LLAMA_13B, 1024)
     assert of_all == pytest.approx(10 * of_a_step)
+
+
+def test_correlated_noise_is_more_in_a_step_and_less_in_all():
+    white = replace(PUBLISHED, noise_multiplier=1.0)
+    banded = replace(white, band_coefficients=band_coefficients(8, 439))
+    (of_a_step, of_all), (banded_step, banded_all) = (
+        signal_to_noise(plan, LLAMA_13B, 1024) for plan in (white, banded)
+    )
+    assert banded_step == pytest.approx(of_a_step / 2.478, rel=0.01)
+    assert banded_all == pytest.approx(of_all * 439**0.5 / 7.884, rel=0.01)
 
 
 def test_recipes_that_were_seen_to_learn_pass():

@@ -63,7 +63,11 @@ def make_run(
         write_json(folder / "adapter" / "adapter_model.safetensors", str(folder))
         ledger.record_adapter(adapter_sha256(folder / "adapter"))
         own = build_report(
-            plan, steps_taken=step, steps_recorded=ledger.steps_recorded, ledger_head=ledger.head
+            plan,
+            steps_taken=step,
+            steps_recorded=ledger.steps_recorded,
+            participations=plan.participations(ledger.steps),
+            ledger_head=ledger.head,
         )
         write_report(folder, own | {"adapter_sha256": ledger.adapter})
     ledger.close()
@@ -289,6 +293,51 @@ def test_the_curve_shows_which_run_is_which(run, pairs):
     labels = {call.kwargs["label"]: call.kwargs["marker"] for call in drawn.mock_calls}
     assert list(labels) == [str(pairs), str(run)]
     assert len(set(labels.values())) == 2
+
+
+# All of one group of four in a step: closed forms alone.
+BANDED = PrivacyPlan(
+    **vars(PLAN) | {"expected_batch_size": 125, "band_coefficients": (0.8, 0.4, 0.3, 0.2)}
+)
+
+
+def test_correlated_noise_composes_with_a_histogram_by_what_a_row_takes_part_in(
+    tmp_path, histogram
+):
+    folder = make_run(tmp_path / "banded", plan=BANDED)
+    composed = report.composed_report(folder, [histogram])
+    (training, _) = composed["mechanisms"]
+    assert (training["sampling_rate"], training["times"], training["steps"]) == (1.0, 5, 20)
+    events = [SampledGaussian(1.0, 1.0, 5), SampledGaussian(1.0, 10.0, 1)]
+    assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
+    assert "Noise of 4 bands is correlated over steps" in render(composed, as_markdown)
+    with pytest.raises(UsageError, match="no accountant has it for the noise of 4 bands"):
+        report.composed_report(folder, relations=(ADD_REMOVE, REPLACE))
+    curve = {each["step"]: each["epsilon"] for each in report.epsilon_over_steps(composed, 21)}
+    assert list(curve) == list(range(21))
+    one = [SampledGaussian(1.0, 1.0, 1), SampledGaussian(1.0, 10.0, 1)]
+    assert curve[1] == curve[4] == compute_epsilon(one, 1e-5).upper < curve[5]
+    assert curve[20] == composed["epsilon"][ADD_REMOVE]["upper"]
+    assert composition.curve_by_run(composed, [{"step": 20, "epsilon": 1.0}]) == {
+        str(folder): [(20, 1.0)]
+    }
+
+
+def test_lost_steps_count_for_their_group_and_a_claim_that_leaves_them_out_is_refused(tmp_path):
+    lost = [*range(1, 6), *range(5, 21)]  # the fifth was taken twice
+    folder = make_run(tmp_path / "banded", lost, plan=BANDED)
+    composed = report.composed_report(folder)
+    assert [entry["times"] for entry in composed["mechanisms"]] == [6]
+    without = composed["epsilon_without_lost_steps"][ADD_REMOVE]["upper"]
+    assert without == compute_epsilon([SampledGaussian(1.0, 1.0, 5)], 1e-5).upper
+    curve = report.epsilon_over_steps(composed, 22)
+    spent = [compute_epsilon([SampledGaussian(1.0, 1.0, n)], 1e-5).upper for n in (2, 6, 6)]
+    assert [curve[step]["epsilon"] for step in (2, 6, 21)] == spent
+    own = json.loads((folder / "privacy_report.json").read_text())
+    own["epsilon"]["upper"] = without
+    write_json(folder / "privacy_report.json", own)
+    with pytest.raises(UsageError, match="the report was edited"):
+        report.composed_report(folder)
 
 
 def test_lost_steps_of_every_run_are_composed_apart(run, tmp_path):

@@ -1,5 +1,6 @@
 """Token ids of a split: flat, on disk, the same in whatever parts, and collated."""
 
+import dataclasses
 import functools
 import shutil
 
@@ -61,6 +62,18 @@ def test_the_fingerprint_sees_one_changed_token(tmp_path):
     first, second = (tokens([{"instruction": text}], tmp_path / text) for text in "ab")
     assert first.fingerprint() != second.fingerprint()
     assert first.fingerprint() == first.fingerprint()
+
+
+def test_a_rows_key_is_its_own_wherever_it_stands(tmp_path):
+    keys = tokens(ROWS, tmp_path).keys()
+    assert keys.dtype == np.uint64
+    assert len(set(keys.tolist())) == len(ROWS)
+    fewer = tokens([*ROWS[4:], ROWS[0]], tmp_path).keys()
+    assert fewer.tolist() == [*keys[4:], keys[0]]
+    # Where the loss begins is part of a row.
+    whole = tokens(ROWS, tmp_path)
+    later = dataclasses.replace(whole, loss_starts=whole.loss_starts + 1).keys()
+    assert not set(later.tolist()) & set(keys.tolist())
 
 
 def test_rows_without_text_and_answers_that_never_fit_are_refused(tmp_path):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import train
 from privacy_checks.composition import composed_report
+from privacy_checks.randomness import repetition_p_value, scale_p_value, whitened
 from privacy_checks.tiny_model import save_tiny_model
 from tests.faults import Terminal, on_small_disk
 from tests.helpers import slow
@@ -483,6 +484,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_counts_what_was_lost(run)
     assert (values["steps_taken"], values["steps_lost"]) == (8, 2)
 
 
+@pytest.mark.parametrize("dp", [slow(True), False])
+def test_an_average_is_the_adapter_and_the_same_after_a_crash(run, dp):
+    rule, plain = [FIXED] if dp else [], run(*([FIXED] if dp else []), dp=dp, output="plain")
+    whole = run(*rule, "--average=tail:0.75", dp=dp, output="whole")
+    run(*rule, "--average=tail:0.75", dp=dp, output="broken", crash_in_step=5)
+    folder = run(*rule, "--average=tail:0.75", "--resume=auto", dp=dp, output="broken")
+    assert largest_difference(whole, folder) == 0
+    # The run itself is the one without an average, which is kept apart.
+    assert largest_difference(whole, plain) > 0
+    last = load_file(folder / "adapter_last" / "adapter_model.safetensors")
+    assert all(torch.equal(last[name], tensor) for name, tensor in adapter(plain).items())
+    styles = [
+        json.loads((folder / name / "training_style.json").read_text()).get("average")
+        for name in ("adapter", "adapter_last")
+    ]
+    assert styles == ["tail:0.75", None]
+    assert report(folder)["adapter_sha256"] == adapter_sha256(folder / "adapter")
+    assert "validation_loss_of_average" in metrics(folder)[-1]
+    assert run(*rule, "--average=tail:0.75", "--resume=auto", dp=dp, output="broken") == folder
+
+
 def test_both_epsilons_are_reported_after_a_crash(run):
     run(crash_in_step=6)
     values = report(run("--resume=auto"))
@@ -506,6 +528,46 @@ def test_a_resumed_run_draws_fresh_noise(run, monkeypatch):
     assert len(drawn) == 10
     correlations = np.corrcoef(drawn) - np.eye(10)
     assert np.abs(correlations).max() < 6 / np.sqrt(len(drawn[0]))
+
+
+def test_correlated_noise_begins_anew_after_a_crash_and_groups_go_on(run, monkeypatch):
+    """Rate 1 in a group of eight: every row takes part in every eighth step, lost ones apart."""
+    banded, noise, drawn = ["--noise=banded", "--bands=8", "--num_epochs=2"], [], []
+    add_noise, draw = mechanism.add_noise, mechanism.Private.draw
+
+    def noising(clipped_sum, *rest):
+        noised = add_noise(clipped_sum, *rest)
+        noise.append((noised - clipped_sum).numpy())
+        return noised
+
+    def drawing(self, step):
+        drawn.append((step, draw(self, step)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(mechanism, "add_noise", noising)
+    monkeypatch.setattr(mechanism.Private, "draw", drawing)
+    run(*banded, crash_in_step=5)
+    folder = run(*banded, "--resume=auto")
+    assert ledger_steps(folder) == [*range(1, 6), *range(4, 17)]
+
+    plan = read_plan(folder / LEDGER_FILE)
+    assert plan.bands == 8
+    noise = np.array(noise) / (plan.noise_multiplier * plan.clip_norm)
+    before, after = (whitened(part, plan.coefficients) for part in (noise[:5], noise[5:]))
+    assert min(map(scale_p_value, (before, after))) > 1e-6
+    assert repetition_p_value(np.concatenate([before, after])) > 1e-6
+    assert scale_p_value(noise) < 1e-6
+    groups = {step % 8: rows.tolist() for step, rows in drawn}
+    assert sorted(sum(groups.values(), [])) == list(range(64))
+    assert all(rows.tolist() == groups[step % 8] for step, rows in drawn)
+
+    values = report(folder)
+    assert (values["steps_lost"], values["participations"]) == (2, 3)
+    assert values["epsilon_without_lost_steps"]["upper"] <= 8 < values["epsilon"]["upper"]
+    composed = composed_report(folder)
+    (entry,) = composed["mechanisms"]
+    assert (entry["sampling_rate"], entry["times"], entry["steps"]) == (1.0, 3, 18)
+    assert composed["epsilon"]["add_or_remove_one"]["upper"] == values["epsilon"]["upper"]
 
 
 @pytest.mark.parametrize(

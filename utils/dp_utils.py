@@ -4,7 +4,7 @@ Everything here works on sums of clipped per-example gradients, flattened into o
 over all trainable tensors. The division by the public batch size is the caller's, in one place.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,7 +42,11 @@ def clip_factors(norms: torch.Tensor, clip_norm: float, clip_function: str) -> t
 
 
 def add_noise(
-    clipped_sum: torch.Tensor, noise_multiplier: float, clip_norm: float, random: SecureRandom
+    clipped_sum: torch.Tensor,
+    noise_multiplier: float,
+    clip_norm: float,
+    random: SecureRandom,
+    correlate: Callable[[torch.Tensor], torch.Tensor] = lambda fresh: fresh,
 ) -> torch.Tensor:
     """Add N(0, (noise_multiplier · clip_norm)²) to every coordinate and round to a public grid.
 
@@ -52,12 +56,14 @@ def add_noise(
 
     Args:
         clipped_sum: float32 [parameters], summed over microbatches and ranks.
+        correlate: what makes this step's noise of fresh N(0, 1), see
+            `privacy.banded.CorrelatedNoise`; the guarantee is then one of all steps together.
 
     Returns:
         float64 [parameters], every value a multiple of `grid_spacing(sigma · C)`.
     """
     deviation = noise_multiplier * clip_norm
-    noise = random.gaussian(clipped_sum.numel()).to(clipped_sum.device)
+    noise = correlate(random.gaussian(clipped_sum.numel())).to(clipped_sum.device)
     noised = clipped_sum.double() + deviation * noise
     return round_to_grid(noised, grid_spacing(deviation))
 

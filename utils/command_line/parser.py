@@ -144,6 +144,18 @@ def batch_size(text: str) -> int | str:
     return text if text == "auto" else positive_int(text)
 
 
+def average_rule(text: str) -> str:
+    """ema:B or tail:F as it is, once it is known to be that."""
+    kind, _, share = text.partition(":")
+    known = re.fullmatch(r"0?\.[0-9]+|1(\.0*)?", share) is not None and float(share) > 0
+    if not (known and (kind == "tail" or (kind == "ema" and float(share) < 1))):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither ema:B with B below 1, such as ema:0.9, nor tail:F with F of at "
+            "most 1, such as tail:0.5"
+        )
+    return text
+
+
 def probability(text: str) -> float | str:
     """A number, or `auto`."""
     try:

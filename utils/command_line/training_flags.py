@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from utils.cli import UsageError
 from utils.command_line.parser import (
+    average_rule,
     batch_size,
     flag,
     job_name,
@@ -22,6 +23,7 @@ from utils.command_line.parser import (
 )
 from utils.models.footprint import Architecture, Training
 from utils.privacy.accounting import MAX_ROWS
+from utils.privacy.banded import BANDED, WHITE
 from utils.privacy.plan import ROWS, UNITS, UNITS_AT_ONCE, PrivacyPlan, make_plan
 from utils.texts.canaries import Canaries
 from utils.texts.data_sets import is_labelled
@@ -163,6 +165,20 @@ class TrainingSettings(JobSettings):
     noise_multiplier: float | None = _privacy(
         "sigma, noise deviation over C; calibrated from --eps if left out", type=float
     )
+    noise: str = _privacy(
+        "white: anew in every step; banded: correlated over steps (banded matrix factorisation), "
+        "so that it partly cancels in their sum, which helps where total_bs / N is large or eps is",
+        WHITE,
+        choices=(WHITE, BANDED),
+    )
+    bands: int | str = _privacy(
+        "b of --noise banded: a row takes part in every b-th step at most, and b - 1 past noises "
+        "of the adapter's size, 8 bytes a number, are kept in the main process's memory; auto: the "
+        "least computed noise, which takes some seconds",
+        "auto",
+        type=batch_size,
+        metavar="{auto,1,2,...}",
+    )
     num_train_examples: int | None = _privacy(
         "rows of the data set's train split, public (N is this and the rows of canaries), and with "
         "--unit_sampling rows those that the cap leaves; counted if left out",
@@ -223,6 +239,13 @@ class TrainingSettings(JobSettings):
     lr_scheduler: str = _optimisation("of the learning rate", "constant", choices=SCHEDULERS)
     warmup_steps: int = _optimisation("steps; `constant` has none", 30, type=natural_int)
     wd: float = _optimisation("AdamW's weight decay", 0.0, type=float)
+    average: str | None = _optimisation(
+        "adapter/ is then an average over steps, which costs no epsilon: ema:B, exponential with "
+        "decay B and without a pull to the start, or tail:F, the mean of the last share F of the "
+        "steps; what the last step left is adapter_last/",
+        type=average_rule,
+        metavar="{ema:B,tail:F}",
+    )
 
     lora_r: int = _lora("rank", 8)
     lora_alpha: float = _lora("scale is alpha / r", 16, type=positive_float)
@@ -393,6 +416,7 @@ def check_training_settings(settings: TrainingSettings) -> list[str]:
             "--clip 0.5"
         )
     _check_unit(settings)
+    _check_noise(settings)
     if settings.insecure_fixed_noise_seed is not None:
         return ["--insecure_fixed_noise_seed: the noise is known, so this run has NO guarantee"]
     return []
@@ -418,6 +442,19 @@ def _check_unit(settings: TrainingSettings) -> None:
         )
 
 
+def _check_noise(settings: TrainingSettings) -> None:
+    """Refuse bands without correlated noise, and rows of a unit that are of several groups."""
+    if settings.noise == WHITE and settings.bands != "auto":
+        raise UsageError(f"--bands {settings.bands} needs --noise {BANDED}: white noise has none")
+    draws_rows = settings.unit_column is not None and settings.unit_sampling == ROWS
+    if settings.noise == BANDED and draws_rows and (settings.max_rows_per_unit or 1) > 1:
+        raise UsageError(
+            f"--noise {BANDED} with --unit_sampling {ROWS} and --max_rows_per_unit "
+            f"{settings.max_rows_per_unit}: rows of a unit may be of several groups, which nothing "
+            f"accounts for; use --unit_sampling {UNITS}, or --max_rows_per_unit 1"
+        )
+
+
 def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
     """Refuse a prompt style that needs answers where there are none, or has no room for them.
 
@@ -437,6 +474,7 @@ def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
 def _check_without_privacy(settings: TrainingSettings) -> list[str]:
     of_privacy = ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed")
     given = [name for name in of_privacy if getattr(settings, name) is not None]
+    given += ["noise"] if settings.noise != WHITE else []
     for name in given + settings.unit_flags:
         raise UsageError(f"--{name} needs --eps: without it the run has no privacy")
     if settings.clip > 0:
@@ -455,12 +493,17 @@ def settle_delta(settings: Settings, num_examples: int) -> Settings:
     return replace(settings, delta=float(f"1e-{len(str(10 * num_examples - 1))}"))
 
 
-def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan | None, list[str]]:
+def plan_of(
+    settings: TrainingSettings,
+    num_examples: int,
+    coefficients: tuple[float, ...] | None = None,
+) -> tuple[PrivacyPlan | None, list[str]]:
     """The plan of a run on N examples.
 
     Args:
         num_examples: N, of what a step draws: units where `settings.draws_units`, else rows, and
             with --unit_sampling rows those that the cap leaves.
+        coefficients: of the bands of a run that is continued; they are computed if None.
 
     Returns:
         The plan (None for a run without privacy) and warnings, one line each.
@@ -491,6 +534,8 @@ def plan_of(settings: TrainingSettings, num_examples: int) -> tuple[PrivacyPlan 
         max_rows_per_unit=settings.max_rows_per_unit,
         unit_sampling=settings.unit_sampling if settings.unit_column else None,
         owner=settings.owner,
+        bands=1 if settings.noise == WHITE else settings.bands,
+        coefficients=coefficients,
     )
 
 

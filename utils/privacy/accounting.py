@@ -179,7 +179,10 @@ def epsilon_bounds(
 
 
 def group_epsilons(
-    events: Sequence[SampledGaussian], delta: float, sizes: Sequence[int] = GROUP_SIZES
+    events: Sequence[SampledGaussian],
+    delta: float,
+    sizes: Sequence[int] = GROUP_SIZES,
+    apart: bool = False,
 ) -> dict[int, float]:
     """Epsilon for adding or removing several units at once, such as all rows of one person.
 
@@ -189,6 +192,8 @@ def group_epsilons(
     Args:
         events: mechanisms on one private dataset, in any order.
         delta: 1e-12 to 0.01, the same for all sizes.
+        apart: the units may take part in different steps, whose noise is correlated. Then N(0, s²)
+            is the sum of k independent N(0, s²/k), one for each unit, which are k mechanisms.
 
     Returns:
         Upper bounds by size.
@@ -196,10 +201,26 @@ def group_epsilons(
     _require_inputs(delta, ADD_REMOVE, events)
     bounds = {}
     for size in sizes:
+        if apart and size > 1:
+            bounds[size] = _bound_apart(events, delta, size)
+            continue
         groups = [replace(event, rows_per_unit=size * event.rows_per_unit) for event in events]
         grid = PLD_FINE if size == 1 else PLD_COARSE
         bounds[size], _ = _upper_bound(_merged(groups), delta, ADD_REMOVE, grid)
     return bounds
+
+
+def _bound_apart(events: Sequence[SampledGaussian], delta: float, size: int) -> float:
+    """Epsilon for `size` units, each with its share of the noise."""
+    shares = [(event, event.noise_multiplier / math.sqrt(size)) for event in events]
+    if all(share >= MIN_NOISE and size * event.steps <= MAX_STEPS for event, share in shares):
+        parts = [
+            replace(event, noise_multiplier=share, steps=size * event.steps)
+            for event, share in shares
+        ]
+        return _upper_bound(_merged(parts), delta, ADD_REMOVE, PLD_COARSE)[0]
+    groups = [replace(event, rows_per_unit=size * event.rows_per_unit) for event in events]
+    return _gaussian_epsilon(_gaussian_mu(groups, ADD_REMOVE), delta)
 
 
 def compute_delta(
@@ -287,6 +308,48 @@ def calibrate_noise_multiplier(
     Raises:
         UsageError: a value is out of range, or sigma 100 does not meet the target.
     """
+    crossing = 10**NOISE_DECIMALS * approximate_noise_multiplier(
+        target_epsilon, delta, sampling_rate, steps, reserved, relation, rows_per_unit
+    )
+
+    def noise(units: int) -> float:
+        return min(max(units / 10**NOISE_DECIMALS, MIN_NOISE), MAX_NOISE)
+
+    @cache
+    def spent(units: int) -> float:
+        event = SampledGaussian(sampling_rate, noise(units), steps, rows_per_unit)
+        return compute_epsilon([event, *reserved], delta, relation).upper
+
+    # The coarse PLD asks for too much noise: 0.1% at most, as far as seen.
+    below = range(int(0.998 * crossing), math.ceil(crossing))
+    units = below.start + bisect_left(below, True, key=lambda low: spent(low) <= target_epsilon)
+    while spent(units) > target_epsilon:
+        if noise(units) == MAX_NOISE:
+            raise UsageError(
+                f"target epsilon {target_epsilon:g} cannot be met: with noise multiplier "
+                f"{MAX_NOISE:g}, the most supported, epsilon is {spent(units):.4g}; use a larger "
+                "target, fewer steps or a smaller sampling rate"
+            )
+        units += 1
+    return noise(units)
+
+
+def approximate_noise_multiplier(
+    target_epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    reserved: Sequence[SampledGaussian] = (),
+    relation: str = ADD_REMOVE,
+    rows_per_unit: int = 1,
+) -> float:
+    """Sigma to about 0.1%, by the coarse PLD alone: to search with, never to claim with.
+
+    Arguments are those of `calibrate_noise_multiplier`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise UsageError(f"target epsilon {target_epsilon}: must be finite and above 0")
 
@@ -299,26 +362,7 @@ def calibrate_noise_multiplier(
         epsilon, _ = _upper_bound(_merged(events(sigma)), delta, relation, PLD_COARSE)
         return math.log(min(max(epsilon, 1e-9), 1e9) / target_epsilon)
 
-    def noise(units: int) -> float:
-        return min(max(units / 10**NOISE_DECIMALS, MIN_NOISE), MAX_NOISE)
-
-    @cache
-    def spent(units: int) -> float:
-        return compute_epsilon(events(noise(units)), delta, relation).upper
-
-    # The coarse PLD asks for too much noise: 0.1% at most, as far as seen.
-    crossing = _crossing(cache(excess)) * 10**NOISE_DECIMALS
-    below = range(int(0.998 * crossing), math.ceil(crossing))
-    units = below.start + bisect_left(below, True, key=lambda low: spent(low) <= target_epsilon)
-    while spent(units) > target_epsilon:
-        if noise(units) == MAX_NOISE:
-            raise UsageError(
-                f"target epsilon {target_epsilon:g} cannot be met: with noise multiplier "
-                f"{MAX_NOISE:g}, the most supported, epsilon is {spent(units):.4g}; use a larger "
-                "target, fewer steps or a smaller sampling rate"
-            )
-        units += 1
-    return noise(units)
+    return _crossing(cache(excess))
 
 
 def _crossing(excess: Callable[[float], float]) -> float:

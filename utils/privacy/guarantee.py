@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.files import write_atomic, write_json
 from utils.privacy.accounting import (
     ADD_REMOVE,
+    GROUP_SIZES,
     REPLACE,
     SampledGaussian,
     compute_epsilon,
@@ -101,7 +102,7 @@ def rows_of_one_person(
     """
     if plan.unit_column is not None:
         return []
-    bounds = group_epsilons(events, delta)
+    bounds = group_epsilons(events, delta, GROUP_SIZES, plan.bands > 1)
     return [{"rows": rows, "epsilon": epsilon} for rows, epsilon in bounds.items()]
 
 
@@ -110,6 +111,7 @@ def build_report(
     *,
     steps_taken: int = 0,
     steps_recorded: int = 0,
+    participations: int | None = None,
     ledger_head: dict | None = None,
     insecure: bool = False,
     numerics: str = NOT_PROBED,
@@ -121,6 +123,8 @@ def build_report(
         steps_taken: logical steps in the released model.
         steps_recorded: steps in the ledger, all of which epsilon counts; those beyond `steps_taken`
             were noised and then lost in a crash, perhaps after a checkpoint with them was shared.
+        participations: in how many of the steps in the ledger one unit may have taken part; in all
+            if None.
         insecure: noise came from a known seed.
         numerics: how far an example's gradient was its own: begins with "exact" where it was.
 
@@ -136,7 +140,8 @@ def build_report(
             "not_covered": [NOTHING_COVERED],
         }
     lost = steps_recorded - steps_taken
-    events = plan.events(steps_recorded)
+    times = steps_recorded if participations is None else participations
+    events = plan.events(times)
     drawn = "person" if plan.unit_sampling == UNITS else "example"
     return {
         "guarantee": not insecure,
@@ -157,8 +162,10 @@ def build_report(
         "clip_function": plan.clip_function,
         "loss_normalization": plan.loss_normalization,
         "delta": plan.delta,
-        "epsilon": _epsilons(plan, steps_recorded, insecure),
-        "epsilon_without_lost_steps": _epsilons(plan, steps_taken, insecure) if lost else None,
+        "epsilon": _epsilons(plan, times, insecure),
+        "epsilon_without_lost_steps": (
+            _epsilons(plan, plan.participations(range(steps_taken)), insecure) if lost else None
+        ),
         "rows_of_one_person": [] if insecure else rows_of_one_person(plan, events, plan.delta),
         "reserved_histogram_sigma": plan.reserved_histogram_sigma,
         "sampler": f"Poisson: every {drawn} independently with probability batch size / N",
@@ -172,13 +179,27 @@ def build_report(
         "not_covered": not_covered_of(plan.unit_column, numerics),
         "plan_hash": plan.digest(),
         "ledger": ledger_head,
+    } | (_of_bands(plan, drawn, times) if plan.bands > 1 else {})
+
+
+def _of_bands(plan: PrivacyPlan, drawn: str, times: int) -> dict:
+    """What a report says of correlated noise, enough to account for it anew."""
+    bands = plan.bands
+    return {
+        "bands": bands,
+        "band_coefficients": plan.band_coefficients,
+        "participations": times,
+        "sampler": (
+            f"Poisson: every {drawn} of one group in turn of {bands}, independently with "
+            f"probability {bands} x batch size / N"
+        ),
     }
 
 
-def _epsilons(plan: PrivacyPlan, steps: int, insecure: bool) -> dict:
+def _epsilons(plan: PrivacyPlan, times: int, insecure: bool) -> dict:
     if insecure:
         return {"target": plan.target_epsilon} | dict.fromkeys((*BOUNDS, "with_reserved_histogram"))
-    events = plan.events(steps)
+    events = plan.events(times)
     return {
         "target": plan.target_epsilon,
         **asdict(epsilon_bounds(events, plan.delta)),
@@ -265,6 +286,13 @@ def conditions(report: dict) -> list[str]:
         lines.append(
             f"{canaries:,} of N are canaries: made-up rows that are nobody's, put in to measure "
             "what is memorised."
+        )
+    for bands in sorted({run.get("bands", 1) for run in runs} - {1}):
+        lines.append(
+            f"Noise of {bands} bands is correlated over steps, so that it partly cancels in their "
+            f"sum: what the {name_of_unit(report)} holds decides which of {bands} groups it is in, "
+            f"steps draw from one group after another, and epsilon counts one step in {bands}, at "
+            f"{bands} times the sampling rate."
         )
     if "runs" in report:
         lines.append(

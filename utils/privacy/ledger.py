@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 from utils.cli import UsageError, say
@@ -110,7 +109,7 @@ class Ledger:
             plan.require_same(read_plan(self.path), str(self.path.parent))
         else:
             # The random run id makes the chains of two runs of one plan differ.
-            self._append({"kind": "plan", "run": os.urandom(16).hex(), "plan": asdict(plan)})
+            self._append({"kind": "plan", "run": os.urandom(16).hex(), "plan": plan.as_json()})
 
     def _append(self, content: dict) -> None:
         previous = self._records[-1]["chain"] if self._records else ""
@@ -149,8 +148,13 @@ class Ledger:
         return adapter_in(self._records)
 
     @property
+    def steps(self) -> list[int]:
+        """See `steps_in`."""
+        return steps_in(self._records)
+
+    @property
     def steps_recorded(self) -> int:
-        return len(steps_in(self._records))
+        return len(self.steps)
 
     @property
     def head(self) -> dict:

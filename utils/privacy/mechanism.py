@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from utils.dp_utils import PerExampleGradients, add_noise
+from utils.privacy.banded import CorrelatedNoise, groups_of
 from utils.privacy.guarantee import NOT_PROBED, build_report
 from utils.privacy.ledger import LEDGER_FILE, Ledger
 from utils.privacy.plan import UNITS, PrivacyPlan
@@ -161,14 +163,15 @@ class Mechanism(ABC):
 
 
 class Private(Mechanism):
-    """Poisson samples, clipped sums, Gaussian noise: one sampled Gaussian mechanism a step.
+    """Poisson samples, clipped sums, Gaussian noise: sampled Gaussian mechanisms in sequence.
 
     Guarantee: if an example's gradient depends on nothing but the example, the parameters and the
     step, then adding or removing one example moves the sum of all that `add` adds in a step by at
     most the plan's clip norm, and the sequence of what `release` returns costs what the plan's
-    accountant says of `plan.events(steps)`. A row counts once: `add` refuses one that was not
-    drawn, or is in the sum already. A step is on record before its noise is used. Keys are fresh
-    at every process start, so a resumed run repeats neither noise nor draws.
+    accountant says of `plan.events(plan.participations(steps))`. A row counts once: `add` refuses
+    one that was not drawn, or is in the sum already. A step is on record before its noise is used.
+    Keys are fresh at every process start, so a resumed run repeats neither noise nor draws, and
+    the correlation of noise begins anew; who is in which group does not change.
 
     Args:
         plan: the source of every constant.
@@ -177,6 +180,8 @@ class Private(Mechanism):
         is_main: whether this is the process that draws, records and adds noise.
         units: whose each row is, for a plan that draws units; their rows then count for what is
             said of examples here.
+        row_keys: uint64 [rows], what each row holds as a number, for a plan with bands: it decides
+            the row's group, or with others of a unit the unit's.
         known_seed: for tests: all randomness follows from it, and there is no guarantee.
     """
 
@@ -188,6 +193,7 @@ class Private(Mechanism):
         units: Units | None = None,
         *,
         is_main: bool = True,
+        row_keys: np.ndarray | None = None,
         known_seed: int | None = None,
     ):
         self.plan = plan
@@ -204,6 +210,13 @@ class Private(Mechanism):
         self._left: Counter[int] = Counter()
         assert (units is not None) == (plan.unit_sampling == UNITS)
         self._units = UnitSums(units) if units else None
+        self._noise = CorrelatedNoise(plan.coefficients)
+        assert (row_keys is not None) == (plan.bands > 1)
+        self._groups = (
+            None
+            if row_keys is None
+            else groups_of(row_keys, units.of_row if units else None, plan.bands)
+        )
 
     @property
     def ledger(self) -> Ledger:
@@ -218,7 +231,9 @@ class Private(Mechanism):
     def draw(self, step: int) -> np.ndarray:
         plan = self.plan
         random = self._random("sampling", step)
-        drawn = poisson_batch(plan.num_examples, plan.expected_batch_size, random)
+        drawn = poisson_batch(plan.num_examples, plan.bands * plan.expected_batch_size, random)
+        if self._groups is not None:
+            drawn = drawn[self._groups[drawn] == step % plan.bands]
         return self._units.units.rows_of(drawn, random) if self._units else drawn
 
     def begin(self, step: int, rank: int) -> None:
@@ -259,7 +274,8 @@ class Private(Mechanism):
             return torch.zeros_like(total, dtype=torch.float64)
         self.ledger.record_step(step + 1)
         plan, random = self.plan, self._random("noise", step)
-        return add_noise(total, plan.noise_multiplier, plan.clip_norm, random)
+        correlate = partial(self._noise.following, step)
+        return add_noise(total, plan.noise_multiplier, plan.clip_norm, random, correlate)
 
     def statistics(self, norms: Sequence[torch.Tensor]) -> dict:
         return clipping_summary(norms, self.plan.clip_norm)
@@ -270,6 +286,7 @@ class Private(Mechanism):
             self.plan,
             steps_taken=steps_taken,
             steps_recorded=self.steps_recorded,
+            participations=self.plan.participations(self.ledger.steps),
             ledger_head=self.head,
             insecure=self._known_seed is not None,
             numerics=self.numerics,
@@ -281,6 +298,7 @@ class Private(Mechanism):
             f"({plan.target_epsilon:g}, {plan.delta:g})-DP: sampling rate "
             f"{plan.sampling_rate:.3g}, noise multiplier {plan.noise_multiplier:g}, "
             f"clip norm {plan.clip_norm:g}"
+            + (f", noise of {plan.bands} bands" if plan.bands > 1 else "")
         )
 
     @property

@@ -5,7 +5,8 @@ Generator, sampler, clipping, noise, ledger and report all read one frozen `Priv
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
 from utils.cli import UsageError
@@ -15,6 +16,14 @@ from utils.privacy.accounting import (
     SampledGaussian,
     calibrate_noise_multiplier,
     compute_epsilon,
+)
+from utils.privacy.banded import (
+    WITHOUT_BANDS,
+    band_coefficients,
+    best_bands,
+    participations,
+    require_bands,
+    require_sound,
 )
 
 # What a step draws where a unit may have several rows.
@@ -56,6 +65,11 @@ class PrivacyPlan:
         unit_sampling: UNITS: a unit is drawn, and the mean gradient of its rows is clipped as one;
             ROWS: rows are drawn and clipped one by one. None without a column.
         owner: which of several owners of a row counts, `first` or `last`; None where a row has one.
+        band_coefficients: the first column of the matrix that correlates noise over steps, see
+            `banded`; None for white noise.
+
+    Raises:
+        UsageError: the accounting does not hold for the coefficients.
     """
 
     num_examples: int
@@ -74,29 +88,68 @@ class PrivacyPlan:
     max_rows_per_unit: int | None = None
     unit_sampling: str | None = None
     owner: str | None = None
+    band_coefficients: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if self.band_coefficients is not None:
+            # A ledger has a list.
+            object.__setattr__(self, "band_coefficients", tuple(self.band_coefficients))
+            require_sound(self.coefficients)
+            require_bands(self.bands, self.num_examples, self.expected_batch_size, self.steps)
+            if _sampled_rows(self.unit_sampling, self.max_rows_per_unit) > 1:
+                raise UsageError(
+                    f"band_coefficients with unit_sampling {ROWS} and max_rows_per_unit "
+                    f"{self.max_rows_per_unit}: rows of a unit may be of several groups, which "
+                    f"nothing accounts for; use unit_sampling {UNITS}, or 1 row"
+                )
 
     @property
     def sampling_rate(self) -> float:
         return self.expected_batch_size / self.num_examples
 
     @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The first column of C, that of white noise included."""
+        return self.band_coefficients or WITHOUT_BANDS
+
+    @property
+    def bands(self) -> int:
+        """b: who takes part in a step does so in none of the b - 1 next ones; 1 for white noise."""
+        return len(self.coefficients)
+
+    def participations(self, steps: Iterable[int]) -> int:
+        """In how many of these steps one unit may take part, see `banded.participations`."""
+        return participations(steps, self.bands)
+
+    @property
     def reserved(self) -> list[SampledGaussian]:
         """The mechanisms other than training that the target epsilon pays for."""
         return _histogram(self.reserved_histogram_sigma)
 
-    def events(self, steps: int) -> list[SampledGaussian]:
-        """The mechanisms of `steps` logical steps of training."""
+    def events(self, times: int) -> list[SampledGaussian]:
+        """The mechanisms of training, of whose steps a unit may take part in `times`.
+
+        Args:
+            times: of `participations`; with white noise the number of steps.
+        """
         rows = _sampled_rows(self.unit_sampling, self.max_rows_per_unit)
-        return [SampledGaussian(self.sampling_rate, self.noise_multiplier, steps, rows)]
+        rate = self.bands * self.expected_batch_size / self.num_examples
+        return [SampledGaussian(rate, self.noise_multiplier, times, rows)]
+
+    def as_json(self) -> dict:
+        """Every field, as a ledger that is read again has it."""
+        return json.loads(json.dumps(asdict(self)))
 
     def digest(self) -> str:
         """A hash of every field, which ties ledger and checkpoints to this plan."""
-        # Left out where they are None, so that plans from before there were units keep their hash.
-        of_unit = ("unit_column", "max_rows_per_unit", "unit_sampling", "owner")
+        # Left out where they are None, so that plans of earlier versions keep their hash.
+        newer = (
+            "unit_column", "max_rows_per_unit", "unit_sampling", "owner", "band_coefficients",
+        )  # fmt: skip
         settings = {
             name: value
-            for name, value in asdict(self).items()
-            if value is not None or name not in of_unit
+            for name, value in self.as_json().items()
+            if value is not None or name not in newer
         }
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -127,10 +180,14 @@ def make_plan(
     max_rows_per_unit: int | None = None,
     unit_sampling: str | None = None,
     owner: str | None = None,
+    bands: int | str = 1,
+    coefficients: Sequence[float] | None = None,
 ) -> tuple[PrivacyPlan, list[str]]:
     """Make the plan of a run; calibrate sigma where it is None.
 
     Args: see `PrivacyPlan`; steps follow from `num_epochs`, see `num_steps`.
+        bands: of correlated noise; "auto" for `best_bands`, 1 for white noise.
+        coefficients: the band coefficients of a run that is continued; computed if None.
 
     Returns:
         The plan, and warnings, one line each.
@@ -147,14 +204,16 @@ def make_plan(
     if delta > 1 / (10 * num_examples):
         warnings.append(f"--delta {delta} is above 1/(10 N) = {1 / (10 * num_examples):.1e}")
     steps = num_steps(num_epochs, num_examples, expected_batch_size)
-    sigma = noise_multiplier
-    if sigma is None:
-        rate = expected_batch_size / num_examples
-        reserved = _histogram(reserved_histogram_sigma)
-        rows = _sampled_rows(unit_sampling, max_rows_per_unit)
-        sigma = calibrate_noise_multiplier(
-            target_epsilon, delta, rate, steps, reserved, ADD_REMOVE, rows
+    reserved = _histogram(reserved_histogram_sigma)
+    if coefficients is not None:
+        bands = len(coefficients)
+    elif bands == "auto":
+        bands = best_bands(
+            target_epsilon, delta, num_examples, expected_batch_size, steps, reserved
         )
+    require_bands(int(bands), num_examples, expected_batch_size, steps)
+    if coefficients is None and bands != 1:
+        coefficients = band_coefficients(int(bands), steps)
     plan = PrivacyPlan(
         num_examples=num_examples,
         expected_batch_size=expected_batch_size,
@@ -162,7 +221,8 @@ def make_plan(
         clip_norm=clip_norm,
         clip_function=clip_function,
         loss_normalization=loss_normalization,
-        noise_multiplier=sigma,
+        # Until it is calibrated, any.
+        noise_multiplier=1.0 if noise_multiplier is None else noise_multiplier,
         delta=delta,
         target_epsilon=target_epsilon,
         reserved_histogram_sigma=reserved_histogram_sigma,
@@ -170,12 +230,20 @@ def make_plan(
         max_rows_per_unit=max_rows_per_unit,
         unit_sampling=unit_sampling,
         owner=owner,
+        band_coefficients=None if coefficients is None else tuple(coefficients),
     )
-    if noise_multiplier is not None:
-        spent = compute_epsilon(plan.events(steps) + plan.reserved, delta).upper
+    (event,) = plan.events(plan.participations(range(steps)))
+    if noise_multiplier is None:
+        sigma = calibrate_noise_multiplier(
+            target_epsilon, delta, event.sampling_rate, event.steps, reserved, ADD_REMOVE,
+            event.rows_per_unit,
+        )  # fmt: skip
+        plan = replace(plan, noise_multiplier=sigma)
+    else:
+        spent = compute_epsilon([event, *reserved], delta).upper
         if spent > target_epsilon:
             raise UsageError(
-                f"--noise_multiplier {sigma} gives epsilon {spent:.3f} in {steps} steps, above "
-                f"--eps {target_epsilon}; leave it out to have it calibrated"
+                f"--noise_multiplier {noise_multiplier} gives epsilon {spent:.3f} in {steps} "
+                f"steps, above --eps {target_epsilon}; leave it out to have it calibrated"
             )
     return plan, warnings

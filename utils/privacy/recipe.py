@@ -2,6 +2,7 @@
 
 import math
 
+from utils.privacy.banded import deviations
 from utils.privacy.plan import PrivacyPlan
 
 # Norm of an example's gradient with its loss over its own tokens: 0.9 to 3.0 for the 10th to 90th
@@ -31,7 +32,7 @@ def signal_to_noise(plan: PrivacyPlan, trained: int, max_seq_len: int) -> tuple[
     """The norm of the sum of a step's gradients, were all of them to agree, over its noise's.
 
     With B gradients of a share s of the clip norm C it is s C B over sigma C sqrt(d). Over T steps
-    signals add up and noise adds in squares.
+    signals add up and white noise adds in squares, correlated noise to less.
 
     Args:
         trained: d, the numbers in the adapter.
@@ -40,8 +41,11 @@ def signal_to_noise(plan: PrivacyPlan, trained: int, max_seq_len: int) -> tuple[
         Of one step, and of all of them.
     """
     signal = clip_share(plan, max_seq_len) * plan.expected_batch_size
-    of_a_step = signal / (plan.noise_multiplier * math.sqrt(trained))
-    return of_a_step, math.sqrt(plan.steps) * of_a_step
+    noise = plan.noise_multiplier * math.sqrt(trained)
+    of_a_step, of_all = (1.0, math.sqrt(plan.steps))
+    if plan.bands > 1:
+        of_a_step, of_all = deviations(plan.coefficients, plan.steps)
+    return signal / (noise * of_a_step), plan.steps * signal / (noise * of_all)
 
 
 def recipe_warnings(plan: PrivacyPlan, trained: int | None, max_seq_len: int) -> list[str]:

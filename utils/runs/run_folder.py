@@ -40,6 +40,8 @@ CONFIG_FILE, REPORT_FILE = "run_config.json", "privacy_report.json"
 PLACES = ("dataset_name", "model_name", "output_dir")
 # In a report: the hash of the adapter that it is of; None as long as there is none.
 ADAPTER_HASH = "adapter_sha256"
+# What the last step left, where adapter/ is an average.
+LAST_ADAPTER = "adapter_last"
 NO_GUARANTEE = "**No privacy guarantee**"
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "dp-accounting")
 # Settings that a continued run may change, since none of them changes what is learnt or how
