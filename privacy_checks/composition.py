@@ -313,7 +313,8 @@ def _read_run(folder: Path) -> _Run:
         is_insecure=known_seed or not own_report.get("guarantee", True),
         plan=plan,
         # Runs of earlier versions have no such flags.
-        num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1),
+        num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1)
+        + arguments.get("audit_canaries", 0),
         steps=steps,
         steps_recorded=len(steps_in(records)),
         own_report=own_report,
