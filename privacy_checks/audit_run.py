@@ -43,11 +43,11 @@ import numpy as np
 import torch
 
 from evaluation.perplexity import losses_of_models, tokenizer_of
-from privacy_checks.composition import composed_report
+from privacy_checks.composition import arguments_of, composed_report
 from privacy_checks.estimators import correct_guesses, one_run, one_run_f_dp
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.dp_utils import PerExampleGradients
-from utils.files import required_object, write_atomic, write_json
+from utils.files import write_atomic, write_json
 from utils.folders import claimed
 from utils.models.adapter_info import read_adapter_info
 from utils.models.language_model import LanguageModel
@@ -56,7 +56,7 @@ from utils.models.lora import attach_saved
 from utils.privacy.accounting import ADD_REMOVE
 from utils.runs.batching import cut_microbatches
 from utils.runs.checkpointing import Checkpoint, restore_adapter, whole_checkpoints
-from utils.runs.run_folder import CONFIG_FILE, holds_run, model_name_of
+from utils.runs.run_folder import model_name_of
 from utils.texts.audit_canaries import AuditCanaries, read_coins
 from utils.texts.tokens import TokenisedExamples
 
@@ -121,21 +121,22 @@ class AuditedRun:
     delta: float
 
 
-def read_run(folder: Path, model_name: str | None) -> AuditedRun:
+def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = ()) -> AuditedRun:
     """Read a run, its coins, and what its ledger says that it spent.
+
+    Args:
+        model_name: its base model; the one that it names if None.
+        histograms: ledgers of histograms of the same data, which the claim is for as well.
 
     Raises:
         UsageError: there is no finished run, it has no canaries, or its ledger does not fit it.
     """
-    if not holds_run(folder):
-        raise UsageError(f"{folder} holds no run: there is no {CONFIG_FILE}")
-    config = required_object(folder / CONFIG_FILE, "restore it from a backup")
-    arguments = config["arguments"]
+    arguments = arguments_of(folder)
     if not (count := arguments.get("audit_canaries", 0)):
         raise UsageError(f"{folder} was trained without --audit_canaries: nothing shows what leaks")
     read_adapter_info(folder / "adapter")
     canaries = AuditCanaries(count, arguments["audit_canary_kind"], arguments["seed"])
-    report = composed_report(folder)
+    report = composed_report(folder, histograms)
     claimed = report["epsilon"][ADD_REMOVE]["upper"] if report["guarantee"] else None
     return AuditedRun(
         folder,

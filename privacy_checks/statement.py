@@ -78,6 +78,7 @@ class Settings:
 
 answer_early(__name__, Settings, __doc__)
 
+import math
 from datetime import UTC, datetime
 
 import yaml
@@ -177,6 +178,12 @@ class Statement:
     commit: str = field(default_factory=toolkit_commit)
 
     @property
+    def origin(self) -> str:
+        """When it was made, and by which commit."""
+        by = f" by commit {self.commit} of the toolkit" if self.commit else ""
+        return f"Made on {self.made}{by}; in what it tells it follows NIST SP 800-226"
+
+    @property
     def code(self) -> Verbatim:
         """`recompute`, with nothing that looks like a path taken out."""
         return Verbatim(self.recompute)
@@ -253,7 +260,7 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
         declared: of `read_owner`.
     """
     (bounds,) = composed["epsilon"].values()
-    facts = composed.get("runs", [composed])
+    epsilon, facts = bounds["upper"], composed.get("runs", [composed])
     spent = [
         f"{each['mechanism']}: {each['times']} times, sampling rate {each['sampling_rate']:.6g}, "
         f"noise multiplier {each['noise_multiplier']:g}"
@@ -261,8 +268,9 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
     ]
     versions = ", ".join(f"{name} {number}" for name, number in versions_of(LIBRARIES).items())
     several = [
-        f"all {each['rows']} rows of one person: epsilon {each['epsilon']:.2f}"
+        f"all {each['rows']} rows of one person: epsilon {rounded_up(each['epsilon'])}"
         for each in composed["rows_of_one_person"]
+        if each["rows"] > 1
     ]
     numerics = [
         f"{each['run']}: how far a row's gradient was its own: {each['numerics']}" for each in facts
@@ -271,9 +279,9 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
         "privacy_loss": Entry(
             "Privacy loss",
             [
-                f"epsilon {bounds['upper']:.4f} at delta {composed['delta']:g}, an upper bound",
+                f"epsilon {rounded_up(epsilon)} at delta {composed['delta']:g}, an upper bound",
                 *(
-                    f"epsilon {each['epsilon']:.4f} at delta {each['delta']:g}"
+                    f"epsilon {rounded_up(each['epsilon'])} at delta {each['delta']:g}"
                     for each in composed["epsilon_at_other_deltas"][ADD_REMOVE]
                 ),
                 *composed["above_target"],
@@ -326,6 +334,11 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
         name: Entry(entry.title, [portable(line) for line in entry.lines], entry.source)
         for name, entry in (made | asked).items()
     }
+
+
+def rounded_up(epsilon: float) -> str:
+    """An upper bound with four digits after the point, which is one still."""
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
 
 
 def recomputed_by(mechanisms: list[dict], delta: float) -> str:

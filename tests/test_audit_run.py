@@ -68,13 +68,13 @@ def audited(parts, run, *more) -> int:
 
 
 def test_a_run_without_noise_is_flagged_and_nothing_of_a_canary_leaves(parts, tmp_path, capsys):
-    run = trained(parts, tmp_path, 1, 96, NoNoise)
+    run = trained(parts, tmp_path, 1, 64, NoNoise, "--num_epochs=4", "--noise_multiplier=40")
     before = sorted(run.rglob("*"))
     assert audited(parts, run, f"--output={tmp_path / 'audit'}") == EXIT_FAILED
     shown = capsys.readouterr().out
     result = json.loads((tmp_path / "audit" / "audit_run.json").read_text())
     assert result["refuted"]
-    assert result["claimed_epsilon"] == pytest.approx(1, abs=0.01)
+    assert 0 < result["claimed_epsilon"] < 1
     assert "REFUTED: epsilon is at least" in shown
     assert {each["attack"] for each in result["bounds"]} == {
         audit_run.OF_LOSSES, audit_run.OF_CHECKPOINTS
@@ -94,7 +94,7 @@ def test_a_run_without_noise_is_flagged_and_nothing_of_a_canary_leaves(parts, tm
             if isinstance(each, list | dict):
                 yield from lists(each)
 
-    assert max(map(len, lists(result))) == len(result["bounds"]) < 96
+    assert max(map(len, lists(result))) == len(result["bounds"]) < 64
     assert sorted(run.rglob("*")) == before
     assert (tmp_path / "audit" / "audit_run.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="use another --output"):

@@ -26,6 +26,16 @@ TIER_3 = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def stated(tmp_path_factory, composition_that_remembers):
+    """Where a run, a histogram and their statement are."""
+    folder = tmp_path_factory.mktemp("stated")
+    run, ledger = make_run(folder / "job"), folder / "histogram.jsonl"
+    record_histogram(ledger, num_examples=500, noise_multiplier=4.0, num_bins=10)
+    made(folder, run, "--histogram", ledger)
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path):
     return make_run(tmp_path / "job")
@@ -41,7 +51,11 @@ def ledger(tmp_path):
 def made(tmp_path, *words) -> dict:
     """The JSON of a statement in OUTPUT."""
     assert statement.main([*map(str, words), "--output", str(tmp_path / "out")]) == 0
-    return json.loads((tmp_path / "out" / "statement.json").read_text())
+    return read(tmp_path)
+
+
+def read(folder) -> dict:
+    return json.loads((folder / "out" / "statement.json").read_text())
 
 
 def printed_by(code: str) -> float:
@@ -51,18 +65,20 @@ def printed_by(code: str) -> float:
     return float(printed.getvalue())
 
 
-def test_it_says_what_the_composed_report_says_in_three_formats(run, ledger, tmp_path):
-    found = made(tmp_path, run, "--histogram", ledger)
-    epsilon = composed_report(run, [ledger])["epsilon"][ADD_REMOVE]["upper"]
+def test_it_says_what_the_composed_report_says_in_three_formats(stated):
+    found = read(stated)
+    epsilon = composed_report(stated / "job", [stated / "histogram.jsonl"])["epsilon"][ADD_REMOVE][
+        "upper"
+    ]
     assert (found["epsilon"], found["delta"]) == (epsilon, PLAN.delta)
     assert found["follows"] == "NIST SP 800-226"
-    page, text = ((tmp_path / "out" / name).read_text() for name in statement.FILES[:2])
+    page, text = ((stated / "out" / name).read_text() for name in statement.FILES[:2])
     for shown in (page, text):
         assert f"({epsilon:.3f}, 1e-05)-differentially private" in shown
         assert "follows NIST SP 800-226" in shown
         assert "conform" not in shown
-        assert str(tmp_path) not in shown
-    assert str(tmp_path) not in json.dumps(found)
+        assert str(stated) not in shown
+    assert str(stated) not in json.dumps(found)
     assert page.count("<svg") == 1
     assert not re.search(r"https?://|<script", re.sub(r'xmlns="[^"]+"', "", page))
     # In plain words and in the picture: more than a coin, and less than everything.
@@ -71,8 +87,8 @@ def test_it_says_what_the_composed_report_says_in_three_formats(run, ledger, tmp
     assert len(found["entries"]["mechanisms"]["lines"]) == 2
 
 
-def test_every_field_of_a_registry_has_a_source_and_nothing_is_invented(run, tmp_path):
-    entries = made(tmp_path, run)["entries"]
+def test_every_field_of_a_registry_has_a_source_and_nothing_is_invented(stated):
+    entries = read(stated)["entries"]
     assert entries.keys() >= TIER_3
     sources = {statement.LEDGER, statement.CHECKED, statement.NOT_DECLARED}
     assert {entry["source"] for entry in entries.values()} == sources
@@ -117,13 +133,13 @@ def test_the_owner_file_to_fill_in_is_one(capsys, tmp_path):
     assert statement.read_owner(tmp_path / "facts.yaml") == {}
 
 
-def test_epsilon_is_computed_anew_by_the_lines_on_the_page(run, ledger, tmp_path):
+def test_epsilon_is_computed_anew_by_the_lines_on_the_page(stated):
     """As a third party would: with what stands in each of the three files, and nothing else."""
-    found = made(tmp_path, run, "--histogram", ledger)
+    found = read(stated)
     code = found["recompute"]
     assert code.count("\n") < 10
-    assert f"```python\n{code}\n```" in (tmp_path / "out" / "statement.md").read_text()
-    page = (tmp_path / "out" / "statement.html").read_text()
+    assert f"```python\n{code}\n```" in (stated / "out" / "statement.md").read_text()
+    page = (stated / "out" / "statement.html").read_text()
     (shown,) = re.findall(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)
     assert shown == code
     assert printed_by(code) == pytest.approx(found["epsilon"], abs=0.005)
@@ -131,6 +147,7 @@ def test_epsilon_is_computed_anew_by_the_lines_on_the_page(run, ledger, tmp_path
     assert printed_by(code.replace(", (1.0, 4.0, 1)", "")) < found["epsilon"] - 0.05
 
 
+@pytest.mark.slow
 def test_a_person_with_several_rows_is_computed_anew_too():
     mechanism = {
         "sampling_rate": 0.02, "noise_multiplier": 1.0, "times": 2, "rows_per_unit": 3
