@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings = check_training_settings(settings)
     warnings += check_here(settings.model_name, settings.gpus, must=run)
     counted, size_warnings = train_examples(settings)
-    num_examples = counted + settings.canaries.num_rows
+    num_examples = counted + settings.num_canary_rows
     is_auto = settings.delta == "auto"
     settings = settle_delta(settings, num_examples)
     if settings.advise:
@@ -272,7 +272,7 @@ def say_summary(
         trained: numbers in the adapter, where they are known.
     """
     steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
-    canaries = settings.canaries.num_rows
+    canaries = settings.num_canary_rows
     counted = f", of which {canaries:,} rows of canaries" if canaries else ""
     drawn = "units" if settings.draws_units else "examples"
     rate = settings.total_bs / num_examples

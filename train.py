@@ -115,6 +115,7 @@ from utils.runs.run_folder import (
 )
 from utils.runs.stopping import StopRequest
 from utils.secure_random import SecureRandom
+from utils.texts.audit_canaries import COINS_FILE, as_trained, read_coins
 from utils.texts.data_sets import load_splits, rows_fingerprint
 from utils.texts.prompts import check_style, fix_date, is_dated
 from utils.texts.tokens import TokenisedExamples, tokenise_once
@@ -242,7 +243,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     notices = check_training_settings(settings)
     folder = settings.folder
     splits, units = read_splits(settings)
-    num_examples = len(splits["train"]) if units is None else len(units)
+    num_examples = len(splits["train"]) + settings.audit_canaries if units is None else len(units)
     settings = settle_delta(settings, num_examples)
     require_usable(folder, settings.run_settings, settings.resume)
     plan, plan_notices = plan_to_follow(settings, num_examples)
@@ -272,11 +273,11 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     notices += preflight(settings, skeleton, tokenizer)
     for notice in notices if is_main else []:
         say(f"warning: {notice}")
-    data = tokenise_once(splits, tokenizer, settings.prompt_style, settings.max_seq_len, folder)
+    data, coins = tokens_of(settings, splits, tokenizer)
     largest_id = max(int(split.ids.max()) for split in data.values())
     require_vocabulary(embedding_rows(skeleton), tokenizer, largest_id)
-    settings.canaries.require_whole(data["train"].lengths, settings.max_seq_len)
-    counts = {split: rows.counts(tokenizer.eos_token_id) for split, rows in data.items()}
+    eos_id = tokenizer.eos_token_id
+    counts = {split: data[split].counts(eos_id, len(rows)) for split, rows in splits.items()}
     if is_main:
         say_counts(settings, counts)
     if settings.check:
@@ -344,7 +345,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     if settings.dry_run:
         rehearse(run)
         return None
-    facts = {ROW_COUNTS: counts} | ({LARGEST_UNITS: largest} if largest else {})
+    facts = {ROW_COUNTS: counts} | ({LARGEST_UNITS: largest} if largest else {}) | coins
     return begun(run, fingerprints(settings, splits["train"], data["train"], units), facts)
 
 
@@ -450,7 +451,7 @@ def read_splits(settings: TrainingSettings) -> tuple[dict[str, Dataset], Units |
             unowned_rows_are_units=settings.unowned_rows_are_units,
         )
         if settings.draws_units:
-            canaries = of_row.max() + 1 + np.arange(settings.canaries.num_rows)
+            canaries = of_row.max() + 1 + np.arange(settings.num_canary_rows)
             units = Units(np.concatenate([of_row, canaries]), most)
             require_size(settings, "num_train_units", int(of_row.max()) + 1)
         else:
@@ -462,6 +463,39 @@ def read_splits(settings: TrainingSettings) -> tuple[dict[str, Dataset], Units |
         used = min(len(splits["val"]), settings.max_eval_examples)
         splits["val"] = splits["val"].select(range(used))
     return splits, units
+
+
+def audit_coins(settings: TrainingSettings) -> dict[str, dict]:
+    """Which canaries of an audit are in: `COINS_FILE` as it is kept, or empty without an audit.
+
+    Raises:
+        UsageError: the run that is there was begun, and its coins are gone.
+    """
+    if not settings.audit_canaries:
+        return {}
+
+    def toss() -> dict:
+        if holds_run(settings.folder):
+            return read_coins(settings.folder)
+        return {"inside": SecureRandom().bernoulli_indices(1, 2, settings.audit_canaries).tolist()}
+
+    return {COINS_FILE: on_main_process(toss)}
+
+
+def tokens_of(
+    settings: TrainingSettings, splits: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, TokenisedExamples], dict[str, dict]]:
+    """The splits, with the canaries of an audit at the end of the train split, and their coins."""
+    style, max_seq_len = settings.prompt_style, settings.max_seq_len
+    more: dict[str, TokenisedExamples] = {}
+    if coins := audit_coins(settings):
+        inside = settings.audited.inside(coins[COINS_FILE])
+        every = settings.audited.examples(tokenizer, style, max_seq_len)
+        more = {"train": as_trained(every, inside, tokenizer.eos_token_id)}
+    data = tokenise_once(splits, tokenizer, style, max_seq_len, settings.folder, more)
+    lengths = data["train"].lengths[: len(splits["train"])]
+    settings.canaries.require_whole(lengths, max_seq_len)
+    return data, coins
 
 
 def require_size(settings: TrainingSettings, name: str, found: int) -> None:
@@ -1129,7 +1163,7 @@ def finish(run: Run, step: int, stopped_by: str) -> None:
     A report that names its adapter comes last, so that a run which was killed before goes on.
     """
     if run.is_main:
-        canaries = {"canaries": run.settings.canaries.num_rows}
+        canaries = {"canaries": run.settings.num_canary_rows}
         # Of a finished run whose adapter was moved away, the report names the one on record.
         report = run.mechanism.report(step) | canaries | {ADAPTER_HASH: run.mechanism.adapter}
         write_report(run.folder, report)

@@ -114,10 +114,11 @@ def require_replaceable(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} exists; add --overwrite to replace it, or use another --output")
 
 
-def environment(page: Page, suffix: str, escaped: Callable[[str], str]) -> jinja2.Environment:
+def environment(page: object, suffix: str, escaped: Callable[[str], str]) -> jinja2.Environment:
     """Templates that speak of `page`; whatever they print of it is text, and never markup.
 
     Args:
+        page: a `Page`, or what else has what the template shows.
         suffix: of the blocks that the page is made of, .html or .md.
         escaped: makes a plain text one of that format.
     """

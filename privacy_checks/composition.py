@@ -78,7 +78,7 @@ def composed_report(
             trusted with the values.
     """
     folders = [runs] if isinstance(runs, Path) else list(runs)
-    plain = [folder for folder in folders if _arguments(folder)["eps"] == -1]
+    plain = [folder for folder in folders if arguments_of(folder)["eps"] == -1]
     read = [_read_run(folder) for folder in folders if folder not in plain]
     if plain:
         return _no_guarantee(plain[:1], "trained without differential privacy")
@@ -312,8 +312,12 @@ def _read_json(path: Path, *needed: str) -> dict:
     return value
 
 
-def _arguments(folder: Path) -> dict:
-    """The flags of a run."""
+def arguments_of(folder: Path) -> dict:
+    """The flags of a run.
+
+    Raises:
+        UsageError: there is no run.
+    """
     if not holds_run(folder):
         raise UsageError(f"{folder} holds no run: there is no {CONFIG_FILE}")
     return _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
@@ -321,7 +325,7 @@ def _arguments(folder: Path) -> dict:
 
 def _read_run(folder: Path) -> _Run:
     """Read a DP run, and check its ledger against all that kept the ledger's head."""
-    arguments = _arguments(folder)
+    arguments = arguments_of(folder)
     if not (folder / LEDGER_FILE).exists():
         raise UsageError(f"{folder} has no {LEDGER_FILE}: what its run spent is not known")
     plan = read_plan(folder / LEDGER_FILE)
@@ -335,7 +339,8 @@ def _read_run(folder: Path) -> _Run:
         is_insecure=known_seed or not own_report.get("guarantee", True),
         plan=plan,
         # Runs of earlier versions have no such flags.
-        num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1),
+        num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1)
+        + arguments.get("audit_canaries", 0),
         steps=steps,
         steps_recorded=steps_in(records),
         own_report=own_report,

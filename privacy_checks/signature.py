@@ -32,6 +32,7 @@ def sign(
     runs: Sequence[Path],
     ledgers: Sequence[Path],
     key: Ed25519PrivateKey,
+    signature_file: str = SIGNATURE_FILE,
 ) -> Path:
     """Sign a written report, and write the signature next to it; returns its file.
 
@@ -39,8 +40,9 @@ def sign(
         folder: where the report is.
         names: its files, of which those that exist are signed.
         runs, ledgers: the runs' folders and the histograms' ledgers, in the report's order.
+        signature_file: its name.
     """
-    statement, path = statement_of(folder, names, runs, ledgers), folder / SIGNATURE_FILE
+    statement, path = statement_of(folder, names, runs, ledgers), folder / signature_file
     write_json(path, {"signed": statement, "ed25519": key.sign(as_bytes(statement)).hex()})
     return path
 
@@ -51,18 +53,19 @@ def differences(
     runs: Sequence[Path],
     ledgers: Sequence[Path],
     key: Ed25519PublicKey,
+    signature_file: str = SIGNATURE_FILE,
 ) -> list[str]:
     """What is not as it was signed, in a line each; none if all is. Args: see `sign`.
 
     Raises:
         UsageError: there is no signature.
     """
-    path = folder / SIGNATURE_FILE
+    path = folder / signature_file
     try:
         content = json.loads(path.read_text())
         signed, signature = content["signed"], bytes.fromhex(content["ed25519"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is missing or no signature; --sign writes it") from None
+        raise UsageError(f"{path} is missing or no signature; sign it first") from None
     try:
         key.verify(signature, as_bytes(signed))
         now = statement_of(folder, names, runs, ledgers)
@@ -112,8 +115,11 @@ def as_bytes(statement: dict) -> bytes:
     return json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
 
 
-def read_private_key(path: Path) -> Ed25519PrivateKey:
+def read_private_key(path: Path, flag: str = "--sign") -> Ed25519PrivateKey:
     """Read a private key; warns if others may read it too.
+
+    Args:
+        flag: that named it.
 
     Raises:
         UsageError: none is there, it has a passphrase, or it is of another kind.
@@ -126,12 +132,12 @@ def read_private_key(path: Path) -> Ed25519PrivateKey:
     )
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(
-            f"--sign {path}: no Ed25519 private key without a passphrase; make one with "
+            f"{flag} {path}: no Ed25519 private key without a passphrase; make one with "
             "openssl genpkey -algorithm ed25519 -out KEYFILE"
         )
     mode = path.stat().st_mode & 0o777
     if mode & OTHERS_MAY:
-        say(f"warning: --sign {path}: others may read this private key (mode {mode:o}); chmod 600")
+        say(f"warning: {flag} {path}: others may read this private key (mode {mode:o}); chmod 600")
     return key
 
 

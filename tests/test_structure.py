@@ -20,6 +20,7 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 NO_TORCH = ("generate_train_command", "generate_inference_command", "generate_pipeline_script",
             "utils.privacy.accounting",
             "utils.models.footprint", "utils.privacy.plan", "utils.texts.canaries",
+            "utils.texts.audit_canaries",
             "utils.texts.data_sets", "utils.texts.forms", "utils.texts.units",
             "data.prepare_instructions")  # fmt: skip
 # What a wing of utils/ never imports: other wings, or libraries.

@@ -161,7 +161,7 @@ class Page:
             "claim": claim(composed),
             "conditions": [best_catch(material.catch_rates, unit), *conditions(composed)],
             "accountant": bounds["accountant"],
-            "guess": best_guess(material),
+            "guess": best_guess(material.total_variation),
             "factor": factor(epsilon),
             "odds": odds(epsilon),
             "unit": unit,
@@ -348,15 +348,15 @@ class Page:
 # ------------------------------------------------------------------------ bounds and readings
 
 
-def best_guess(material: Material) -> str:
+def best_guess(total_variation: float | None) -> str:
     """How often the best guess whether a row was in the data is right at most, from even odds.
 
     A test that tells two distributions apart is right at most (1 + TV) / 2 of the time (Neyman and
     Pearson 1933), and delta at epsilon 0 is the total variation TV, of the worst neighbours.
     """
-    if material.total_variation is None:
+    if total_variation is None:
         raise ValueError("without a guarantee no guess is bounded")
-    return f"{math.ceil((1 + material.total_variation) / 2 * 1e4) / 100:g}%"
+    return f"{math.ceil((1 + total_variation) / 2 * 1e4) / 100:g}%"
 
 
 def best_catch(rates: dict[float, float], unit: str) -> str:

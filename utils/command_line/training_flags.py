@@ -25,6 +25,7 @@ from utils.models.footprint import Architecture, Training
 from utils.privacy.accounting import MAX_ROWS
 from utils.privacy.banded import BANDED, WHITE
 from utils.privacy.plan import ROWS, UNITS, UNITS_AT_ONCE, PrivacyPlan, make_plan
+from utils.texts.audit_canaries import KINDS, TOKENS, AuditCanaries
 from utils.texts.canaries import Canaries
 from utils.texts.data_sets import is_labelled
 from utils.texts.prompts import PROMPT_STYLES, UNCONDITIONAL
@@ -230,6 +231,18 @@ class TrainingSettings(JobSettings):
         type=natural_int,
     )
     canary_repeats: int = _memorisation("times that each canary is added", 1)
+    audit_canaries: int = _memorisation(
+        "made-up rows, each of which a secret coin puts in or leaves out, for "
+        "privacy_checks.audit_run to find out which; all of them count in N",
+        0,
+        type=natural_int,
+    )
+    audit_canary_kind: str = _memorisation(
+        "tokens: random ids of the vocabulary, which a model memorises best; natural: texts with "
+        "an ending that nobody expects, which privacy_checks.audit_texts looks for",
+        TOKENS,
+        choices=KINDS,
+    )
 
     total_bs: int = _optimisation("(expected) examples in a logical batch, over all devices", 32)
     num_epochs: float = _optimisation(
@@ -311,6 +324,16 @@ class TrainingSettings(JobSettings):
         return Canaries(self.num_canaries, self.canary_repeats, self.seed)
 
     @property
+    def audited(self) -> AuditCanaries:
+        """The canaries of an audit of this run."""
+        return AuditCanaries(self.audit_canaries, self.audit_canary_kind, self.seed)
+
+    @property
+    def num_canary_rows(self) -> int:
+        """Rows of N that are canaries."""
+        return self.canaries.num_rows + self.audit_canaries
+
+    @property
     def unit_flags(self) -> list[str]:
         """The flags of a unit that are given."""
         defaults = {"unit_column": None, "max_rows_per_unit": None, "unit_sampling": UNITS,
@@ -387,6 +410,8 @@ def check_training_settings(settings: TrainingSettings) -> list[str]:
         )
     if settings.canary_repeats > 1 and not settings.num_canaries:
         raise UsageError("--canary_repeats needs --num_canaries: there is nothing to repeat")
+    if settings.audit_canary_kind != TOKENS and not settings.audit_canaries:
+        raise UsageError("--audit_canary_kind needs --audit_canaries: there is none of any kind")
     if settings.load_in_4bit and settings.load_in_8bit:
         raise UsageError("--load_in_4bit and --load_in_8bit: choose one")
     if settings.fsdp and settings.perdevice_bs == "auto":

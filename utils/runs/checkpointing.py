@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -97,17 +98,22 @@ class _Sink:
 
 def load_last_good(folder: str | os.PathLike) -> Checkpoint | None:
     """Read the newest checkpoint that is whole; a damaged one is named and passed over."""
+    return next(whole_checkpoints(folder), None)
+
+
+def whole_checkpoints(folder: str | os.PathLike) -> Iterator[Checkpoint]:
+    """Read all checkpoints that are whole, the newest first; damaged ones are named."""
     for path in _checkpoints(Path(folder)):
         damage = _damage(path)
         if damage is None:
-            return Checkpoint(
+            yield Checkpoint(
                 path=path,
                 adapter=load_file(path / ADAPTER_FILE),
                 optimizer=torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu"),
                 state=json.loads((path / STATE_FILE).read_text()),
             )
-        say(f"warning: {path} is damaged ({damage}); trying the one before it")
-    return None
+        else:
+            say(f"warning: {path} is damaged ({damage}); trying the one before it")
 
 
 def restore_adapter(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:

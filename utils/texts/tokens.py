@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,18 +45,19 @@ class TokenisedExamples:
         """int64 [examples], tokens per example."""
         return np.diff(self.offsets)
 
-    def counts(self, eos_id: int) -> dict[str, int]:
-        """Of rows, of those that were cut, and of those without a token with loss.
+    def counts(self, eos_id: int, rows: int) -> dict[str, int]:
+        """Of the first so many rows, of those that were cut, and of those without loss.
 
         Computed from private data: for `private/` alone.
 
         Args:
             eos_id: ends every row that is whole.
+            rows: after which come the canaries of an audit.
         """
-        is_cut = self.ids[self.offsets[1:] - 1] != eos_id
-        without_loss = self.loss_starts >= self.lengths
+        is_cut = self.ids[self.offsets[1 : rows + 1] - 1] != eos_id
+        without_loss = (self.loss_starts >= self.lengths)[:rows]
         return {
-            "rows": len(self),
+            "rows": rows,
             "cut": int(is_cut.sum()),
             "without_loss": int(without_loss.sum()),
         }
@@ -127,6 +128,7 @@ def tokenise(
     style: str,
     max_seq_len: int,
     folder: Path,
+    more: TokenisedExamples | None = None,
 ) -> None:
     """Tokenise every row of a split once, into files in `folder` for `open_tokens`.
 
@@ -136,6 +138,7 @@ def tokenise(
         rows, style: see `_token_arrays`.
         folder: made if it is not there; files in it are replaced. What it holds is as private as
             the rows are.
+        more: examples that come after the rows.
 
     Raises:
         UsageError: see `_token_arrays`.
@@ -146,6 +149,9 @@ def tokenise(
         for arrays in _token_arrays(rows, tokenizer, style, max_seq_len):
             for name, file in files.items():
                 file.write(arrays[name].data)
+        if more is not None:
+            for name, file in files.items():
+                file.write(np.asarray(getattr(more, name), TOKEN_FILES[name]).data)
 
 
 def open_tokens(folder: Path) -> TokenisedExamples:
@@ -223,6 +229,7 @@ def tokenise_once(
     style: str,
     max_seq_len: int,
     folder: Path,
+    more: Mapping[str, TokenisedExamples] | None = None,
 ) -> dict[str, TokenisedExamples]:
     """Tokenise on one process of each machine, into files that all of its processes map.
 
@@ -233,6 +240,7 @@ def tokenise_once(
         splits, style: see `tokenise`.
         folder: a run's; files are made under its `private/`, and folders that were made for them
             go with them.
+        more: examples that come after the rows of a split, by its name.
 
     Raises:
         UsageError: see `tokenise`.
@@ -254,7 +262,9 @@ def tokenise_once(
             for split, rows in splits.items():
                 hidden = not state.is_main_process
                 rows = Progress(rows, f"tokenise {split}", unit="row", hidden=hidden, leave=False)
-                tokenise(rows, tokenizer, style, max_seq_len, place / split)
+                tokenise(
+                    rows, tokenizer, style, max_seq_len, place / split, (more or {}).get(split)
+                )
         state.wait_for_everyone()
         data = {split: open_tokens(place / split) for split in splits}
         state.wait_for_everyone()
