@@ -322,6 +322,16 @@ def test_rows_are_the_unit_where_no_column_is_one(shell, tmp_path, capsys):
     assert not [words for words in others if "--unit_column" in words]
 
 
+def test_a_column_of_owners_that_is_not_named_is_warned_of(tmp_path, capsys):
+    write_rows(tmp_path / "d.csv", rows=2)
+    flags = flags_of(tmp_path, "M", str(tmp_path / "d.csv"))
+    warned = []
+    for more in ([], ["--unit_column", "user_id"], ["--unit_column", "none"]):
+        assert generate_pipeline_script.main([*flags, *more]) == 0
+        warned.append("warning: 'user_id' seems to say whose a row is" in capsys.readouterr().err)
+    assert warned == [True, False, False]
+
+
 def test_from_another_folder_what_is_there_gets_its_whole_path(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.csv").write_text("text\n")
