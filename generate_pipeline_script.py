@@ -17,6 +17,7 @@ import sys
 import textwrap
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,6 +36,8 @@ from utils.command_line.parser import (
     to_argv,
 )
 from utils.texts.forms import NO_COLUMN
+from utils.texts.rows import is_readable, names_of
+from utils.texts.units import is_owner_column
 
 TEMPLATE = "pipeline.sh.j2"
 LONGEST_LINE = 88
@@ -122,6 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     say(f"  everything it makes  {folder}")
     whose = f"all rows of one {settings.unit_column}" if settings.protects_units else "one row"
     say(f"  budget               epsilon {settings.eps:g} for {whose}, delta {settings.delta}")
+    for owner in owners(settings.data) if settings.unit_column is None else []:
+        say(
+            f"warning: {owner!r} seems to say whose a row is, and the budget is for one row; "
+            f"--unit_column {shlex.quote(owner)} protects all rows of one, and {NO_COLUMN} says "
+            "that rows are meant"
+        )
     return 0
 
 
@@ -158,6 +167,17 @@ def check(settings: Settings) -> None:
                 "--annotator: the address holds a name, a password or parameters, which would "
                 "stand in the script; a key belongs into OPENAI_API_KEY"
             )
+
+
+def owners(data: list[str]) -> list[str]:
+    """Columns of the files that are here which seem to say whose a row is.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    files = [Path(name).expanduser() for name in data]
+    here = [file for file in files if file.is_file() and is_readable(file)]
+    return list(dict.fromkeys(filter(is_owner_column, chain.from_iterable(map(names_of, here)))))
 
 
 def script(settings: Settings, folder: Path) -> str:

@@ -15,6 +15,7 @@ from datasets import load_from_disk
 from data import prepare_quickstart
 from tests.paths import ROOT
 from utils.cli import UsageError
+from utils.files import write_atomic
 from utils.folders import (
     LOCK_FILE,
     PREPARATION_FILE,
@@ -87,6 +88,17 @@ with {block}:
 
 
 # ------------------------------------------------------------------ locks
+
+
+def test_what_a_kill_leaves_of_a_write_is_not_the_users(tmp_path, monkeypatch):
+    during = []
+    monkeypatch.setattr(
+        os, "replace", lambda *_: during.append((names(tmp_path), names_in(tmp_path)))
+    )
+    write_atomic(tmp_path / "manifest.json", "{}")
+    (found, held) = during[0]
+    assert len(found) == 1
+    assert held == set()
 
 
 def test_a_folder_has_one_holder_and_a_kill_frees_it(tmp_path):

@@ -9,13 +9,16 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -26,22 +29,23 @@ import generate_pipeline_script
 from data.prepare_instructions import SPLIT_SHARES
 from privacy_checks.composition import composed_report
 from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
-from tests.annotation_server import KEY, Server
+from tests.annotation_server import KEY, Reply, Request, Server, answer
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
 from tests.test_readme import GENERATORS, run_script
-from utils.cli import EXIT_USAGE, UsageError
+from utils.cli import EXIT_FAILED, EXIT_USAGE, UsageError
 from utils.files import read_jsonl
 from utils.privacy.accounting import ADD_REMOVE
 
 CLIENT = """#!/usr/bin/env bash
+case "$2" in *flock*) exec {python} "$@" ;; esac  # a lock is the shell's
 printf '%s\\0' "$@" > "{folder}/asked"
 read -r code < "{folder}/code"
 cat "{folder}/out"
 exit "$code"
 """
-KILLED = 137
+KILLED = -signal.SIGKILL
 
 
 def printed(capsys, *flags: str) -> str:
@@ -81,7 +85,7 @@ class Shell:
 
     Attributes:
         commands: all that were asked for, as words.
-        dies: whether a command is killed, before it does anything.
+        dies: whether a script is killed with a command, before that does anything.
     """
 
     def __init__(self, folder: Path):
@@ -91,19 +95,25 @@ class Shell:
         for name in ("asked", "code"):
             os.mkfifo(folder / name)
         self.python = folder / "python"
-        self.python.write_text(CLIENT.format(folder=folder))
+        self.python.write_text(CLIENT.format(folder=folder, python=sys.executable))
         self.python.chmod(0o700)
 
-    def run(self, script: str) -> tuple[int, str]:
+    def run(self, script: str, **options) -> tuple[int, str]:
         """Exit code and stdout of a script."""
-        process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            ["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True,
+            **options,
+        )  # fmt: skip
         threading.Thread(target=self._end, args=(process,), daemon=True).start()
         while asked := (self.folder / "asked").read_text():
             words = asked.split("\0")[:-1]
             self.commands.append(words)
+            if self.dies(words):
+                os.killpg(process.pid, signal.SIGKILL)
+                continue
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                code = KILLED if self.dies(words) else run_command(words)
+                code = run_command(words)
             (self.folder / "out").write_text(out.getvalue())
             (self.folder / "code").write_text(f"{code}\n")
         return process.wait(), process.stdout.read()
@@ -197,6 +207,70 @@ def test_the_script_leads_from_a_file_to_a_page(shell, tmp_path, capsys, key):
     assert shell.commands == []
 
 
+STAGES = [
+    "prepare", "type_a", "type_b", "resample", "budget", "annotate", "type_c", "type_d",
+    "evaluate", "evaluate_answers",
+]  # fmt: skip
+
+
+def leave_traces(words: list[str]) -> int:
+    """What the script looks at of what a command leaves, and nothing else."""
+    values = dict(zip(words, words[1:]))
+    if "--output_dir" in values:
+        Path(values["--output_dir"], values["--job_sess"]).mkdir(parents=True)
+    elif "--output" in values:
+        Path(values["--output"]).mkdir(parents=True, exist_ok=True)
+        for name in ("instructions.jsonl", "selected.jsonl"):
+            Path(values["--output"], name).write_text("{}\n" * 9)
+    elif "num_examples" in words[1]:
+        print(60)
+    return 0
+
+
+def test_a_kill_at_any_command_costs_no_stage_that_is_done(shell, tmp_path, capsys):
+    annotator = ["--annotator", "http://localhost:1/v1", "M"]
+    script = printed(capsys, *flags_of(tmp_path, "M", "d.csv", *annotator))
+    records, stderr = tmp_path / "projects" / "mine" / "stages", tmp_path / "stderr"
+    killed: list[list[str]] = []
+
+    def dies_once(words: list[str]) -> bool:
+        is_new = words not in killed
+        killed.extend([words] * is_new)
+        return is_new
+
+    shell.dies = dies_once
+    code, began = KILLED, []
+    with mock.patch(f"{__name__}.run_command", leave_traces):
+        while code == KILLED:
+            done = [stage for stage in STAGES if (records / stage).exists()]
+            assert STAGES[: len(done)] == done
+            with stderr.open("w") as said:
+                code, _ = shell.run(script, stderr=said)
+            now = re.findall("^== (.+)$", stderr.read_text(), re.MULTILINE)
+            assert now == STAGES[len(done) :][: len(now)]
+            began += now
+    assert code == 0
+    assert list(dict.fromkeys(began)) == STAGES
+    assert len(killed) > 15
+
+
+def test_two_of_a_script_do_not_work_at_once(shell, tmp_path, capsys):
+    script, others = printed(capsys, *flags_of(tmp_path, "M", "d.csv")), []
+
+    def start_another(words: list[str]) -> int:
+        if not others:
+            others.append(subprocess.run(["bash", "-c", script], capture_output=True, text=True))
+        return EXIT_FAILED
+
+    with mock.patch(f"{__name__}.run_command", start_another):
+        assert shell.run(script)[0] == EXIT_FAILED
+        assert shell.run(script)[0] == EXIT_FAILED  # the lock went with the first one
+    assert others[0].returncode == EXIT_USAGE
+    (line,) = others[0].stderr.splitlines()
+    assert "projects/mine; wait for its end, or stop it" in line
+    assert len(shell.commands) == 2
+
+
 def first_commands(shell: Shell, script: str) -> list[list[str]]:
     """The commands of a script as bash gives them, none of which does anything."""
     shell.dies = lambda words: False
@@ -237,6 +311,7 @@ def test_training_leaves_room_for_the_histogram_that_is_drawn(shell, tmp_path, c
     train = first_commands(shell, script)[1]
     assert train[train.index("--reserve_histogram_sigma") + 1] == "7.5"
     assert "--histogram_sigma 7.5 \\\n" in script
+    assert train[train.index("--save_steps") + 1] == "1"
     assert "--unit_column" not in script
 
 
@@ -245,6 +320,16 @@ def test_rows_are_the_unit_where_no_column_is_one(shell, tmp_path, capsys):
     prepare, *others = first_commands(shell, script)
     assert prepare[prepare.index("--unit_column") + 1] == "none"
     assert not [words for words in others if "--unit_column" in words]
+
+
+def test_a_column_of_owners_that_is_not_named_is_warned_of(tmp_path, capsys):
+    write_rows(tmp_path / "d.csv", rows=2)
+    flags = flags_of(tmp_path, "M", str(tmp_path / "d.csv"))
+    warned = []
+    for more in ([], ["--unit_column", "user_id"], ["--unit_column", "none"]):
+        assert generate_pipeline_script.main([*flags, *more]) == 0
+        warned.append("warning: 'user_id' seems to say whose a row is" in capsys.readouterr().err)
+    assert warned == [True, False, False]
 
 
 def test_from_another_folder_what_is_there_gets_its_whole_path(tmp_path, monkeypatch, capsys):
@@ -345,66 +430,88 @@ def write_texts(folder: Path) -> Path:
     return texts
 
 
-def bash(script: Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_API_KEY": KEY}
-    return subprocess.Popen(
-        ["bash", str(script)], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-    )
-
-
 def full_size(folder: Path, data: Path, *more: str) -> list[str]:
     save_tiny_encoder(folder / "encoder")
-    size = ["--num_samples", "200", "--num_epochs", "0.2", "--split", SPLIT_SHARES]
+    size = ["--num_samples", "100", "--num_epochs", "0.2", "--split", SPLIT_SHARES]
     return flags_of(folder, save_terse_model(folder / "model"), str(data), *size, *more)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(FULL_SIZE_SECONDS)
-@pytest.mark.parametrize(
-    ("write", "more"),
-    [
-        (write_csv, ["--text_column", "text", "--unit_column", "user_id"]),
-        (write_messages, ["--unit_column", "user_id"]),
-        (write_share_gpt, ["--unit_column", "user_id"]),
-        (write_parquet, ["--text_column", "text", "--unit_column", "user_id"]),
-        # 28,500 rows are the units here.
-        (write_texts, ["--total_bs", "128", "--delta", "1e-6", "--num_epochs", "0.02"]),
-    ],
-)
-def test_every_form_of_rows_leads_to_a_page(tmp_path, capsys, write, more):
-    script = tmp_path / "mine.sh"
-    with Server(most_seconds=FULL_SIZE_SECONDS) as server:
-        flags = full_size(tmp_path, write(tmp_path), *more, "--annotator", server.url, "fake")
-        script.write_text(printed(capsys, *flags))
-        assert bash(script).wait() == 0
-    project = tmp_path / "projects" / "mine"
+def require_pages(project: Path, least_units: int) -> None:
+    """The pages of a script that ran to its end, and the report of its training."""
     page = (project / "report" / "report.md").read_text()
     assert "-differentially private" in page
     assert "ABOVE TARGET" not in page
     assert "MAUVE" in (project / "report/private/report-internal.md").read_text()
     report = json.loads((project / "outputs/instructions/privacy_report.json").read_text())
-    assert report["num_examples"] > (280 if "--unit_column" in more else 28_000)
+    assert report["num_examples"] > least_units
+    assert report["steps_lost"] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(FULL_SIZE_SECONDS)
-@pytest.mark.parametrize("after", ["prepare", "type_a", "type_b", "budget"])
-def test_a_killed_script_goes_on(tmp_path, capsys, after):
-    write_rows(tmp_path / "rows.csv")
-    flags = flags_of(
-        tmp_path, save_terse_model(tmp_path / "model"), str(tmp_path / "rows.csv"),
-        "--unit_column", "user_id",
-    )  # fmt: skip
-    save_tiny_encoder(tmp_path / "encoder")
+@pytest.mark.usefixtures("composition_that_remembers")
+@pytest.mark.parametrize(
+    ("write", "more", "least_units"),
+    [
+        (write_messages, ["--unit_column", "user_id"], 280),
+        (write_share_gpt, ["--unit_column", "user_id"], 280),
+        (write_parquet, ["--text_column", "text", "--unit_column", "user_id"], 280),
+        # Rows are the units here.
+        (write_texts, ["--total_bs", "128", "--delta", "1e-6", "--num_epochs", "0.02"], 28_000),
+    ],
+)
+def test_every_form_of_rows_leads_to_a_page(shell, tmp_path, capsys, key, write, more, least_units):
+    with Server(most_seconds=FULL_SIZE_SECONDS) as server:
+        flags = full_size(tmp_path, write(tmp_path), *more, "--annotator", server.url, "fake")
+        assert shell.run(printed(capsys, *flags))[0] == 0
+    require_pages(tmp_path / "projects" / "mine", least_units)
+
+
+def slow_answer(request: Request) -> Reply:
+    return replace(answer(request), wait=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(FULL_SIZE_SECONDS)
+def test_a_csv_leads_to_a_page_through_kills_in_every_stage(tmp_path, capsys, key):
+    """Its commands are processes, and a kill takes all of them at once."""
+    write_rows(tmp_path / "rows.csv", ROWS, OWNERS)
     script, project = tmp_path / "mine.sh", tmp_path / "projects" / "mine"
-    script.write_text(printed(capsys, *flags))
-    process = bash(script)
-    while not (project / "stages" / after).exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(3)  # into the next stage
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (project / "report").exists()
-    assert bash(script).wait() == 0
-    assert "-differentially private" in (project / "report" / "report.md").read_text()
+    # What a stage leaves in its middle.
+    begun = [
+        "data/.instructions.partial/train.jsonl",
+        "outputs/instructions/checkpoints/step-000002",
+        "inference_outputs/instructions/shard-0.jsonl",
+        "resampling/synthetic_embeddings",
+        "annotations/answers.jsonl",
+    ]
+    with Server(slow_answer, most_seconds=FULL_SIZE_SECONDS) as server:
+        named = ["--text_column", "text", "--unit_column", "user_id"]
+        flags = full_size(
+            tmp_path, tmp_path / "rows.csv", *named, "--annotator", server.url, "fake"
+        )
+        script.write_text(printed(capsys, *flags))
+        for stage, file in zip(("prepare", "type_a", "type_b", "resample", "annotate"), begun):
+            process = bash(script)
+            while not ((project / file).is_dir() or has_bytes(project / file)):
+                assert process.poll() is None
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            assert process.wait() == KILLED
+            assert not (project / "stages" / stage).exists()
+        assert not (project / "report").exists()
+        assert bash(script).wait() == 0
+    require_pages(project, 280)
+    asked = Counter(request.instruction for request in server.requests)
+    assert max(asked.values()) <= 2  # what was in flight at the kill, and nothing else
+
+
+def has_bytes(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
+
+
+def bash(script: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        ["bash", str(script)], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )

@@ -63,6 +63,21 @@ def test_the_headline_of_copies_is_how_many_there_are():
     assert headline("share") == "more"
 
 
+@pytest.mark.parametrize("high", [None, 0.2])
+def test_a_table_has_a_column_of_intervals_where_it_has_one(high):
+    scores = [vars(Score("share", "texts", 0.1, n=9)), vars(Score("more", "texts", 0.1, n=9))]
+    scores[1] |= {"low": high and 0.0, "high": high, "control": 0.3}
+    result = vars(Result("memorisation", "", True, "spread", [], "chance"))
+    result |= {"scores": scores, "charts": []}
+    material = Material(True, {"guarantee": False}, [], [], [], results=[result])
+    made = report.environment(sections.Page(material, 0), ".md", str)
+    text = made.get_template("sections.j2").module.findings("leak")
+    column = " interval |" if high else ""
+    assert f"| measure | of | n | value |{column} control | reads |" in text
+    assert ("| more | texts | 9 | 0.1 | 0 to 0.2 | 0.3 |" if high else "| 9 | 0.1 | 0.3 |") in text
+    assert ("Intervals: spread." in text) == bool(high)
+
+
 @pytest.mark.parametrize(
     ("value", "better", "reading"),
     [

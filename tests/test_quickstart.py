@@ -44,6 +44,8 @@ def test_the_quick_start_runs_from_a_fresh_clone(tmp_path):
     assert max(alone) < float(composed[1]) < sum(alone) + 0.1
     assert 7.5 < float(composed[1]) <= 8
     assert "ABOVE TARGET" not in done.stdout + done.stderr
+    for verdict in ("noise drowns", "too few logical steps"):
+        assert verdict not in done.stderr
     assert done.stdout.count("\n  [") == 10 + 3
     *_, public, internal = done.stdout.splitlines()
     for line, has_private_figures in ((public, False), (internal, True)):

@@ -1,10 +1,12 @@
 """The verdict on a recipe, from public numbers."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.paths import ROOT
 from utils.dp_utils import add_noise
 from utils.privacy.banded import band_coefficients
 from utils.privacy.plan import PrivacyPlan
@@ -57,6 +59,21 @@ def test_recipes_that_were_seen_to_learn_pass():
                                 (5, 1024, 0.760), (20, 128, 0.6)):  # fmt: skip
         plan = replace(SMALL, steps=steps, expected_batch_size=batch, noise_multiplier=sigma)
         assert recipe_warnings(plan, SMOLLM2, 128) == []
+
+
+@pytest.mark.parametrize("file", ["README.md", "quickstart.sh"])
+def test_recipes_that_are_taught_pass(file):
+    text, rows = (ROOT / file).read_text(), 4576
+    (rank,) = set(re.findall(r"--lora_r (\d+)", text))
+    numbers = r"--total_bs (\d+) --num_epochs ([\d.]+) .*?--noise_multiplier ([\d.]+)"
+    found = re.findall(numbers, text.replace("\\\n", " "))
+    assert [int(batch) for batch, *_ in found] == [128, 64]
+    for batch, epochs, sigma in found:
+        plan = replace(
+            SMALL, num_examples=rows, expected_batch_size=int(batch),
+            steps=int(float(epochs) * rows / int(batch)), noise_multiplier=float(sigma),
+        )  # fmt: skip
+        assert recipe_warnings(plan, SMOLLM2 * int(rank) // 8, 128) == []
 
 
 def test_a_small_batch_for_two_steps_is_drowned_and_too_short():

@@ -24,6 +24,10 @@ def fsync_folder(folder: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+# What `write_atomic` fills before it replaces a file, and a kill leaves.
+TEMPORARIES = ".*.tmp-*"
+
+
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Replace `path` by `content`: a reader sees the old file or the new one, never a part."""
     path = Path(path)

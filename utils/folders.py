@@ -12,7 +12,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from utils.cli import UsageError
-from utils.files import fsync_folder, sha256_of, write_atomic, write_json
+from utils.files import TEMPORARIES, fsync_folder, sha256_of, write_atomic, write_json
 from utils.printable import printable
 
 if TYPE_CHECKING:
@@ -153,8 +153,9 @@ def portable_word(word: str) -> str:
 
 
 def names_in(folder: Path) -> set[str]:
-    """What a folder holds besides its lock; nothing where there is none."""
-    return {path.name for path in folder.glob("*")} - {LOCK_FILE}
+    """What a folder holds besides its lock and what a kill left of a write; nothing without one."""
+    left = {LOCK_FILE, *(path.name for path in folder.glob(TEMPORARIES))}
+    return {path.name for path in folder.glob("*")} - left
 
 
 def require_same_settings(

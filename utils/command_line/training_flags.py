@@ -540,7 +540,7 @@ def plan_of(
         drawn = f"values of {settings.unit_column}" if settings.draws_units else "training examples"
         raise UsageError(
             f"--total_bs {settings.total_bs} exceeds the {num_examples} {drawn} of "
-            f"{settings.dataset_name}"
+            f"{settings.dataset_name}; use {num_examples} or less"
         )
     if settings.eps == -1:
         return None, []
