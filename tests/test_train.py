@@ -2,12 +2,10 @@
 
 import errno
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -28,13 +26,8 @@ from tests.faults import Terminal, on_small_disk
 from tests.helpers import slow
 from tests.json_lines import jsonl
 from tests.paths import ROOT
-from tests.training import (
-    NUM_EXAMPLES,
-    flags,
-    in_process,
-    run_until_killed,
-    save_dataset,
-)
+from tests.processes import Command, run_until_killed
+from tests.training import NUM_EXAMPLES, flags, in_process, save_dataset
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
@@ -164,15 +157,12 @@ def test_what_is_released_says_nothing_of_the_machine(
     """A real process with absolute paths, one of them below the working folder."""
     inside = tmp_path / "models" / "inside"
     shutil.copytree(tiny_model_dir, inside)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "USER": "alice"}
     for output, model, named in (
         ("outputs", tiny_model_dir, "tiny-llama"), ("other", "~/models/inside", "models/inside"),
     ):  # fmt: skip
         arguments = flags(model, letters, tmp_path / output, "--save_steps=2")
-        subprocess.run(
-            [sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, env=environment,
-            check=True, capture_output=True,
-        )  # fmt: skip
+        process = Command("train", arguments, folder=tmp_path, HOME=str(tmp_path), USER="alice")
+        assert process.wait() == 0, process.stderr
         folder = tmp_path / output / "job"
         released = [f for name in [*RELEASABLE, "checkpoints"] for f in (folder / name).rglob("*")]
         released = [f for f in [*released, *folder.iterdir()] if f.is_file()]
@@ -622,24 +612,19 @@ def test_a_lost_adapter_that_cannot_be_made_again_leaves_the_report_as_it_was(ru
 def long_run(tiny_model_dir, letters, tmp_path):
     """A process that trains for 4,000 steps, and its folder."""
     more = flags(tiny_model_dir, letters, tmp_path / "outputs", "--num_epochs=500")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *more], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = Command("train", more)
     yield process, tmp_path / "outputs" / "job"
-    if process.poll() is None:
-        process.kill()
-        process.communicate()
+    process.kill()
+    process.wait()
 
 
 def test_sigterm_saves_and_ends_with_130(long_run):
     process, folder = long_run
     wait_for(lambda: (folder / LEDGER_FILE).exists() and len(ledger_steps(folder)) >= 4, process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "stopped by SIGTERM" in errors
-    assert "--resume auto" in errors
+    assert process.wait() == 130, process.stderr
+    assert "stopped by SIGTERM" in process.stderr
+    assert "--resume auto" in process.stderr
     values = report(folder)
     assert values["steps_lost"] == 0
     assert 4 <= values["steps_taken"] < 4000
@@ -708,7 +693,7 @@ def test_a_disk_that_fills_up_is_said_in_lines_and_keeps_what_it_holds(
 def wait_for(condition, process, seconds=120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -843,7 +828,7 @@ def test_a_second_run_on_the_same_folder_is_refused_until_the_first_ends(run, lo
             run("--num_epochs=500", *resume)
     wait_for(lambda: (folder / LEDGER_FILE).exists() and len(ledger_steps(folder)) >= 4, process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert (folder / ".lock").exists()  # but nobody holds it
     ledger = (folder / LEDGER_FILE).read_text()
     with pytest.raises(UsageError, match="num_epochs 500"):

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import train
 from privacy_checks.observed_run import PublicSteps, observe
+from tests.processes import run_until_killed
 from tests.test_distributed import assert_same_sums, finish, launch
-from tests.training import flags, in_process, run_until_killed
+from tests.training import flags, in_process
 from utils.cli import UsageError, run_cli
 from utils.privacy import mechanism
 from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan, steps_in
