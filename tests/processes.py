@@ -32,7 +32,7 @@ def fork_server() -> ForkServerContext:
 
 
 class Command:
-    """`python MODULE.py ARGV` with one thread; its methods are those of `subprocess.Popen`.
+    """`python -m MODULE ARGV` with one thread; its methods are those of `subprocess.Popen`.
 
     Args:
         dies: the process gets a signal at a call of a function: its module and name, such as
@@ -81,7 +81,7 @@ class Command:
 
 
 def _run(module, argv, folder, dies, stderr, environment) -> None:
-    sys.argv = [str(ROOT / f"{module}.py"), *argv]
+    sys.argv = [str(ROOT / f"{module.replace('.', '/')}.py"), *argv]
     os.environ |= environment
     os.chdir(folder)
     for stream, name in ((1, os.devnull), (2, stderr)):
