@@ -250,7 +250,11 @@ def replay(
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         arguments = (folder, cases, examples, unit, dtype, processes, port)
-        torch.multiprocessing.spawn(_rank, arguments, nprocs=processes)
+        # Imports take most of the time: one server has them behind it, for the ranks of all jobs.
+        torch.multiprocessing.set_forkserver_preload(["train"])
+        torch.multiprocessing.start_processes(
+            _rank, arguments, nprocs=processes, start_method="forkserver"
+        )
         return [Moves(**moves) for moves in json.loads((folder / RESULTS).read_text())]
 
 

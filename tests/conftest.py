@@ -1,9 +1,7 @@
 """Fixtures that every test may use: a random two-layer LLaMA with a byte-level tokenizer."""
 
-import functools
 import os
 from pathlib import Path
-from unittest import mock
 
 import datasets
 import pytest
@@ -12,8 +10,6 @@ import torch
 from privacy_checks.tiny_model import save_tiny_model
 from query_gpt35_for_annotation.rate_limits import backoff
 from tests.annotation_server import KEY
-from utils.privacy import guarantee, plan
-from utils.privacy.accounting import compute_delta
 
 datasets.disable_progress_bars()
 
@@ -62,44 +58,3 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         "query_gpt35_for_annotation.client.backoff", lambda *given: backoff(*given) / 20
     )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def accountant_that_remembers():
-    """Plans and reports ask the real accountant, but only once a session for the same question."""
-
-    def remembering(compute):
-        remembered = functools.cache(compute)
-        return lambda *given: remembered(
-            *(tuple(each) if isinstance(each, list) else each for each in given)
-        )
-
-    calibrate = remembering(plan.calibrate_noise_multiplier)
-    epsilon, bounds = remembering(plan.compute_epsilon), remembering(guarantee.epsilon_bounds)
-    with (
-        mock.patch.object(plan, "compute_epsilon", epsilon),
-        mock.patch.object(guarantee, "compute_epsilon", epsilon),
-        mock.patch.object(guarantee, "epsilon_bounds", bounds),
-        mock.patch.object(guarantee, "group_epsilons", remembering(guarantee.group_epsilons)),
-        mock.patch.object(plan, "calibrate_noise_multiplier", calibrate),
-    ):
-        yield
-
-
-@pytest.fixture(scope="module")
-def composition_that_remembers(accountant_that_remembers):
-    """Composed reports and pages ask the real accountant, but only once for the same question."""
-    from evaluation.page import material
-    from privacy_checks import composition
-
-    remembered = functools.cache(lambda events, *rest: compute_delta(list(events), *rest))
-
-    def delta(events, *rest):
-        return remembered(tuple(events), *rest)
-
-    epsilons = {name: getattr(guarantee, name) for name in ("compute_epsilon", "epsilon_bounds")}
-    with (
-        mock.patch.multiple(composition, compute_delta=delta, **epsilons),
-        mock.patch.object(material, "compute_delta", delta),
-    ):
-        yield

@@ -74,8 +74,12 @@ def run(job: dict, folder: Path, rank: str) -> None:
         np.savez(file, clipped_sums=seen.clipped_sums, batches=own, layers=layers)
 
 
-if __name__ == "__main__":
+def main() -> None:
     jobs = Path(sys.argv[1])
     for each in json.loads(jobs.read_text()):
         run(each, jobs.parent, os.environ["RANK"])
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -223,7 +223,7 @@ def test_an_estimate_above_the_claim_gives_way_to_it():
 def test_adding_is_no_worse_than_removing():
     # The PRV accountant bounds removal only; PLD covers both.
     for q, sigma, steps in ((0.001, 0.7, 200), (RATE, 0.81, STEPS), (0.3, 2.0, 50)):
-        loss = accounting._pld([SampledGaussian(q, sigma, steps)], ADD_REMOVE, accounting.PLD_FINE)
+        loss = accounting._pld((SampledGaussian(q, sigma, steps),), ADD_REMOVE, accounting.PLD_FINE)
         for epsilon in (0.01, 0.3, 1.0, 4.0):
             added = loss._pmf_add.get_delta_for_epsilon(epsilon)
             assert added <= loss._pmf_remove.get_delta_for_epsilon(epsilon) * (1 + 1e-9)
@@ -493,6 +493,7 @@ def test_calibration_for_units_is_quick_tight_and_never_overshoots(epsilon, rows
         return upper([replace(training(noise), rows_per_unit=rows), HISTOGRAM])
 
     assert spent(sigma) <= epsilon < spent(sigma - 1e-3)
+    accounting._upper_bound.cache_clear()
     again = calibrate_noise_multiplier(epsilon, DELTA, RATE, STEPS, [HISTOGRAM], rows_per_unit=rows)
     assert again == sigma
 
@@ -593,6 +594,8 @@ def test_answers_that_cannot_be_true_are_not_believed(monkeypatch, answer):
         return answer
 
     monkeypatch.setattr(prv_accountant.PRVAccountant, "compute_epsilon", give)
+    # Without its memory.
+    monkeypatch.setattr(accounting, "_prv_bounds", accounting._prv_bounds.__wrapped__)
     bounds = epsilon_bounds([SampledGaussian(0.01, 1.0, 50)], 1e-5)
     assert bounds.accountant == "dp-accounting 0.6.0 PLD"
     assert bounds.prv is None
@@ -627,7 +630,7 @@ def test_large_epsilons_stay_affordable_and_true():
     closed = upper([replace(event, sampling_rate=1.0)])
     assert upper([event]) == pytest.approx(closed, rel=0.01)
     # 20 million cells at the finest interval.
-    distribution = accounting._pld([event], ADD_REMOVE, accounting.PLD_FINE)
+    distribution = accounting._pld((event,), ADD_REMOVE, accounting.PLD_FINE)
     assert distribution._pmf_remove.size <= accounting.PLD_CELLS
 
 

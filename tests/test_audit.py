@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from privacy_checks import audit, randomness
+from privacy_checks import audit, randomness, replay
 from privacy_checks.observed_run import Observation
 from privacy_checks.persons import CANARY_ROWS
 from tests.mutated_train import observe_mutated_training
@@ -17,9 +17,17 @@ from utils.privacy.banded import band_coefficients
 from utils.secure_random import SecureRandom
 
 # The same mu, and so the same claim, as the full size: sqrt(steps) / sigma = 1.
-SMALL = {"canaries": 4000, "steps": 4, "noise_multiplier": 2.0, "delta": 1e-5}
+SMALL = {"canaries": 2000, "steps": 4, "noise_multiplier": 2.0, "delta": 1e-5}
 RELEASE = "broadcast(mechanism.release(total_of_all, step))"
-SMALL_FLAGS = ["--steps=4", "--noise_multiplier=2"]
+SMALL_FLAGS = ["--canaries=2000", "--steps=4", "--noise_multiplier=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_rows():
+    """In the replays, so that they take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "WIDE_ROWS", 24)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +160,8 @@ def test_bands_that_the_audit_cannot_have_are_refused(more, message):
 
 # ---------------------------------------------------------------- persons
 
-# With other sizes the full audit of persons is the small one of examples.
-PERSONS = SMALL | {"canaries": 2000, "protects": audit.PERSONS}
+# The same mu again.
+PERSONS = SMALL | {"steps": 2, "noise_multiplier": 2**0.5, "protects": audit.PERSONS}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pytest
 
 from privacy_checks.tiny_model import byte_tokenizer
 from tests.json_lines import jsonl
@@ -20,6 +19,7 @@ from utils.texts.tokens import TOKEN_FILES
 SECRET = "the quick canary"
 ROWS = [{"instruction": f"{SECRET} {n}", "answer": "fly"} for n in range(NUM_EXAMPLES)]
 OTHERS = [{"instruction": f"some other bird {n}"} for n in range(NUM_EXAMPLES)]
+KINDS = ("saved", "parquet", "jsonl", "json")
 # Every command that reads private rows, with its flags; run in one process.
 SCRIPT = """
 import importlib, json, os, sys
@@ -56,30 +56,35 @@ def copies(*folders: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["saved", "parquet", "jsonl", "json"])
-def test_no_command_leaves_a_copy_of_private_rows(tiny_model_dir, tmp_path, kind):
-    data = save(kind, tmp_path / "rows")
-    others = tmp_path / "others.jsonl"
-    others.write_text(jsonl(OTHERS))
+def commands(kind: str, folder: Path, model: str, encoder: str) -> list[tuple[str, list[str]]]:
+    """Modules and flags, for private rows of one kind below `folder`."""
+    data, out, others = save(kind, folder / "rows"), folder / "out" / kind, folder / "others.jsonl"
+    split = ["--split=train"] if kind == "saved" else []
+    training = [*flags(model, data, out, "--num_canaries=1"), "--max_seq_len=64"]
+    return [
+        ("train", training),
+        ("resample_with_dp_histogram.embed", [
+            "--private", f"--instructions={data}", f"--model={encoder}",
+            f"--output={out}/embedded", *split]),
+        ("evaluation.distribution", [
+            f"--real={data}", f"--synthetic={others}", f"--model={encoder}", "--num_seeds=2",
+            f"--output={out}/results", *split]),
+        ("evaluation.memorisation", [
+            f"--private={data}", f"--held_out={others}", f"--synthetic={others}",
+            "--no_embeddings", f"--output={out}/results", "--split=train"]),
+        ("evaluation.perplexity", [
+            f"--dataset_name={data}", f"--model_name={model}",
+            "--prompt_style=uncond_generation", "--max_seq_len=64", f"--output={out}/results"]),
+    ]  # fmt: skip
+
+
+def test_no_command_leaves_a_copy_of_private_rows(tiny_model_dir, tmp_path):
+    (tmp_path / "others.jsonl").write_text(jsonl(OTHERS))
     encoder = save_tiny_encoder(tmp_path / "encoder")
     home, temporary, out = (tmp_path / name for name in ("home", "temporary", "out"))
     for folder in (home, temporary):
         folder.mkdir()
-    split = ["--split=train"] if kind == "saved" else []
-    read = "resample_with_dp_histogram.embed", "evaluation.distribution", "evaluation.memorisation"
-    training = [*flags(tiny_model_dir, data, out, "--num_canaries=1"), "--max_seq_len=64"]
-    commands = [
-        ("train", training),
-        (read[0], ["--private", f"--instructions={data}", f"--model={encoder}",
-                   f"--output={out}/embedded", *split]),
-        (read[1], [f"--real={data}", f"--synthetic={others}", f"--model={encoder}",
-                   "--num_seeds=2", f"--output={out}/results", *split]),
-        (read[2], [f"--private={data}", f"--held_out={others}", f"--synthetic={others}",
-                   "--no_embeddings", f"--output={out}/results", "--split=train"]),
-        ("evaluation.perplexity", [f"--dataset_name={data}", f"--model_name={tiny_model_dir}",
-                                   "--prompt_style=uncond_generation", "--max_seq_len=64",
-                                   f"--output={out}/results"]),
-    ]  # fmt: skip
+    jobs = [job for kind in KINDS for job in commands(kind, tmp_path, tiny_model_dir, encoder)]
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))
     }
@@ -88,9 +93,12 @@ def test_no_command_leaves_a_copy_of_private_rows(tiny_model_dir, tmp_path, kind
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(commands)], cwd=tmp_path, env=environment,
+        [sys.executable, "-c", SCRIPT, json.dumps(jobs)], cwd=tmp_path, env=environment,
         capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert copies(tmp_path / "rows" if kind == "saved" else tmp_path)  # they would be found
+    # They would be found.
+    assert {Path(file).relative_to(tmp_path).parts[0] for file in copies(tmp_path)} == {
+        "rows", "rows.parquet", "rows.jsonl", "rows.json",
+    }  # fmt: skip
     assert copies(home, temporary, out) == []

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 import train
 from privacy_checks.observed_run import PublicSteps, observe
 from privacy_checks.tiny_model import save_tiny_model
+from tests.helpers import slow
 from tests.paths import ROOT
+from tests.processes import Command
 from tests.training import flags, in_process, save_dataset
 from utils.command_line.launch import launch_command, with_this_python
 from utils.privacy.ledger import LEDGER_FILE, read_ledger, steps_in
@@ -68,10 +70,30 @@ def finish(process: subprocess.Popen, seconds: int = 200) -> str:
 
 def launch(folder, jobs, *machine, gpus) -> subprocess.Popen:
     """Run jobs in the processes of one launch, as the generator prints it; reports to `folder`."""
-    folder.mkdir()
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script, arguments = str(ROOT / "tests/distributed_worker.py"), [str(folder / "jobs.json")]
+    script, arguments = str(ROOT / "tests/distributed_worker.py"), [write_jobs(folder, jobs)]
     return start(launch_command(script, arguments, gpus, *machine))
+
+
+def write_jobs(folder, jobs) -> str:
+    folder.mkdir(parents=True)
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    return str(file)
+
+
+def run_jobs(folder, jobs, ranks, machines=1) -> None:
+    """`launch`, and wait for it, without the seconds that a launcher and its processes import."""
+    file, here = write_jobs(folder, jobs), ranks // machines
+    job = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(here), "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(free_port())}  # fmt: skip
+    processes = [
+        Command(
+            "tests.distributed_worker", [file], RANK=str(rank), LOCAL_RANK=str(rank % here), **job
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        assert process.wait() == 0, process.stderr
 
 
 def observed_jobs(parts, output, *more) -> list[dict]:
@@ -152,26 +174,28 @@ def two(parts, interrupted):
     return folder / "two"
 
 
-@pytest.fixture(scope="module")
-def four(parts):
+@pytest.fixture(scope="module", params=["forked", slow("launched")])
+def four(request, parts):
     """The reports of four processes on two machines, of which the second has a folder of its own.
 
-    Two launches on one machine stand for two machines.
+    Two machines are two launches on one, or as many ranks of each.
     """
-    folder, port = parts[0], free_port()
+    (_, model, data), folder = parts, parts[0] / request.param
     elsewhere = [f"--output_dir={folder / 'machine-1'}"]
     jobs = [
         job | {"by_rank": {"2": elsewhere, "3": elsewhere}}
         for job in observed_jobs(parts, folder / "machine-0")
     ]
-    folder, model, data = parts
     rows = datasets.load_from_disk(data)
     rows["train"] = rows["train"].map(lambda row: {"instruction": row["instruction"][::-1]})
     rows.save_to_disk(folder / "other-data")
     argv = flags(model, data, folder / "machine-0", "--job_sess=refused")
     other = [*elsewhere, f"--dataset_name={folder / 'other-data'}"]
     jobs.append({"name": "data", "argv": argv, "by_rank": {"2": other, "3": other}})
-    reports = [folder / f"four-{machine}" for machine in (0, 1)]
+    if request.param == "forked":
+        run_jobs(folder / "four", jobs, 4, 2)
+        return folder / "four"
+    reports, port = [folder / f"four-{machine}" for machine in (0, 1)], free_port()
     running = [
         launch(reports[machine], jobs, 2, machine, "127.0.0.1", port, gpus=2) for machine in (0, 1)
     ]
@@ -190,9 +214,13 @@ def assert_same_sums(report, expected):
 
 
 @pytest.mark.parametrize("job", BATCHES)
-@pytest.mark.parametrize("processes", ["two", pytest.param("four", marks=pytest.mark.slow)])
-def test_any_number_of_processes_has_the_same_clipped_sums(request, alone, processes, job):
-    assert_same_sums(request.getfixturevalue(processes) / f"{job}-0.npz", alone[job])
+def test_two_processes_have_the_same_clipped_sums_as_one(two, alone, job):
+    assert_same_sums(two / f"{job}-0.npz", alone[job])
+
+
+@pytest.mark.parametrize("job", BATCHES)
+def test_so_have_four_on_two_machines(four, alone, job):
+    assert_same_sums(four / f"{job}-0.npz", alone[job])
 
 
 def test_a_batch_is_split_over_all_ranks_and_ranks_without_examples_step_too(four, alone):
@@ -206,9 +234,9 @@ def test_a_batch_is_split_over_all_ranks_and_ranks_without_examples_step_too(fou
     assert few.shape[1] == len(alone["few"])
 
 
-def test_only_the_first_of_two_machines_writes(four, parts):
-    assert (parts[0] / "machine-0" / "many" / "adapter").is_dir()
-    assert not (parts[0] / "machine-1").exists()
+def test_only_the_first_of_two_machines_writes(four):
+    assert (four.parent / "machine-0" / "many" / "adapter").is_dir()
+    assert not (four.parent / "machine-1").exists()
 
 
 @pytest.mark.parametrize("job", BATCHES)
@@ -234,12 +262,12 @@ def test_a_rank_with_too_little_for_one_row_ends_all_of_them_and_the_step_is_sav
     assert steps_in(read_ledger(folder / LEDGER_FILE)) == []
 
 
-def test_a_machine_with_other_data_is_refused(four, parts):
+def test_a_machine_with_other_data_is_refused(four):
     code, message = json.loads((four / "data-0.json").read_text())
     assert code == 2
     assert message.startswith("rank 2, 3 of this job has another training data than rank 0")
     assert [json.loads((four / f"data-{r}.json").read_text()) for r in (1, 2, 3)] == [[2, ""]] * 3
-    assert not (parts[0] / "machine-0" / "refused").exists()
+    assert not (four.parent / "machine-0" / "refused").exists()
 
 
 @pytest.mark.parametrize(
@@ -280,7 +308,7 @@ def test_without_privacy_two_processes_train_what_one_does(two, parts, interrupt
     assert_same_adapters(interrupted / "plain", parts[0] / "two-runs" / "plain")
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("killed", [1, slow(0)])
 def test_a_killed_rank_ends_the_others_and_one_process_resumes_the_job(parts, tmp_path, killed):
     """From its last step if the main process lives, else from the last checkpoint."""
     _, model, data = parts

@@ -40,7 +40,6 @@ from utils.privacy.ledger import read_plan, record_histogram
 CHROMIUM = "/usr/bin/chromium"
 MARKER = "PLANTED-in-a-private-file"
 PLANTED_LOSS, SHOWN_LOSS = 7654321.0, "7.654e+06"
-pytestmark = pytest.mark.usefixtures("composition_that_remembers")
 PRIVATE_QUESTION = "what did patient zero say"
 
 

@@ -151,7 +151,6 @@ def shell(tmp_path, monkeypatch):
     return made
 
 
-@pytest.mark.usefixtures("composition_that_remembers")
 def test_the_script_leads_from_a_file_to_a_page(shell, tmp_path, capsys, key):
     """It is killed in the middle; another one, with an annotator, goes on from there."""
     save_tiny_encoder(tmp_path / "encoder")

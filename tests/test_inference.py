@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ from benchmarks.environments import vllm_python
 from privacy_checks.tiny_model import byte_tokenizer, save_tiny_model
 from tests.helpers import adapted_model
 from tests.paths import ROOT
+from tests.processes import fork_server
 from tests.test_engines import constant_model
 from tests.training import in_process
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli
@@ -343,14 +343,7 @@ def test_a_damaged_manifest(folder, tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts processes that have imported what they need."""
-    before = os.environ.copy()
-    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_inference"])
-    yield context
-    os.environ.clear()
-    os.environ |= before
+    return fork_server()
 
 
 def run_in_process(argv, log, environment):

@@ -54,6 +54,9 @@ SMALLER = {
     "--max_seq_len 1024": "--max_seq_len 500",
     "--max_seq_len 2048": "--max_seq_len 500",
     "utils/syn_instruct.txt --model_name": "utils/syn_instruct.txt --num_samples 3 --model_name",
+    # All cases of the replay, and the audit at its size, are slow tests of their own.
+    "privacy_checks.replay": "privacy_checks.replay --model data/quickstart_model",
+    "privacy_checks.audit": "privacy_checks.audit --canaries 2000 --steps 4 --noise_multiplier 2",
 }
 INSTRUCTIONS = ["quickstart_instructions", "chatbot_arena_instructions_train180k"]
 PAIRS = [

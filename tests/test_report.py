@@ -15,7 +15,6 @@ from privacy_checks import composition, report
 from utils.cli import UsageError, run_cli
 from utils.files import write_json
 from utils.models.adapter_info import adapter_sha256
-from utils.privacy import guarantee
 from utils.privacy.accounting import (
     ADD_REMOVE,
     REPLACE,
@@ -100,17 +99,6 @@ def histogram(tmp_path):
     path = tmp_path / "histogram.jsonl"
     record_histogram(path, num_examples=500, noise_multiplier=10.0, num_bins=1000)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _accountant_that_remembers(accountant_that_remembers):
-    """The report asks the accountant through the same memory as plans do."""
-    with mock.patch.multiple(
-        composition,
-        compute_epsilon=guarantee.compute_epsilon,
-        epsilon_bounds=guarantee.epsilon_bounds,
-    ):
-        yield
 
 
 # ---------------------------------------------------------------- what is composed

@@ -1,13 +1,12 @@
 """The training run, through its own command line."""
 
 import errno
+import functools
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -29,13 +28,8 @@ from tests.faults import Terminal, on_small_disk
 from tests.helpers import slow
 from tests.json_lines import jsonl
 from tests.paths import ROOT
-from tests.training import (
-    NUM_EXAMPLES,
-    flags,
-    in_process,
-    run_until_killed,
-    save_dataset,
-)
+from tests.processes import Command, run_until_killed
+from tests.training import NUM_EXAMPLES, flags, in_process, save_dataset
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
@@ -62,23 +56,49 @@ class Crash(Exception):
     """Stands for the end of the process."""
 
 
+def train_here(arguments: list[str], crash_in_step: int | None = None) -> None:
+    """Train in this process; a crash comes between backward and optimizer step."""
+    if crash_in_step:
+        calls = [train.assign_gradient] * (crash_in_step - 1) + [Crash]
+        with mock.patch("train.assign_gradient", side_effect=stepwise(calls)):
+            pytest.raises(Crash, in_process, train.main, arguments)
+    else:
+        assert in_process(train.main, arguments) == 0
+
+
 @pytest.fixture
 def run(tiny_model_dir, letters, tmp_path):
-    """Train in this process; returns the run's folder.
-
-    With `crash_in_step`, the run ends in that step between backward and optimizer step.
-    """
+    """Train in this process; returns the run's folder."""
 
     def call(
         *more, dp=True, output="outputs", dataset=letters, model=tiny_model_dir, crash_in_step=None
     ):
         arguments = flags(model, dataset, tmp_path / output, *more, dp=dp)
-        if crash_in_step:
-            calls = [train.assign_gradient] * (crash_in_step - 1) + [Crash]
-            with mock.patch("train.assign_gradient", side_effect=stepwise(calls)):
-                pytest.raises(Crash, in_process, train.main, arguments)
-        else:
-            assert in_process(train.main, arguments) == 0
+        train_here(arguments, crash_in_step)
+        return tmp_path / output / "job"
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model_dir, letters, tmp_path_factory):
+    """Train once for all tests; returns the folder with the run's."""
+
+    @functools.cache
+    def call(*more, crash_in_step=None):
+        output = tmp_path_factory.mktemp("trained")
+        train_here(flags(tiny_model_dir, letters, output, *more), crash_in_step)
+        return output
+
+    return call
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """What `run` leaves, as a copy of a run that was trained once for all tests."""
+
+    def call(*more, output="outputs", crash_in_step=None):
+        shutil.copytree(trained(*more, crash_in_step=crash_in_step), tmp_path / output)
         return tmp_path / output / "job"
 
     return call
@@ -165,15 +185,12 @@ def test_what_is_released_says_nothing_of_the_machine(
     """A real process with absolute paths, one of them below the working folder."""
     inside = tmp_path / "models" / "inside"
     shutil.copytree(tiny_model_dir, inside)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "USER": "alice"}
     for output, model, named in (
         ("outputs", tiny_model_dir, "tiny-llama"), ("other", "~/models/inside", "models/inside"),
     ):  # fmt: skip
         arguments = flags(model, letters, tmp_path / output, "--save_steps=2")
-        subprocess.run(
-            [sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, env=environment,
-            check=True, capture_output=True,
-        )  # fmt: skip
+        process = Command("train", arguments, folder=tmp_path, HOME=str(tmp_path), USER="alice")
+        assert process.wait() == 0, process.stderr
         folder = tmp_path / output / "job"
         released = [f for name in [*RELEASABLE, "checkpoints"] for f in (folder / name).rglob("*")]
         released = [f for f in [*released, *folder.iterdir()] if f.is_file()]
@@ -249,8 +266,8 @@ def test_what_kill_9_leaves_of_tokens_goes_with_the_next_start(
     assert not list(private.glob("tokens-*"))
 
 
-def test_the_report_holds_the_guarantee_and_agrees_with_the_ledger(run):
-    folder = run()
+def test_the_report_holds_the_guarantee_and_agrees_with_the_ledger(copied):
+    folder = copied()
     values = report(folder)
     assert values["guarantee"] is True
     assert values["steps_planned"] == values["steps_taken"] == 8
@@ -279,8 +296,8 @@ def test_two_runs_of_one_seed_differ_in_noise_and_in_who_is_sampled(run):
     assert sizes[0] != sizes[1]
 
 
-def test_a_fixed_noise_seed_repeats_a_run_and_forfeits_the_guarantee(run, capsys):
-    left, right = run(FIXED, output="left"), run(FIXED, output="right")
+def test_a_fixed_noise_seed_repeats_a_run_and_forfeits_the_guarantee(run, copied, capsys):
+    left, right = copied(FIXED, output="left"), run(FIXED, output="right")
     assert largest_difference(left, right) == 0
     assert "NO guarantee" in capsys.readouterr().err
     values = report(left)
@@ -357,8 +374,9 @@ def test_wandb_gets_no_loss_of_a_private_run_unless_it_is_asked_for(
     "more",
     [["--perdevice_bs=16"], ["--perdevice_bs=1"], ["--gradient_checkpointing"]],
 )
-def test_performance_settings_leave_the_released_adapter_alone(run, more):
-    assert largest_difference(run(FIXED, output="left"), run(FIXED, *more, output="right")) < 1e-4
+def test_performance_settings_leave_the_released_adapter_alone(run, copied, more):
+    left = copied(FIXED, output="left")
+    assert largest_difference(left, run(FIXED, *more, output="right")) < 1e-4
 
 
 # ---------------------------------------------------------------- hostile batches and examples
@@ -466,8 +484,10 @@ def test_a_run_of_before_there_were_canaries_goes_on_without_them_alone(run, dp)
 # ---------------------------------------------------------------- crash, stop, resume
 
 
-def test_a_run_goes_on_with_its_own_noise_where_another_would_be_calibrated(run, monkeypatch):
-    folder = run(crash_in_step=5)
+def test_a_run_goes_on_with_its_own_noise_where_another_would_be_calibrated(
+    run, copied, monkeypatch
+):
+    folder = copied(crash_in_step=5)
     begun = read_plan(folder / LEDGER_FILE)
     monkeypatch.setattr(plan, "calibrate_noise_multiplier", lambda *_: 2 * begun.noise_multiplier)
     assert report(run("--resume=auto"))["noise_multiplier"] == begun.noise_multiplier
@@ -630,16 +650,16 @@ def test_a_kill_at_the_end_is_repaired_by_the_same_command(
     assert "finished already" in capsys.readouterr().err
 
 
-def test_the_hash_of_an_adapter_is_one_that_a_shell_gives_too(run):
-    folder = run() / "adapter"
+def test_the_hash_of_an_adapter_is_one_that_a_shell_gives_too(copied):
+    folder = copied() / "adapter"
     files = "sha256sum adapter_config.json adapter_model.safetensors | sha256sum"
     shell = subprocess.run(files, shell=True, cwd=folder, capture_output=True, text=True)
     assert shell.stdout.split()[0] == adapter_sha256(folder)
 
 
-def test_a_run_that_an_earlier_version_finished_is_finished(run, capsys):
+def test_a_run_that_an_earlier_version_finished_is_finished(run, copied, capsys):
     """Its report and its ledger name no adapter."""
-    folder = run()
+    folder = copied()
     older = report(folder)
     del older["adapter_sha256"]
     write_json(folder / "privacy_report.json", older)
@@ -647,8 +667,8 @@ def test_a_run_that_an_earlier_version_finished_is_finished(run, capsys):
     assert "finished already" in capsys.readouterr().err
 
 
-def test_a_finished_run_takes_no_further_step(run):
-    folder = run()
+def test_a_finished_run_takes_no_further_step(run, copied):
+    folder = copied()
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / "checkpoints" / "step-000008")
     before = (folder / LEDGER_FILE).read_text()
@@ -657,9 +677,11 @@ def test_a_finished_run_takes_no_further_step(run):
     assert (folder / LEDGER_FILE).read_text() == before
 
 
-def test_a_lost_adapter_that_cannot_be_made_again_leaves_the_report_as_it_was(run, monkeypatch):
+def test_a_lost_adapter_that_cannot_be_made_again_leaves_the_report_as_it_was(
+    run, copied, monkeypatch
+):
     """As under another version of PEFT, which writes another configuration."""
-    folder = run()
+    folder = copied()
     before = (folder / "privacy_report.json").read_text()
     shutil.move(folder / "adapter", folder / "moved")
     save_pretrained = peft.PeftModel.save_pretrained
@@ -684,24 +706,19 @@ def test_a_lost_adapter_that_cannot_be_made_again_leaves_the_report_as_it_was(ru
 def long_run(tiny_model_dir, letters, tmp_path):
     """A process that trains for 4,000 steps, and its folder."""
     more = flags(tiny_model_dir, letters, tmp_path / "outputs", "--num_epochs=500")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *more], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = Command("train", more)
     yield process, tmp_path / "outputs" / "job"
-    if process.poll() is None:
-        process.kill()
-        process.communicate()
+    process.kill()
+    process.wait()
 
 
 def test_sigterm_saves_and_ends_with_130(long_run):
     process, folder = long_run
     wait_for(lambda: (folder / LEDGER_FILE).exists() and len(ledger_steps(folder)) >= 4, process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "stopped by SIGTERM" in errors
-    assert "--resume auto" in errors
+    assert process.wait() == 130, process.stderr
+    assert "stopped by SIGTERM" in process.stderr
+    assert "--resume auto" in process.stderr
     values = report(folder)
     assert values["steps_lost"] == 0
     assert 4 <= values["steps_taken"] < 4000
@@ -770,7 +787,7 @@ def test_a_disk_that_fills_up_is_said_in_lines_and_keeps_what_it_holds(
 def wait_for(condition, process, seconds=120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -790,13 +807,22 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(run, monkeypatch, capsys)
     assert report(folder)["steps_taken"] == 8
 
 
+@pytest.fixture(scope="module")
+def unsaved(tiny_model_dir, letters, tmp_path_factory):
+    """The folder with a run that crashed between its last checkpoint and its adapter."""
+    output = tmp_path_factory.mktemp("unsaved")
+    with mock.patch("train.save_adapter", side_effect=Crash), pytest.raises(Crash):
+        in_process(train.main, flags(tiny_model_dir, letters, output, FIXED))
+    return output
+
+
 @pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped"])
-def test_a_poisoned_checkpoint_is_passed_over(run, tmp_path, capsys, file, damage):
-    reference = adapter(run(FIXED, output="whole"))
-    with mock.patch("train.save_adapter", side_effect=Crash), pytest.raises(Crash):
-        run(FIXED)
-    folder = tmp_path / "outputs" / "job"
+def test_a_poisoned_checkpoint_is_passed_over(
+    run, trained, unsaved, tmp_path, capsys, file, damage
+):
+    reference = adapter(trained(FIXED) / "job")
+    folder = shutil.copytree(unsaved, tmp_path / "outputs") / "job"
     path = folder / "checkpoints" / "step-000008" / file
     content = bytearray(path.read_bytes())
     if damage == "truncated":
@@ -812,9 +838,9 @@ def test_a_poisoned_checkpoint_is_passed_over(run, tmp_path, capsys, file, damag
 
 
 @pytest.fixture
-def stopped(run):
+def stopped(run, copied):
     """The folder of a run that crashed in its fifth step."""
-    run(crash_in_step=5)
+    copied(crash_in_step=5)
     return run
 
 
@@ -905,7 +931,7 @@ def test_a_second_run_on_the_same_folder_is_refused_until_the_first_ends(run, lo
             run("--num_epochs=500", *resume)
     wait_for(lambda: (folder / LEDGER_FILE).exists() and len(ledger_steps(folder)) >= 4, process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert (folder / ".lock").exists()  # but nobody holds it
     ledger = (folder / LEDGER_FILE).read_text()
     with pytest.raises(UsageError, match="num_epochs 500"):
@@ -914,8 +940,8 @@ def test_a_second_run_on_the_same_folder_is_refused_until_the_first_ends(run, lo
     assert not (folder / ".lock").exists()
 
 
-def test_a_run_is_not_overwritten_and_a_finished_one_says_so(run, capsys):
-    folder = run()
+def test_a_run_is_not_overwritten_and_a_finished_one_says_so(run, copied, capsys):
+    folder = copied()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(UsageError, match="--resume auto"):
         run()

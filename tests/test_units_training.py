@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import train
 from privacy_checks.observed_run import PublicSteps, observe
-from tests.test_distributed import assert_same_sums, finish, launch
-from tests.training import flags, in_process, run_until_killed
+from tests.processes import run_until_killed
+from tests.test_distributed import assert_same_sums, run_jobs
+from tests.training import flags, in_process
 from utils.cli import UsageError, run_cli
 from utils.privacy import mechanism
 from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan, steps_in
@@ -274,7 +275,7 @@ def processes(tmp_path_factory, tiny_model_dir, letters):
     moved = save_rows(other, user_ids(1))
     argv = flags(tiny_model_dir, letters, folder / "runs", *UNIT, "--job_sess=refused")
     jobs.append({"name": "refused", "argv": argv, "by_rank": {"1": [f"--dataset_name={moved}"]}})
-    finish(launch(folder / "two", jobs, gpus=2))
+    run_jobs(folder / "two", jobs, 2)
     return folder / "two", alone
 
 

@@ -1,7 +1,6 @@
-"""Small training runs for tests: flags, data, and processes that kill themselves."""
+"""Small training runs for tests: flags and data."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,29 +68,3 @@ def run_process(*command: str, **options) -> subprocess.CompletedProcess:
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True,
         **options,
     )  # fmt: skip
-
-
-def run_until_killed(
-    arguments: list[str], target: str, call: int, number: int = signal.SIGKILL
-) -> subprocess.CompletedProcess:
-    """Train in a process that gets a signal at the given call (from 1) of the function `target`.
-
-    Args:
-        target: module and name, such as "train.assign_gradient".
-    """
-    module, name = target.rsplit(".", 1)
-    script = f"""
-import importlib, os, sys
-import train
-from utils.cli import run_cli
-module = importlib.import_module({module!r})
-original, calls = getattr(module, {name!r}), []
-def dying(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == {call}:
-        os.kill(os.getpid(), {int(number)})
-    return original(*args, **kwargs)
-setattr(module, {name!r}, dying)
-run_cli(lambda: train.main(sys.argv[1:]))
-"""
-    return run_process("-c", script, *arguments)

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -237,7 +237,8 @@ def compute_delta(
         Delta, at most 1.
     """
     _require("epsilon", epsilon, 0, math.inf)
-    return _deltas(events, [epsilon], relation)[0]
+    _require_inputs(MIN_DELTA, relation, events)
+    return _deltas(_merged(events), (epsilon,), relation)[0]
 
 
 def catch_rates(
@@ -256,8 +257,9 @@ def catch_rates(
     Returns:
         The highest rate of finds at each rate of false alarms, 0 to 1.
     """
-    epsilons = [0.0, *(0.001 * 1.025**number for number in range(440))]  # up to 51
-    bounds = list(zip(epsilons, _deltas(events, epsilons, relation)))
+    _require_inputs(MIN_DELTA, relation, events)
+    epsilons = (0.0, *(0.001 * 1.025**number for number in range(440)))  # up to 51
+    bounds = list(zip(epsilons, _deltas(_merged(events), epsilons, relation)))
     return [
         min(
             min(delta + math.exp(epsilon) * rate, 1 - math.exp(-epsilon) * (1 - delta - rate))
@@ -267,17 +269,16 @@ def catch_rates(
     ]
 
 
+@cache
 def _deltas(
-    events: Sequence[SampledGaussian], epsilons: Sequence[float], relation: str
-) -> list[float]:
-    """Upper bounds on delta at each of `epsilons`, which rise."""
-    _require_inputs(MIN_DELTA, relation, events)
-    events = _merged(events)
+    events: tuple[SampledGaussian, ...], epsilons: tuple[float, ...], relation: str
+) -> tuple[float, ...]:
+    """Upper bounds on delta of merged events at each of `epsilons`, which rise."""
     if all(event.sampling_rate == 1 for event in events):
         mu = _gaussian_mu(events, relation)
-        return [_gaussian_delta(mu, epsilon) for epsilon in epsilons]
+        return tuple(_gaussian_delta(mu, epsilon) for epsilon in epsilons)
     deltas = _pld(events, relation, PLD_FINE).get_delta_for_epsilon(epsilons)
-    return [min(1.0, float(delta) + _pld_rounding(events)) for delta in deltas]
+    return tuple(min(1.0, float(delta) + _pld_rounding(events)) for delta in deltas)
 
 
 def calibrate_noise_multiplier(
@@ -402,13 +403,13 @@ def _require_inputs(delta: float, relation: str, events: Sequence[SampledGaussia
         )
 
 
-def _merged(events: Sequence[SampledGaussian]) -> list[SampledGaussian]:
+def _merged(events: Sequence[SampledGaussian]) -> tuple[SampledGaussian, ...]:
     """The same composition with equal mechanisms counted together, in a fixed order."""
     steps: Counter[SampledGaussian] = Counter()
     for event in events:
         steps[replace(event, steps=0)] += event.steps
     merged = [replace(event, steps=count) for event, count in steps.items() if count]
-    return sorted(merged, key=astuple)
+    return tuple(sorted(merged, key=astuple))
 
 
 def _describe(events: Sequence[SampledGaussian]) -> str:
@@ -431,8 +432,9 @@ def _dp_accounting(name: str) -> str:
     return f"dp-accounting {version('dp-accounting')} {name}"
 
 
+@cache  # a plan, its two reports and what is composed of it ask for the same
 def _upper_bound(
-    events: Sequence[SampledGaussian], delta: float, relation: str, grid: tuple[float, int]
+    events: tuple[SampledGaussian, ...], delta: float, relation: str, grid: tuple[float, int]
 ) -> tuple[float, str]:
     """Epsilon of merged events, infinity where there is none, and what produced it."""
     if all(event.sampling_rate == 1 for event in events):
@@ -481,8 +483,9 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
 # --- the PRV accountant --------------------------------------------------------------------------
 
 
+@cache
 def _prv_bounds(
-    events: Sequence[SampledGaussian], delta: float
+    events: tuple[SampledGaussian, ...], delta: float
 ) -> tuple[float, float, float] | None:
     """Lower bound, estimate and upper bound, or None where they cannot be had or trusted.
 
@@ -540,7 +543,7 @@ def _pld_rounding(events: Sequence[SampledGaussian]) -> float:
 
 
 def _pld_epsilon(
-    events: Sequence[SampledGaussian], delta: float, relation: str, grid: tuple[float, int]
+    events: tuple[SampledGaussian, ...], delta: float, relation: str, grid: tuple[float, int]
 ) -> float:
     """Upper bound by PLD, of both directions; infinity where delta is too small for doubles."""
     if not events:
@@ -551,8 +554,9 @@ def _pld_epsilon(
     return float(_pld(events, relation, grid).get_epsilon_for_delta(delta - slack))
 
 
+@lru_cache(maxsize=2)  # one a relation: epsilon at several deltas, and delta, are read off the same
 def _pld(
-    events: Sequence[SampledGaussian], relation: str, grid: tuple[float, int]
+    events: tuple[SampledGaussian, ...], relation: str, grid: tuple[float, int]
 ) -> "PrivacyLossDistribution":
     """A pessimistic distribution of the privacy loss of all events together."""
     sampled, mu = _split(events)
@@ -627,8 +631,9 @@ def _interval(
     )
 
 
+@cache
 def _probability_of_more(
-    events: Sequence[SampledGaussian], claim: EpsilonClaim, relation: str
+    events: tuple[SampledGaussian, ...], claim: EpsilonClaim, relation: str
 ) -> float | None:
     """P(privacy loss > epsilon) of merged events; None where the claim is not of their own loss.
 
