@@ -122,6 +122,10 @@ def test_canaries_count_in_n_beside_the_rows_of_the_data_set(generate, tmp_path,
     assert (plan.num_examples, plan.steps) == (130, 16)
     with pytest.raises(ValueError, match="--num_train_examples 130, but .* has 100"):
         generate(*command, "--num_train_examples=130")
+    # Those of an audit are counted whatever their coins will be.
+    line, summary = generate(*command, "--audit_canaries=20")
+    assert "N  150, of which 50 rows of canaries" in re.sub(" {2,}", "  ", summary)
+    assert (understood(line).num_train_examples, understood(line).audit_canaries) == (100, 20)
 
 
 def test_delta_auto_is_a_tenth_of_1_over_n_or_less_and_its_number_is_printed(

@@ -581,12 +581,16 @@ def test_a_run_that_draws_rows_of_persons_does_not_know_how_many_there_are(tmp_p
     assert len(report.composed_report(run, [path])["mechanisms"]) == 2
 
 
-def test_canaries_count_in_training_and_not_in_a_histogram(run, tmp_path):
+@pytest.mark.parametrize(
+    "canaries",
+    [
+        {"num_canaries": 10, "canary_repeats": 3},
+        {"num_canaries": 5, "canary_repeats": 2, "audit_canaries": 20},
+    ],
+)
+def test_canaries_count_in_training_and_not_in_a_histogram(run, tmp_path, canaries):
     """They are rows of N that training alone reads; the event of training keeps all of N."""
-    write_json(
-        run / "run_config.json",
-        {"arguments": ARGUMENTS | {"num_canaries": 10, "canary_repeats": 3}},
-    )
+    write_json(run / "run_config.json", {"arguments": ARGUMENTS | canaries})
     paths = {}
     for count in (470, 500):
         paths[count] = tmp_path / f"{count}.jsonl"

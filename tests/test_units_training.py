@@ -132,7 +132,11 @@ def test_rows_keep_those_of_the_cap(run, monkeypatch):
     assert set(drawn) == {KEPT}
 
 
-def test_a_canary_is_a_unit_of_its_own(run, monkeypatch):
+@pytest.mark.parametrize(
+    "canaries",
+    [("--num_canaries=5", "--canary_repeats=2"), ("--num_canaries=4", "--audit_canaries=6")],
+)
+def test_a_canary_is_a_unit_of_its_own(run, monkeypatch, canaries):
     made = []
 
     class Watched(mechanism.Units):
@@ -141,9 +145,7 @@ def test_a_canary_is_a_unit_of_its_own(run, monkeypatch):
             made.append(of_row)
 
     monkeypatch.setattr(train, "Units", Watched)
-    folder = run(
-        "--num_canaries=5", "--canary_repeats=2", "--max_seq_len=64", f"--num_train_units={PERSONS}"
-    )
+    folder = run(*canaries, "--max_seq_len=64", f"--num_train_units={PERSONS}")
     (of_row,) = made
     assert of_row[ROWS:].tolist() == list(range(PERSONS, PERSONS + 10))
     assert of_row[:ROWS].max() == PERSONS - 1
