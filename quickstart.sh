@@ -25,14 +25,12 @@ base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 16"
 sampling="--top_p 0.95 --temperature 0.8"
 # Two runs and a histogram read the same rows, so they share one budget: at these noise multipliers all
 # of them together spend epsilon 7.98, where two runs calibrated for 8 each would come to 9.14.
-# A small rank leaves the noise fewer numbers to be in, and so few steps need a high rate.
-private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --lora_r 2 --lr 4e-3
-    --resume auto"
+private="--eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --resume auto"
 
 say "2/8  Type A: learn to write instructions, with differential privacy"
 python generate_train_command.py --run --dataset_name quickstart_instructions \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base $private \
-    --total_bs 128 --num_epochs 0.25 --max_eval_examples 128 --noise_multiplier 0.48 \
+    --lr 2e-3 --total_bs 128 --num_epochs 0.25 --max_eval_examples 128 --noise_multiplier 0.48 \
     --reserve_histogram_sigma 10
 
 say "3/8  Type B: sample synthetic instructions"
@@ -60,9 +58,11 @@ python -m resample_with_dp_histogram.embed --private --model data/quickstart_emb
     --output resampling/quickstart/selected --num_bins 6 --num_samples 12
 
 say "5/8  Type C: learn to answer, with differential privacy"
+# A small rank leaves the noise fewer numbers to be in, and so few steps need a high rate.
 python generate_train_command.py --run --dataset_name labelled_quickstart \
     --job_sess quickstart_answers --prompt_style vicuna $base $private \
-    --total_bs 64 --num_epochs 0.075 --max_eval_examples 64 --noise_multiplier 0.41
+    --lora_r 2 --lr 4e-3 --total_bs 64 --num_epochs 0.075 --max_eval_examples 64 \
+    --noise_multiplier 0.41
 
 say "6/8  Type D: answer held-out questions"
 python generate_inference_command.py --run --instruction_file data/quickstart_questions.txt \

@@ -63,17 +63,18 @@ def test_recipes_that_were_seen_to_learn_pass():
 
 @pytest.mark.parametrize("file", ["README.md", "quickstart.sh"])
 def test_recipes_that_are_taught_pass(file):
-    text, rows = (ROOT / file).read_text(), 4576
-    (rank,) = set(re.findall(r"--lora_r (\d+)", text))
-    numbers = r"--total_bs (\d+) --num_epochs ([\d.]+) .*?--noise_multiplier ([\d.]+)"
-    found = re.findall(numbers, text.replace("\\\n", " "))
-    assert [int(batch) for batch, *_ in found] == [128, 64]
-    for batch, epochs, sigma in found:
+    commands = (ROOT / file).read_text().replace("\\\n", " ").splitlines()
+    taught = [dict(re.findall(r"--(\w+) ([\d.]+)", line)) for line in commands]
+    taught = [flags for flags in taught if "noise_multiplier" in flags]
+    assert [flags["total_bs"] for flags in taught] == ["128", "64"]
+    for flags in taught:
+        batch, rows = int(flags["total_bs"]), 4576
         plan = replace(
-            SMALL, num_examples=rows, expected_batch_size=int(batch),
-            steps=int(float(epochs) * rows / int(batch)), noise_multiplier=float(sigma),
+            SMALL, num_examples=rows, expected_batch_size=batch,
+            steps=int(float(flags["num_epochs"]) * rows / batch),
+            noise_multiplier=float(flags["noise_multiplier"]),
         )  # fmt: skip
-        assert recipe_warnings(plan, SMOLLM2 * int(rank) // 8, 128) == []
+        assert recipe_warnings(plan, SMOLLM2 * int(flags.get("lora_r", 8)) // 8, 128) == []
 
 
 def test_a_small_batch_for_two_steps_is_drowned_and_too_short():
