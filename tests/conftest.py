@@ -1,12 +1,14 @@
 """Fixtures that every test may use: a random two-layer LLaMA with a byte-level tokenizer."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 
+from privacy_checks.composition import epsilon_over_steps
 from privacy_checks.tiny_model import save_tiny_model
 from query_gpt35_for_annotation.rate_limits import backoff
 from tests.annotation_server import KEY
@@ -58,3 +60,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         "query_gpt35_for_annotation.client.backoff", lambda *given: backoff(*given) / 20
     )
+
+
+@pytest.fixture
+def short_curves(monkeypatch):
+    """Composed reports take epsilon at three steps, where what is tested is not its curve."""
+    curve = partial(epsilon_over_steps, points=3)
+    monkeypatch.setattr("privacy_checks.report.epsilon_over_steps", curve)

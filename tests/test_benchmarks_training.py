@@ -1,7 +1,6 @@
 """The benchmark of training: what it measures, counts and writes."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,10 +53,13 @@ def test_our_engines_are_measured_and_written(texts, tmp_path, capsys):
 
 
 def test_persons_are_measured(texts, tmp_path):
-    arguments = ["--quick", "--dataset_name", texts, "--engines", "ours-dp", "--rows_per_unit", "4"]
+    arguments = [
+        f"--dataset_name={texts}", "--engines=ours-dp", "--rows_per_unit=4", "--num_examples=10",
+        "--hidden_size=64", "--num_layers=1", "--vocab_size=300", "--max_seq_len=64",
+    ]  # fmt: skip
     settings = workload.read_settings("", OURS, arguments)
-    workload.prepare(replace(settings, num_examples=10), tmp_path, workload.instructions(texts))
-    (job,) = workload.make_jobs(replace(settings, num_examples=10), str(tmp_path))
+    workload.prepare(settings, tmp_path, workload.instructions(texts))
+    (job,) = workload.make_jobs(settings, str(tmp_path))
     assert ours.run(job)["processed_tokens"] > 0
     (report,) = tmp_path.glob("outputs-*/job/privacy_report.json")
     report = json.loads(report.read_text())

@@ -16,6 +16,7 @@ from utils.texts.data_sets import rows_fingerprint
 
 TEXTS = [f"text {number}" for number in range(500)]
 ROWS = rows_fingerprint(TEXTS)
+pytestmark = pytest.mark.usefixtures("short_curves")
 HISTOGRAM = SampledGaussian(1.0, 10.0, 1)
 
 

@@ -241,6 +241,7 @@ def test_runs_and_histograms_compose_in_one_accountant(run, pairs, histogram, tm
     assert [entry["num_examples"] for entry in composed["runs"]] == [500, 400]
 
 
+@pytest.mark.usefixtures("short_curves")
 def test_a_page_of_several_runs_names_each_of_them(run, pairs, capsys, tmp_path):
     out = tmp_path / "out"
     assert report.main([str(run), str(pairs), "--output", str(out)]) == 0
@@ -703,6 +704,7 @@ def test_the_command_prints_and_writes_three_files(run, histogram, tmp_path, cap
     assert "epsilon_over_steps.png" in page
 
 
+@pytest.mark.usefixtures("short_curves")
 def test_more_than_a_target_is_said_first_and_exits_1(run, pairs, tmp_path, capsys):
     """Two runs of one target each, or a histogram that was not reserved."""
     costly = tmp_path / "costly.jsonl"
