@@ -118,6 +118,6 @@ def test_a_promise_is_a_share_that_less_noise_and_more_steps_raise():
 
 
 def test_sizes_to_choose_from_leave_some_steps():
-    assert batch_sizes(5824, 5824) == [64, 128, 256, 512, 1024]
+    assert batch_sizes(5824, 5824) == [16, 32, 64, 128, 256]
     assert batch_sizes(100, 10**6) == [4, 8, 16, 32, 64]
     assert batch_sizes(3, 3) == [1]

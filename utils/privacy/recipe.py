@@ -102,11 +102,12 @@ def batch_sizes(num_examples: int, num_draws: int) -> list[int]:
 
     Args:
         num_examples: N, the largest that there can be.
-        num_draws: examples of all steps together; a size is to leave `LEAST_STEPS` of them.
+        num_draws: examples of all steps together; a size leaves `HALF_STEPS` of them, since what
+            leaves fewer promises less than half.
 
     Returns:
-        The sizes, the smallest first; [N] or less where not even that leaves so many steps.
+        The sizes, the smallest first; [1] where not even that leaves so many steps.
     """
-    most = max(1, min(num_examples, num_draws // LEAST_STEPS))
+    most = max(1, min(num_examples, num_draws // HALF_STEPS))
     sizes = [1 << power for power in range(most.bit_length())]
     return sizes[-MOST_CHOICES:]
