@@ -151,7 +151,6 @@ def test_a_sketch_keeps_inner_products():
     exact, about = ((a @ b) / (a.norm() * b.norm()) for a, b in ((first, second), made))
     assert about == pytest.approx(exact.item(), abs=0.05)
     small = audit_run.Sketch(7, torch.device("cpu"))
-    assert small(first[:7]) is not None
     assert torch.equal(small(first[:7]), first[:7])
 
 
