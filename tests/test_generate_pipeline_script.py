@@ -333,6 +333,13 @@ def test_a_column_of_owners_that_is_not_named_is_warned_of(tmp_path, capsys):
     assert warned == [True, False, False]
 
 
+def test_a_file_that_cannot_be_read_gives_no_script(tmp_path, capsys):
+    (tmp_path / "d.csv").touch()
+    with pytest.raises(UsageError, match="no first line with the names of the columns"):
+        generate_pipeline_script.main(flags_of(tmp_path, "M", str(tmp_path / "d.csv")))
+    assert capsys.readouterr().out == ""
+
+
 def test_from_another_folder_what_is_there_gets_its_whole_path(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.csv").write_text("text\n")
