@@ -244,8 +244,8 @@ def test_a_kill_at_any_command_costs_no_stage_that_is_done(shell, tmp_path, caps
         while code == KILLED:
             done = [stage for stage in STAGES if (records / stage).exists()]
             assert STAGES[: len(done)] == done
-            with stderr.open("w") as said:
-                code, _ = shell.run(script, stderr=said)
+            with stderr.open("w") as stream:
+                code, _ = shell.run(script, stderr=stream)
             now = re.findall("^== (.+)$", stderr.read_text(), re.MULTILINE)
             assert now == STAGES[len(done) :][: len(now)]
             began += now
@@ -258,9 +258,10 @@ def test_two_of_a_script_do_not_work_at_once(shell, tmp_path, capsys):
     script, others = printed(capsys, *flags_of(tmp_path, "M", "d.csv")), []
     impatient = script.replace("time.sleep(0.25)", "time.sleep(0)")
 
-    def start_another(words: list[str]) -> int:
+    def start_another(_: list[str]) -> int:
         if not others:
-            others.append(subprocess.run(["bash", "-c", impatient], capture_output=True, text=True))
+            words = ["bash", "-c", impatient]
+            others.append(subprocess.run(words, capture_output=True, text=True, timeout=60))
         return EXIT_FAILED
 
     with mock.patch(f"{__name__}.run_command", start_another):
