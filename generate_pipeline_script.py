@@ -116,6 +116,7 @@ class Settings(ConfigSettings, RowSettings):
 def main(argv: list[str] | None = None) -> int:
     settings = read_config_and_flags(Settings, __doc__, argv)
     check(settings)
+    unnamed = owners(settings.data) if settings.unit_column is None else []
     projects = Path(settings.projects_dir).expanduser()
     folder = (projects if Path.cwd() == ROOT else projects.absolute()) / settings.project
     print(script(settings, folder), end="")
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     say(f"  everything it makes  {folder}")
     whose = f"all rows of one {settings.unit_column}" if settings.protects_units else "one row"
     say(f"  budget               epsilon {settings.eps:g} for {whose}, delta {settings.delta}")
-    for owner in owners(settings.data) if settings.unit_column is None else []:
+    for owner in unnamed:
         say(
             f"warning: {owner!r} seems to say whose a row is, and the budget is for one row; "
             f"--unit_column {shlex.quote(owner)} protects all rows of one, and {NO_COLUMN} says "

@@ -243,8 +243,8 @@ def test_a_kill_at_any_command_costs_no_stage_that_is_done(shell, tmp_path, caps
         while code == KILLED:
             done = [stage for stage in STAGES if (records / stage).exists()]
             assert STAGES[: len(done)] == done
-            with stderr.open("w") as said:
-                code, _ = shell.run(script, stderr=said)
+            with stderr.open("w") as stream:
+                code, _ = shell.run(script, stderr=stream)
             now = re.findall("^== (.+)$", stderr.read_text(), re.MULTILINE)
             assert now == STAGES[len(done) :][: len(now)]
             began += now
@@ -257,9 +257,10 @@ def test_two_of_a_script_do_not_work_at_once(shell, tmp_path, capsys):
     script, others = printed(capsys, *flags_of(tmp_path, "M", "d.csv")), []
     impatient = script.replace("time.sleep(0.25)", "time.sleep(0)")
 
-    def start_another(words: list[str]) -> int:
+    def start_another(_: list[str]) -> int:
         if not others:
-            others.append(subprocess.run(["bash", "-c", impatient], capture_output=True, text=True))
+            words = ["bash", "-c", impatient]
+            others.append(subprocess.run(words, capture_output=True, text=True, timeout=60))
         return EXIT_FAILED
 
     with mock.patch(f"{__name__}.run_command", start_another):
@@ -330,6 +331,13 @@ def test_a_column_of_owners_that_is_not_named_is_warned_of(tmp_path, capsys):
         assert generate_pipeline_script.main([*flags, *more]) == 0
         warned.append("warning: 'user_id' seems to say whose a row is" in capsys.readouterr().err)
     assert warned == [True, False, False]
+
+
+def test_a_file_that_cannot_be_read_gives_no_script(tmp_path, capsys):
+    (tmp_path / "d.csv").touch()
+    with pytest.raises(UsageError, match="no first line with the names of the columns"):
+        generate_pipeline_script.main(flags_of(tmp_path, "M", str(tmp_path / "d.csv")))
+    assert capsys.readouterr().out == ""
 
 
 def test_from_another_folder_what_is_there_gets_its_whole_path(tmp_path, monkeypatch, capsys):
