@@ -11,6 +11,7 @@ import torch
 import train
 from privacy_checks import replay
 from privacy_checks.persons import MOST_ROWS, ROWS_IN_A_STEP, replayed_owners
+from tests.helpers import slow
 from tests.mutated_train import observe_mutated_training
 from utils.cli import UsageError
 from utils.runs import probe
@@ -79,11 +80,13 @@ def _few_rows(monkeypatch):
     monkeypatch.setattr(replay, "STEPS", 2)
 
 
+# Two threads wait for each other for a minute where another test has one of two cores.
 @pytest.mark.usefixtures("_few_rows")
-def test_no_row_of_a_wide_model_in_bfloat16_moves_by_another(tmp_path, capsys):
+@pytest.mark.parametrize("threads", [1, slow(2)])
+def test_no_row_of_a_wide_model_in_bfloat16_moves_by_another(tmp_path, capsys, threads):
     file = tmp_path / "replay.json"
-    assert replay.main([*BFLOAT16, f"--json={file}"]) == 0
-    assert "576 features, bfloat16 on cpu, 1 thread(s)" in capsys.readouterr().out
+    assert replay.main([*BFLOAT16, f"--threads={threads}", f"--json={file}"]) == 0
+    assert f"576 features, bfloat16 on cpu, {threads} thread(s)" in capsys.readouterr().out
     (case,) = json.loads(file.read_text())["cases"]
     assert case["others_move"] == case["others_allowed"] == 0
     assert case["passed"] is True
@@ -105,11 +108,21 @@ def test_rows_that_move_by_one_another_fail(monkeypatch, capsys, free):
 
 @pytest.mark.usefixtures("_few_rows")
 def test_a_model_that_is_given_is_the_one_that_is_replayed(tiny_model_dir, capsys):
-    threads = torch.get_num_threads()
-    # Two threads on the wide model take a minute where another test has the other core.
+    assert replay.main([f"--model={tiny_model_dir}"]) == 0
+    assert f"{tiny_model_dir}, float32 on cpu, 1 thread(s)" in capsys.readouterr().out
+
+
+def test_threads_are_those_of_the_flag_and_given_back(monkeypatch, tiny_model_dir, capsys):
+    before, found = torch.get_num_threads(), []
+
+    def moves(*_):
+        found.append(torch.get_num_threads())
+        return replay.Moves([1.0], [0.0])
+
+    monkeypatch.setattr(replay, "_moves", moves)
     assert replay.main([f"--model={tiny_model_dir}", "--threads=2"]) == 0
-    assert f"{tiny_model_dir}, float32 on cpu, 2 thread(s)" in capsys.readouterr().out
-    assert torch.get_num_threads() == threads
+    assert (found, torch.get_num_threads()) == ([2], before)
+    assert "2 thread(s)" in capsys.readouterr().out
 
 
 def test_on_another_device_others_may_move_as_the_report_says():
