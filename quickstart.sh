@@ -128,5 +128,9 @@ if [ "$*" = --annotate ]; then
 fi
 echo
 python -m evaluation.report $page
+python -m privacy_checks.statement outputs/quickstart_instructions outputs/quickstart_answers \
+    --histogram resampling/quickstart/private_data/histogram_ledger.jsonl \
+    --output reports/quickstart/statement --overwrite
 echo "The page to show to anyone:    $PWD/reports/quickstart/report.html"
 echo "The page for your own eyes:    $PWD/reports/quickstart/private/report-internal.html"
+echo "A statement for a registry:   $PWD/reports/quickstart/statement/statement.html"

@@ -65,6 +65,7 @@ class Settings:
     owner_file: Path | None = flag("what the owner declares", type=Path, metavar="FILE.yaml")
     help_owner: bool = flag("print an --owner_file to fill in, and end", False)
     output: Path = flag("folder for the statement", Path("statement"), type=Path, metavar="DIR")
+    overwrite: bool = flag("replace a statement that this tool wrote there", False)
     key: Path | None = flag(
         "sign the statement with this private key (Ed25519)", type=Path, metavar="KEYFILE"
     )
@@ -99,6 +100,8 @@ from utils.versions import toolkit_commit, versions_of
 
 FILES = ("statement.html", "statement.md", "statement.json")
 SIGNATURE_FILE = "statement.sig.json"
+# In the head of every page.
+MARK = "privacy_checks.statement"
 LEDGER, CHECKED, DECLARED = "from the ledger", "checked", "declared by the owner"
 NOT_DECLARED = "not declared"
 LIBRARIES = ("dp-accounting", "prv-accountant", "scipy", "numpy", "torch", "cryptography")
@@ -125,10 +128,10 @@ def main(argv: list[str] | None = None) -> int:
         return verify(differences(output, FILES, runs, histograms, public, SIGNATURE_FILE))
     key = read_private_key(settings.key, "--key") if settings.key else None
     with claimed(output):
-        for path in (output / name for name in (*FILES, SIGNATURE_FILE)):
-            if path.exists():
-                raise UsageError(f"{path} exists; use another --output")
+        require_room(output, settings.overwrite)
         statement = make_statement(settings)
+        # That of another statement would not hold for this one.
+        (output / SIGNATURE_FILE).unlink(missing_ok=True)
         write_json(output / FILES[2], as_json(statement))
         for name, suffix in zip(FILES, ESCAPED):
             page = environment(statement, suffix, ESCAPED[suffix])
@@ -138,6 +141,22 @@ def main(argv: list[str] | None = None) -> int:
         if key:
             say(f"signed: {sign(output, FILES, runs, histograms, key, SIGNATURE_FILE)}")
     return EXIT_OK
+
+
+def require_room(output: Path, overwrite: bool) -> None:
+    """Refuse a folder with files in the way, unless they are a statement that may be replaced.
+
+    Raises:
+        UsageError: names the first of them.
+    """
+    there = [output / name for name in (*FILES, SIGNATURE_FILE) if (output / name).exists()]
+    page = output / FILES[0]
+    if there and not (page.is_file() and MARK in page.read_text("utf-8", "replace")[:500]):
+        raise UsageError(f"{there[0]} exists and is no statement; use another --output")
+    if there and not overwrite:
+        raise UsageError(
+            f"{there[0]} exists; add --overwrite to replace it, or use another --output"
+        )
 
 
 @dataclass(frozen=True)
@@ -366,8 +385,8 @@ def picture(rates: list[float]) -> Chart:
     """The most that an attack finds at each rate of false alarms, next to a coin."""
     title = "What an attacker finds at most"
     chart = {
-        "title": title, "kind": "line", "x_label": "false alarms, share of those that were out",
-        "y_label": "found, share of those that were in",
+        "title": title, "kind": "line", "x_label": "false alarms, of those that were out",
+        "y_label": "found, of those that were in",
         "lines": {"most under the guarantee": list(zip(PICTURED, rates)),
                   "a coin": [(0.0, 0.0), (1.0, 1.0)]},
     }  # fmt: skip

@@ -457,7 +457,6 @@ def require_pages(project: Path, least_units: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(FULL_SIZE_SECONDS)
-@pytest.mark.usefixtures("composition_that_remembers")
 @pytest.mark.parametrize(
     ("write", "more", "least_units"),
     [

@@ -47,7 +47,8 @@ def test_the_quick_start_runs_from_a_fresh_clone(tmp_path):
     for verdict in ("noise drowns", "too few logical steps"):
         assert verdict not in done.stderr
     assert done.stdout.count("\n  [") == 10 + 3
-    *_, public, internal = done.stdout.splitlines()
+    *_, public, internal, stated = done.stdout.splitlines()
+    assert "Statement of privacy" in Path(stated.split(":", 1)[1].strip()).read_text()
     for line, has_private_figures in ((public, False), (internal, True)):
         page = Path(line.split(":", 1)[1].strip()).read_text()
         assert f"({composed[1]}, 1e-05)-differentially private" in page

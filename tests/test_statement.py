@@ -17,7 +17,6 @@ from utils.files import write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
 from utils.privacy.ledger import LEDGER_FILE, record_histogram
 
-pytestmark = pytest.mark.usefixtures("composition_that_remembers")
 # Of a tier-3 entry: what a registry asks for, and the entries here that say it.
 TIER_3 = {
     "name", "curator", "purpose", "published", "data", "privacy_loss", "neighbours", "unit",
@@ -27,7 +26,7 @@ TIER_3 = {
 
 
 @pytest.fixture(scope="module")
-def stated(tmp_path_factory, composition_that_remembers):
+def stated(tmp_path_factory):
     """Where a run, a histogram and their statement are."""
     folder = tmp_path_factory.mktemp("stated")
     run, ledger = make_run(folder / "job"), folder / "histogram.jsonl"
@@ -123,6 +122,19 @@ def test_an_owner_file_that_says_something_else_is_refused(run, tmp_path, text, 
         made(tmp_path, run, "--owner_file", owner)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out" / "statement.json").exists()
+
+
+def test_a_statement_is_replaced_by_a_statement_alone(run, tmp_path):
+    made(tmp_path, run)
+    signature = tmp_path / "out" / statement.SIGNATURE_FILE
+    signature.write_text("of the one before")
+    with pytest.raises(UsageError, match="statement.html exists; add --overwrite"):
+        made(tmp_path, run)
+    made(tmp_path, run, "--overwrite")
+    assert not signature.exists()
+    (tmp_path / "out" / "statement.html").write_text("a page of somebody else")
+    with pytest.raises(UsageError, match="exists and is no statement"):
+        made(tmp_path, run, "--overwrite")
 
 
 def test_the_owner_file_to_fill_in_is_one(capsys, tmp_path):
