@@ -22,7 +22,7 @@ training=(python -m benchmarks.training --model_name "$work/model" --dtype bfloa
 [[ ${dry_run:-} ]] || rm -rf "$work"
 
 step 60 "model and texts" python -m benchmarks.first_gpu --prepare
-step 120 "tests" python -m pytest -m gpu tests/test_gpu.py
+step 95 "tests" python -m pytest -m gpu tests/test_gpu.py
 for dtype in bfloat16 float32; do
     step 45 "exactness in $dtype" python -m privacy_checks.replay --device auto --dtype "$dtype" \
         --json "$work/exactness-$dtype.json"

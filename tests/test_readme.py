@@ -174,6 +174,9 @@ def test_every_command_runs(clone, endpoint, monkeypatch, capsys):
         printed = capsys.readouterr().out
         if target:
             Path(target).write_text(printed)
+        if "--advise" in words:
+            assert printed.count(" <-") == 1, printed
+            continue
         if words[1] in GENERATORS:
             assert printed.count("\n") == 1, command
             assert run_script(shlex.split(printed)) == 0, printed
