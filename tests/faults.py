@@ -1,4 +1,4 @@
-"""Faults made for real: a disk that is small, a terminal that goes away."""
+"""Faults made for real: a disk that is small, a quota, a terminal that goes away."""
 
 import fcntl
 import os
@@ -22,15 +22,35 @@ def on_small_disk(folder, size: str, *command: str) -> subprocess.CompletedProce
     What is written there goes with it.
     """
     mount = 'mount -t tmpfs -o size="$1" none "$2" && cd "$2" && shift 2 && exec "$@"'
-    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    return _mounted(["--user", "--map-root-user"], mount, [size, str(folder)], command)
+
+
+def with_quota(folder, size: str, *command: str) -> subprocess.CompletedProcess:
+    """Run a Python command in a folder of a quota of `size`, in a file system over `folder`.
+
+    What is written there stays in a file next to it. Only root can do so.
+    """
+    mount = (
+        'truncate -s 160M "$2.btrfs" && mkfs.btrfs -qf "$2.btrfs" && mount -o loop "$2.btrfs" "$2" '
+        '&& cd "$2" && btrfs -q quota enable . && btrfs -q subvolume create disk '
+        '&& btrfs -q qgroup limit "$1" disk && cd disk && shift 2 && exec "$@"'
+    )
+    return _mounted([], mount, [size, str(folder)], command)
+
+
+def _mounted(
+    namespaces: list[str], mount: str, places: list[str], command: tuple[str, ...]
+) -> subprocess.CompletedProcess:
+    """Run a Python command after a line of shell that mounts what it runs in, for it alone."""
+    inside = ["unshare", *namespaces, "--mount", "sh", "-c", mount, "sh", *places]
     permitted = (
         shutil.which("unshare")
-        and not subprocess.run([*inside, "1m", str(folder), "true"], capture_output=True).returncode
+        and not subprocess.run([*inside, "true"], capture_output=True).returncode
     )
     if not permitted:
-        pytest.skip("no small file system can be mounted here")
+        pytest.skip("no such file system can be mounted here")
     return subprocess.run(
-        [*inside, size, str(folder), sys.executable, *command], env=ENVIRONMENT,
+        [*inside, sys.executable, *command], env=ENVIRONMENT,
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
 

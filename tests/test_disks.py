@@ -5,7 +5,7 @@ import json
 import pytest
 
 from query_gpt35_for_annotation.client import answer_record
-from tests.faults import on_small_disk
+from tests.faults import on_small_disk, with_quota
 from tests.helpers import slow
 from tests.json_lines import jsonl
 from tests.resampling import save_embeddings, save_tiny_encoder, unit_vectors
@@ -15,7 +15,7 @@ from utils.files import write_json
 TEXTS = [f"{number} ".ljust(400, "x") for number in range(300)]
 # Runs commands one after the other, and prints the exit code and the stderr of each.
 SCRIPT = """
-import importlib, json, os, resource, subprocess, sys, tempfile
+import contextlib, importlib, json, os, resource, subprocess, sys, tempfile
 from pathlib import Path
 from utils.cli import run_cli
 
@@ -24,6 +24,11 @@ Path("file").write_text("old")
 place = {"ENOTDIR": "file/out", "ENAMETOOLONG": "x" * 300}.get(fault, "out")
 if fault == "EROFS":
     subprocess.run(["mount", "-o", "remount,ro", "none", os.getcwd()], check=True)
+if fault == "EDQUOT":
+    with contextlib.suppress(OSError), open("filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(os.urandom(4096))
+            os.fsync(filler)
 if fault == "EFBIG":
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 found = {}
@@ -107,7 +112,7 @@ ALL = (*QUICK, "report", "train", "inference", "embed", "resample")
     ("fault", "names"),
     [
         ("EROFS", QUICK),
-        *(slow(fault, ALL) for fault in ("EROFS", "ENOTDIR", "ENAMETOOLONG", "EFBIG")),
+        *(slow(fault, ALL) for fault in ("EROFS", "EDQUOT", "ENOTDIR", "ENAMETOOLONG", "EFBIG")),
     ],
 )
 def test_what_a_disk_does_not_take_is_one_line(tiny_model_dir, tmp_path, fault, names):
@@ -115,9 +120,8 @@ def test_what_a_disk_does_not_take_is_one_line(tiny_model_dir, tmp_path, fault, 
     (tmp_path / "inputs").mkdir()
     write_json(inputs, commands(tmp_path / "inputs", tiny_model_dir, names))
     (tmp_path / "disk").mkdir()
-    finished = on_small_disk(
-        tmp_path / "disk", "16m", "-c", SCRIPT, fault, str(inputs), str(tmp_path)
-    )
+    run = with_quota if fault == "EDQUOT" else on_small_disk
+    finished = run(tmp_path / "disk", "16m", "-c", SCRIPT, fault, str(inputs), str(tmp_path))
     assert finished.returncode == 0, finished.stderr
     for name, (code, said, left) in json.loads(finished.stdout.splitlines()[-1]).items():
         assert code in (1, 2), (name, code, said)
@@ -126,6 +130,9 @@ def test_what_a_disk_does_not_take_is_one_line(tiny_model_dir, tmp_path, fault, 
             line for line in said.splitlines() if line.startswith(("error: ", "stopped early"))
         ]
         assert len(errors) == 1, (name, said)
+        # Some ask for room first; what says no is the quota all the same.
+        if fault == "EDQUOT":
+            assert "quota" in errors[0].lower() or "full" in errors[0].lower(), errors
         # What was spent stays on record, and others keep what they have, to go on from.
         made = [path for path in left if "ledger" not in path]
         assert name not in WHOLE or made == [], (name, made)
