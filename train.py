@@ -476,7 +476,7 @@ def audit_coins(settings: TrainingSettings) -> dict[str, dict]:
 
     def toss() -> dict:
         if holds_run(settings.folder):
-            return read_coins(settings.folder)
+            return read_coins(settings.folder, settings.audit_canaries)
         return {"inside": SecureRandom().bernoulli_indices(1, 2, settings.audit_canaries).tolist()}
 
     return {COINS_FILE: on_main_process(toss)}

@@ -143,7 +143,7 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
         model_name or model_name_of(folder),
         arguments,
         canaries,
-        canaries.inside(read_coins(folder)),
+        canaries.inside(read_coins(folder, count)),
         claimed,
         report["delta"] if report["guarantee"] else NO_DELTA,
     )
