@@ -89,6 +89,8 @@ FILES = ("audit_run.json", "audit_run.png")
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
     with claimed(settings.output) if settings.output else nullcontext():
+        if settings.output and settings.output.is_file():
+            raise UsageError(f"{settings.output} is a file; --output names a folder, use another")
         for path in (settings.output / name for name in FILES) if settings.output else ():
             if path.exists():
                 raise UsageError(f"{path} exists; use another --output")

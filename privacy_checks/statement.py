@@ -147,8 +147,10 @@ def require_room(output: Path, overwrite: bool) -> None:
     """Refuse a folder with files in the way, unless they are a statement that may be replaced.
 
     Raises:
-        UsageError: names the first of them.
+        UsageError: names the first of them, or what is no folder.
     """
+    if output.is_file():
+        raise UsageError(f"{output} is a file; --output names a folder, use another")
     there = [output / name for name in (*FILES, SIGNATURE_FILE) if (output / name).exists()]
     page = output / FILES[0]
     if there and not (page.is_file() and MARK in page.read_text("utf-8", "replace")[:500]):

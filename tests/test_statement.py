@@ -135,6 +135,8 @@ def test_a_statement_is_replaced_by_a_statement_alone(run, tmp_path):
     (tmp_path / "out" / "statement.html").write_text("a page of somebody else")
     with pytest.raises(UsageError, match="exists and is no statement"):
         made(tmp_path, run, "--overwrite")
+    with pytest.raises(UsageError, match="statement.md is a file; --output names a folder"):
+        statement.require_room(tmp_path / "out" / "statement.md", overwrite=True)
 
 
 def test_the_owner_file_to_fill_in_is_one(capsys, tmp_path):
