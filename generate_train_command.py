@@ -89,6 +89,7 @@ class Settings(ConfigSettings, TrainingSettings):
 def main(argv: list[str] | None = None) -> int:
     settings = read_config_and_flags(Settings, __doc__, argv)
     run = settings.run or settings.is_rehearsal
+    check_advice(settings, run)
     warnings = check_training_settings(settings)
     warnings += check_here(settings.model_name, settings.gpus, must=run)
     counted, size_warnings = train_examples(settings)
@@ -128,6 +129,15 @@ def main(argv: list[str] | None = None) -> int:
         settings.main_process_port,
     )
     return print_or_run(command, run)
+
+
+def check_advice(settings: Settings, run: bool) -> None:
+    """Refuse advice next to a run, and what only advice reads without it."""
+    if settings.advise and run:
+        raise UsageError("--advise prints in place of a command; leave --run and rehearsals out")
+    for name in ("compute", "hours", "tokens_per_second"):
+        if not settings.advise and getattr(settings, name) is not None:
+            raise UsageError(f"--{name} needs --advise: no run reads it")
 
 
 def advice(settings: Settings, num_examples: int) -> str:
