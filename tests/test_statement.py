@@ -14,6 +14,7 @@ from tests.test_report import PLAN, make_run
 from tests.test_signature import write_keys
 from utils.cli import UsageError
 from utils.files import write_json
+from utils.folders import LOCK_FILE, locked
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
 from utils.privacy.ledger import LEDGER_FILE, record_histogram
 
@@ -216,6 +217,13 @@ def test_what_is_not_in_order_is_refused_in_one_line(run, ledger, tmp_path, harm
         made(tmp_path, run, "--histogram", ledger)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out" / "statement.json").exists()
+
+
+def test_a_run_that_goes_on_is_refused_and_what_a_kill_left_is_not(run, tmp_path):
+    with locked(run, ""), pytest.raises(UsageError, match="job is in use by another process"):
+        made(tmp_path, run)
+    (run / LOCK_FILE).touch()
+    assert made(tmp_path, run)
 
 
 def test_there_is_no_statement_without_a_guarantee_or_a_run(tmp_path):
