@@ -89,6 +89,7 @@ class Settings(ConfigSettings, TrainingSettings):
 def main(argv: list[str] | None = None) -> int:
     settings = read_config_and_flags(Settings, __doc__, argv)
     run = settings.run or settings.is_rehearsal
+    check_advice(settings, run)
     warnings = check_training_settings(settings)
     warnings += check_here(settings.model_name, settings.gpus, must=run)
     counted, size_warnings = train_examples(settings)
@@ -130,6 +131,15 @@ def main(argv: list[str] | None = None) -> int:
     return print_or_run(command, run)
 
 
+def check_advice(settings: Settings, run: bool) -> None:
+    """Refuse advice next to a run, and what only advice reads without it."""
+    if settings.advise and run:
+        raise UsageError("--advise prints in place of a command; leave --run and rehearsals out")
+    for name in ("compute", "hours", "tokens_per_second"):
+        if not settings.advise and getattr(settings, name) is not None:
+            raise UsageError(f"--{name} needs --advise: no run reads it")
+
+
 def advice(settings: Settings, num_examples: int) -> str:
     """A table of recipes at one epsilon and one compute, and the flags of the best.
 
@@ -142,18 +152,27 @@ def advice(settings: Settings, num_examples: int) -> str:
         raise UsageError("--advise calibrates --noise_multiplier for every line; leave it out")
     a_draw = settings.max_seq_len
     a_draw *= (settings.max_rows_per_unit or 1) if settings.draws_units else 1
-    num_draws = int(tokens_to_spend(settings, num_examples * a_draw) / a_draw)
+    there_are = tokens_to_spend(settings, num_examples * a_draw)
+    num_draws = int(there_are / a_draw)
+    if num_draws < 1:
+        raise UsageError(f"--advise has {there_are:g} tokens to spend; one draw takes {a_draw:,}")
     footprint = footprint_of(settings)
     trained = footprint.trained if footprint else TYPICAL_ADAPTER
-    plans = []
+    plans, refused = [], None
     for size in batch_sizes(num_examples, num_draws):
         steps = max(1, num_draws // size)
         # A little more than these steps, which is cut off.
         epochs = f"{(steps + 0.01) * size / num_examples:.6g}"
         sized = replace(settings, total_bs=size, num_epochs=float(epochs))
-        plan, _ = plan_of(sized, num_examples)
+        try:
+            plan, _ = plan_of(sized, num_examples)
+        except UsageError as error:  # such as more noise, steps or bands than this size can have
+            refused = error
+            continue
         if plan is not None:
             plans.append((promise(plan, trained, settings.max_seq_len), epochs, plan))
+    if refused and not plans:
+        raise refused
     best = max(plans, key=lambda line: line[0])
     rows = [("total_bs", "num_epochs", "steps", "sigma", "sigma / total_bs", "tokens", "promise")]
     for line in plans:

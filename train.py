@@ -476,7 +476,7 @@ def audit_coins(settings: TrainingSettings) -> dict[str, dict]:
 
     def toss() -> dict:
         if holds_run(settings.folder):
-            return read_coins(settings.folder)
+            return read_coins(settings.folder, settings.audit_canaries)
         return {"inside": SecureRandom().bernoulli_indices(1, 2, settings.audit_canaries).tolist()}
 
     return {COINS_FILE: on_main_process(toss)}
@@ -533,7 +533,12 @@ def plan_to_follow(
     if begun and settings.noise_multiplier is None:
         # Another release of the accountant may calibrate another one for the same target.
         settings = replace(settings, noise_multiplier=begun.noise_multiplier)
-    if begun and settings.noise == BANDED and settings.bands in ("auto", begun.bands):
+    if begun and settings.noise == BANDED:
+        if settings.bands not in ("auto", begun.bands):
+            raise UsageError(
+                f"{settings.folder} holds a run with --bands {begun.bands}, not {settings.bands}; "
+                "use that value and --resume auto, or another --job_sess"
+            )
         coefficients = begun.band_coefficients
     plan, notices = plan_of(settings, num_examples, coefficients)
     if plan and begun:

@@ -89,6 +89,8 @@ FILES = ("audit_run.json", "audit_run.png")
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
     with claimed(settings.output) if settings.output else nullcontext():
+        if settings.output and settings.output.is_file():
+            raise UsageError(f"{settings.output} is a file; --output names a folder, use another")
         for path in (settings.output / name for name in FILES) if settings.output else ():
             if path.exists():
                 raise UsageError(f"{path} exists; use another --output")
@@ -143,7 +145,7 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
         model_name or model_name_of(folder),
         arguments,
         canaries,
-        canaries.inside(read_coins(folder)),
+        canaries.inside(read_coins(folder, count)),
         claimed,
         report["delta"] if report["guarantee"] else NO_DELTA,
     )

@@ -156,8 +156,10 @@ def audited_texts(run: AuditedRun, model: NGrams, tokenizer: PreTrainedTokenizer
 def ranked_right(inside: np.ndarray, outside: np.ndarray) -> float:
     """The share of pairs, one of either, in which the one that was in scores higher; 0.5 by chance.
 
-    Ties count half (Mann and Whitney 1947).
+    Ties count half (Mann and Whitney 1947). Few coins may all fall alike: without a pair, 0.5.
     """
+    if not (len(inside) and len(outside)):
+        return 0.5
     return float(shares_below(inside, outside).mean())
 
 

@@ -104,7 +104,7 @@ def one_run(correct: int, guesses: int, canaries: int, delta: float, confidence:
         tail = stats.binom(guesses, special.expit(epsilon)).sf
         beta = tail(correct - 1)
         i = np.arange(1, correct + 1)
-        return beta + 2 * canaries * delta * ((tail(correct - i - 1) - beta) / i).max()
+        return beta + 2 * canaries * delta * ((tail(correct - i - 1) - beta) / i).max(initial=0.0)
 
     return _largest_rejected(p_value, confidence, 50.0)
 

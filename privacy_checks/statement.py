@@ -93,7 +93,7 @@ from privacy_checks.report import verify
 from privacy_checks.signature import differences, read_private_key, read_public_key, sign
 from utils.cli import EXIT_OK, UsageError, in_one_line, run_cli, say
 from utils.files import open_text, write_atomic, write_json
-from utils.folders import claimed
+from utils.folders import LOCK_FILE, claimed, locked
 from utils.privacy.accounting import ADD_REMOVE, catch_rates, compute_delta
 from utils.privacy.guarantee import claim, conditions, exception, name_of_unit
 from utils.versions import toolkit_commit, versions_of
@@ -147,8 +147,10 @@ def require_room(output: Path, overwrite: bool) -> None:
     """Refuse a folder with files in the way, unless they are a statement that may be replaced.
 
     Raises:
-        UsageError: names the first of them.
+        UsageError: names the first of them, or what is no folder.
     """
+    if output.is_file():
+        raise UsageError(f"{output} is a file; --output names a folder, use another")
     there = [output / name for name in (*FILES, SIGNATURE_FILE) if (output / name).exists()]
     page = output / FILES[0]
     if there and not (page.is_file() and MARK in page.read_text("utf-8", "replace")[:500]):
@@ -212,10 +214,14 @@ def make_statement(settings: Settings) -> Statement:
     """Compose, check and declare.
 
     Raises:
-        UsageError: there is no guarantee; what read the same data is not named; or the ledgers, the
-            adapters or what the owner declares are not in order.
+        UsageError: there is no guarantee; a run is still spending; what read the same data is not
+            named; or the ledgers, the adapters or what the owner declares are not in order.
     """
     runs, histograms = settings.run, settings.histogram
+    for run in runs:
+        if (run / LOCK_FILE).exists():  # held by a run that goes on, or left by a kill
+            with locked(run, "name other RUNs"):
+                pass
     declared = read_owner(settings.owner_file) if settings.owner_file else {}
     composed = composed_report(runs, histograms, settings.delta)
     if not composed["guarantee"]:

@@ -12,7 +12,14 @@ from utils.cli import UsageError
 from utils.models.loading import load_tokenizer
 from utils.privacy.accounting import compute_epsilon
 from utils.privacy.ledger import LEDGER_FILE, read_plan
-from utils.texts.audit_canaries import COINS_FILE, NATURAL, TOKENS, AuditCanaries, as_trained
+from utils.texts.audit_canaries import (
+    COINS_FILE,
+    NATURAL,
+    TOKENS,
+    AuditCanaries,
+    as_trained,
+    read_coins,
+)
 
 COUNT = 32
 
@@ -147,6 +154,14 @@ def test_a_run_does_not_go_on_without_its_coins_or_with_other_canaries(run):
     (folder / "private" / COINS_FILE).unlink()
     with pytest.raises(UsageError, match=f"{COINS_FILE} is not there or damaged"):
         run(*AUDITED, "--resume=auto")
+
+
+@pytest.mark.parametrize("coins", ["{}", '{"inside": [8]}', '{"inside": ["1"]}', '{"inside": 3}'])
+def test_damaged_coins_are_refused(tmp_path, coins):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / COINS_FILE).write_text(coins)
+    with pytest.raises(UsageError, match="not there or damaged"):
+        read_coins(tmp_path, 8)
 
 
 def test_a_kind_without_canaries_is_refused(run):

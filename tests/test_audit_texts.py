@@ -105,6 +105,7 @@ def test_of_rows_that_were_equally_far_from_the_texts_neither_is_found():
     assert first.low < 0.5 < first.high
     assert second.value < 0.03
     assert audit_texts.ranked_right(np.array([1.0]), np.array([1.0, 0.0, 2.0])) == 0.5
+    assert audit_texts.ranked_right(np.array([1.0]), np.array([])) == 0.5
 
 
 @pytest.mark.parametrize(

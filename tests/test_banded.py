@@ -184,6 +184,8 @@ def test_a_unit_takes_part_in_one_of_b_steps_and_in_each_that_is_taken_again(ban
     # A step that is lost again and again is one more for its group each time.
     assert participations([*range(1, 9), *[8] * 5], bands) == -(-8 // bands) + 5
     assert participations([], bands) == 0
+    # Absurdly many steps are refused by the accountant, and not counted one by one.
+    assert participations(range(10**15), bands) == -(-(10**15) // bands)
 
 
 @pytest.mark.parametrize(

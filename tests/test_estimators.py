@@ -114,6 +114,11 @@ def test_without_delta_one_run_is_the_binomial_bound():
     assert stats.binom.sf(correct - 1, guesses, rate) == pytest.approx(1 - CONFIDENCE, rel=1e-3)
 
 
+@pytest.mark.parametrize("estimate", [one_run, one_run_f_dp])
+def test_no_right_guess_refutes_nothing(estimate):
+    assert estimate(0, 2, 8, 1e-5, 0.99) == 0
+
+
 def test_one_run_gives_nothing_at_a_large_delta():
     assert one_run(390, 400, 4000, 0.01, CONFIDENCE) == 0.0
 

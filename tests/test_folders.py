@@ -144,6 +144,13 @@ def test_a_file_is_no_folder_to_hold(tmp_path):
             locked(path, "name another").__enter__()
 
 
+def test_a_link_to_nothing_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match="link is a link to nothing; make .*gone"):
+        claimed(tmp_path / "link").__enter__()
+    assert names(tmp_path) == ["link"]
+
+
 # ------------------------------------------------------------------ the same settings
 
 

@@ -350,6 +350,23 @@ def test_advice_spends_the_compute_that_there_is():
     assert spent("--hours=0.5", "--tokens_per_second=2") == 3600
 
 
+def test_what_only_advice_reads_needs_it(generate):
+    for flag in ("compute", "hours", "tokens_per_second"):
+        with pytest.raises(UsageError, match=f"--{flag} needs --advise"):
+            generate(*flags("m", "elsewhere", "out", f"--{flag}=1e6"))
+
+
+def test_advice_leaves_out_what_no_supported_noise_makes_private(generate, monkeypatch):
+    def made(settings, num_examples):
+        if settings.total_bs > 32:
+            raise UsageError("cannot be met")
+        return plan_of(replace(settings, noise_multiplier=9.0), num_examples)
+
+    monkeypatch.setattr(generate_train_command, "plan_of", made)
+    _, *lines, _, _ = advised(generate)
+    assert [line[0] for line in lines] == ["16", "32"]
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [
@@ -358,6 +375,10 @@ def test_advice_spends_the_compute_that_there_is():
         (["--hours=1", "--tokens_per_second=9", "--compute=5"], "leave one out"),
         (["--eps=-1", "--clip=-1"], "--eps -1 has none"),
         (["--noise_multiplier=1"], "leave it out"),
+        (["--run"], "leave --run and rehearsals out"),
+        (["--check"], "leave --run and rehearsals out"),
+        (["--compute=63"], "63 tokens to spend; one draw takes 64"),
+        (["--hours=1e9", "--tokens_per_second=1e3"], "steps .* must be between 0 and 100000"),
     ],
 )
 def test_advice_that_cannot_be_given_is_a_line(generate, more, why):

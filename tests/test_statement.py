@@ -14,6 +14,7 @@ from tests.test_report import PLAN, make_run
 from tests.test_signature import write_keys
 from utils.cli import UsageError
 from utils.files import write_json
+from utils.folders import LOCK_FILE, locked
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
 from utils.privacy.ledger import LEDGER_FILE, record_histogram
 
@@ -135,6 +136,8 @@ def test_a_statement_is_replaced_by_a_statement_alone(run, tmp_path):
     (tmp_path / "out" / "statement.html").write_text("a page of somebody else")
     with pytest.raises(UsageError, match="exists and is no statement"):
         made(tmp_path, run, "--overwrite")
+    with pytest.raises(UsageError, match="statement.md is a file; --output names a folder"):
+        statement.require_room(tmp_path / "out" / "statement.md", overwrite=True)
 
 
 def test_the_owner_file_to_fill_in_is_one(capsys, tmp_path):
@@ -214,6 +217,13 @@ def test_what_is_not_in_order_is_refused_in_one_line(run, ledger, tmp_path, harm
         made(tmp_path, run, "--histogram", ledger)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out" / "statement.json").exists()
+
+
+def test_a_run_that_goes_on_is_refused_and_what_a_kill_left_is_not(run, tmp_path):
+    with locked(run, ""), pytest.raises(UsageError, match="job is in use by another process"):
+        made(tmp_path, run)
+    (run / LOCK_FILE).touch()
+    assert made(tmp_path, run)
 
 
 def test_there_is_no_statement_without_a_guarantee_or_a_run(tmp_path):

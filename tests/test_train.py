@@ -567,7 +567,10 @@ def test_correlated_noise_begins_anew_after_a_crash_and_groups_go_on(run, monkey
     monkeypatch.setattr(mechanism, "add_noise", noising)
     monkeypatch.setattr(mechanism.Private, "draw", drawing)
     run(*banded, crash_in_step=5)
-    folder = run(*banded, "--resume=auto")
+    with pytest.raises(UsageError, match="a run with --bands 8, not 4"):
+        run(*banded, "--bands=4", "--resume=auto")
+    # Left to the toolkit, they are the run's own.
+    folder = run(*banded, "--bands=auto", "--resume=auto")
     assert ledger_steps(folder) == [*range(1, 6), *range(4, 17)]
 
     plan = read_plan(folder / LEDGER_FILE)

@@ -100,9 +100,11 @@ def claimed(output: Path) -> Iterator[None]:
     the first one made. The block may use `whole_folder` or `sibling_lock`, which are other locks.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or it is a link to nothing.
     """
     path = output.resolve()
+    if output.is_symlink() and not path.exists():
+        raise UsageError(f"{output} is a link to nothing; make {path}, or name another output")
     claim = path.with_name(f".{path.name}.claim")
     with tidied(*path.parents), locked(output, "name another output", claim):
         yield

@@ -51,7 +51,7 @@ FREE_ON_RESUME = {
     "dataset_name", "model_name", "output_dir", "perdevice_bs", "gradient_checkpointing", "fsdp",
     "no_eval_at_start", "max_eval_examples", "save_steps", "keep_checkpoints", "resume",
     "report_to", "report_private_metrics", "num_train_examples", "num_train_units",
-    "noise_multiplier", "compile",
+    "noise_multiplier", "bands", "compile",
 }  # fmt: skip
 
 

@@ -122,15 +122,16 @@ class AuditCanaries:
         return np.frombuffer(digest, dtype="<u4").astype(np.int64)
 
 
-def read_coins(run: Path) -> dict:
-    """What a run's `COINS_FILE` holds.
+def read_coins(run: Path, count: int) -> dict:
+    """What a run's `COINS_FILE` holds of so many canaries.
 
     Raises:
         UsageError: it is not there, or was damaged.
     """
     file = run / "private" / COINS_FILE
     coins = json_object(file)
-    if "inside" not in coins:
+    inside = coins.get("inside")
+    if not (isinstance(inside, list) and all(number in range(count) for number in inside)):
         raise UsageError(
             f"{file} is not there or damaged: restore it from a backup, since it alone knows which "
             "canaries are in, or train anew with another --job_sess"
