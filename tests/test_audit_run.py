@@ -169,7 +169,7 @@ def test_runs_with_less_noise_than_is_claimed_are_flagged(parts, tmp_path, mecha
     """At least 9 of 10, by their canaries alone."""
     flagged = 0
     for number in range(10):
-        run = trained(parts, tmp_path / str(number), 1, 512, mechanism, f"--seed={number}")
+        run = trained(parts, tmp_path / str(number), 1, 1024, mechanism, f"--seed={number}")
         flagged += audited(parts, run) == EXIT_FAILED
     assert flagged >= 9
 
