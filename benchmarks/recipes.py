@@ -53,14 +53,19 @@ from scipy import stats
 
 from benchmarks.figures import markdown
 from benchmarks.small_base import small_base
-from benchmarks.studies import losses_by_model, require_same_settings, run_once, side_by_side
+from benchmarks.studies import (
+    losses_by_model,
+    model_flags,
+    require_same_settings,
+    run_once,
+    side_by_side,
+)
 from resample_with_dp_histogram.extract import distinct_instructions
 from utils.cli import UsageError, run_cli
 from utils.files import write_json
 from utils.folders import save_dataset
 from utils.privacy.plan import num_steps
 from utils.texts.data_sets import count_train_examples
-from utils.texts.prompts import UNCONDITIONAL
 from utils.texts.text_inputs import read_entries
 from utils.versions import versions_of
 
@@ -96,9 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     require_same_settings(replace(settings, epsilons=[], num_seeds=1))
     folder = settings.work_dir.resolve()
     generators = generators_of(settings)
-    model = save_data(settings, folder)
-    side_by_side(settings.jobs, lambda each: train(settings, folder, model, each), generators)
-    scored = score(settings, folder, model, generators)
+    based = replace(settings, model_name=save_data(settings, folder))
+    side_by_side(settings.jobs, lambda each: train(based, folder, each), generators)
+    scored = score(based, folder, generators)
     found = findings(settings, folder, generators, scored)
     print(table(found))
     settings.write(found)
@@ -155,15 +160,7 @@ def save_data(settings: Settings, folder: Path) -> str:
     return str(small_base(folder / "bases", texts[:public], settings.pretraining_tokens))
 
 
-def model_flags(settings: Settings, model: str) -> list[str]:
-    """Flags of training and scoring alike."""
-    return [
-        f"--model_name={model}", f"--prompt_style={UNCONDITIONAL}",
-        f"--max_seq_len={settings.max_seq_len}", f"--dtype={settings.dtype}",
-    ]  # fmt: skip
-
-
-def train(settings: Settings, folder: Path, model: str, generator: Generator) -> None:
+def train(settings: Settings, folder: Path, generator: Generator) -> None:
     """Train one generator."""
     flags = dict(generator.flags)
     if generator.epsilon:
@@ -174,16 +171,14 @@ def train(settings: Settings, folder: Path, model: str, generator: Generator) ->
         if value is not False
     ]
     run_once(
-        folder, f"train {generator.name}", "train.py", *model_flags(settings, model),
+        folder, f"train {generator.name}", "train.py", *model_flags(settings),
         f"--dataset_name={folder / 'data'}", f"--job_sess={generator.name}",
         f"--output_dir={folder / 'outputs'}", "--no_eval_at_start", "--resume=auto",
         f"--seed={generator.seed}", *given,
     )  # fmt: skip
 
 
-def score(
-    settings: Settings, folder: Path, model: str, generators: list[Generator]
-) -> dict[str, float]:
+def score(settings: Settings, folder: Path, generators: list[Generator]) -> dict[str, float]:
     """Held-out losses by generator's name, and the base's by its own; those known are kept."""
     file = folder / "losses.json"
     losses = json.loads(file.read_text()) if file.exists() else {}
@@ -194,12 +189,14 @@ def score(
     adapters = [str(folder / "outputs" / name / "adapter") for name in missing]
     run_once(
         folder, f"score {output.name}", "-m", "evaluation.perplexity", "--public",
-        *model_flags(settings, model), f"--dataset_name={folder / 'data'}",
+        *model_flags(settings), f"--dataset_name={folder / 'data'}",
         f"--perdevice_bs={settings.perdevice_bs}", f"--output={output}",
         "--adapter_path", *adapters,
     )  # fmt: skip
     found = {name: each["value"] for name, each in losses_by_model(output).items()}
-    losses |= {"base": found[model]} | {name: found[at] for name, at in zip(missing, adapters)}
+    losses |= {"base": found[settings.model_name]} | {
+        name: found[at] for name, at in zip(missing, adapters)
+    }
     write_json(file, losses)
     return losses
 

@@ -69,6 +69,14 @@ def fitting_instructions(settings: Settings) -> list[str]:
     return [fitting[row] for row in rows]
 
 
+def model_flags(settings: Settings) -> list[str]:
+    """Flags of training, sampling and scoring alike."""
+    return [
+        f"--model_name={settings.model_name}", f"--prompt_style={UNCONDITIONAL}",
+        f"--max_seq_len={settings.max_seq_len}", f"--dtype={settings.dtype}",
+    ]  # fmt: skip
+
+
 def require_same_settings(settings: Settings) -> None:
     """Refuse to go on in a folder that was begun with other settings.
 

@@ -45,6 +45,7 @@ from benchmarks.figures import markdown
 from benchmarks.studies import (
     fitting_instructions,
     losses_by_model,
+    model_flags,
     require_same_settings,
     run_once,
     side_by_side,
@@ -53,7 +54,6 @@ from evaluation.measures.intervals import plus_minus
 from utils.cli import UsageError, run_cli
 from utils.folders import save_dataset
 from utils.privacy.plan import ROWS, UNITS
-from utils.texts.prompts import UNCONDITIONAL
 
 EVEN, ZIPF = "even", "zipf"
 COLUMN = "user_id"
@@ -177,14 +177,6 @@ def train(settings: Settings, folder: Path, arm: Arm, seed: int, sizes: np.ndarr
 def output_of(folder: Path, arm: Arm, seed: int) -> Path:
     """The folder of a run."""
     return folder / "outputs" / f"{arm.name}-{seed}"
-
-
-def model_flags(settings: Settings) -> list[str]:
-    """Flags of training and scoring alike."""
-    return [
-        f"--model_name={settings.model_name}", f"--prompt_style={UNCONDITIONAL}",
-        f"--max_seq_len={settings.max_seq_len}", f"--dtype={settings.dtype}",
-    ]  # fmt: skip
 
 
 def findings(settings: Settings, folder: Path, arms: list[Arm]) -> dict:

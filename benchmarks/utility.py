@@ -60,6 +60,7 @@ from benchmarks.figures import markdown
 from benchmarks.studies import (
     fitting_instructions,
     losses_by_model,
+    model_flags,
     require_same_settings,
     run_once,
     side_by_side,
@@ -75,7 +76,6 @@ from utils.folders import save_dataset
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
 from utils.privacy.plan import num_steps
 from utils.sampling.shards import read_samples
-from utils.texts.prompts import UNCONDITIONAL
 from utils.versions import versions_of
 
 BEFORE, AFTER = "before", "after"
@@ -164,10 +164,7 @@ class Study:
             for arm in self.arms
             for kind in arm.kinds
         ]
-        self._model = (
-            f"--model_name={settings.model_name}", f"--prompt_style={UNCONDITIONAL}",
-            f"--max_seq_len={settings.max_seq_len}", f"--dtype={settings.dtype}",
-        )  # fmt: skip
+        self._model = model_flags(settings)
 
     # -------------------------------------------------------------- steps
 

@@ -66,7 +66,13 @@ from evaluation.perplexity import losses_of_models, require_unseen, tokenizer_of
 from evaluation.results import PRIVATE_FOLDER, Score, interval, shown
 from utils.cli import UsageError, run_cli, say
 from utils.files import json_object, write_atomic
-from utils.folders import PREPARATION_FILE, claimed, portable, private_folder
+from utils.folders import (
+    PREPARATION_FILE,
+    claimed,
+    portable,
+    private_folder,
+    require_absent,
+)
 from utils.models.loading import quiet_libraries
 from utils.printable import printable
 from utils.runs.run_folder import dataset_name_of, model_name_of
@@ -111,9 +117,8 @@ def main(argv: list[str] | None = None) -> None:
 def compare(settings: Settings) -> None:
     """Read, measure and write."""
     output = settings.output
-    for path in (folder / name for folder in (output, output / PRIVATE_FOLDER) for name in FILES):
-        if path.exists():
-            raise UsageError(f"{path} exists; use another --output")
+    for folder in (output, output / PRIVATE_FOLDER):
+        require_absent(folder, FILES)
     runs = [read_training(path, internal=False) for path in settings.run]
     require_comparable(runs)
     losses = held_out_losses(settings, runs)

@@ -48,7 +48,7 @@ from privacy_checks.estimators import correct_guesses, one_run, one_run_f_dp
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.dp_utils import PerExampleGradients
 from utils.files import write_atomic, write_json
-from utils.folders import claimed
+from utils.folders import claimed, require_absent
 from utils.models.adapter_info import read_adapter_info
 from utils.models.language_model import LanguageModel
 from utils.models.loading import load_base_model, quiet_libraries, resolve_dtype
@@ -89,11 +89,8 @@ FILES = ("audit_run.json", "audit_run.png")
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
     with claimed(settings.output) if settings.output else nullcontext():
-        if settings.output and settings.output.is_file():
-            raise UsageError(f"{settings.output} is a file; --output names a folder, use another")
-        for path in (settings.output / name for name in FILES) if settings.output else ():
-            if path.exists():
-                raise UsageError(f"{path} exists; use another --output")
+        if settings.output:
+            require_absent(settings.output, FILES)
         audited = read_run(settings.run, settings.model_name)
         result = judged(audited, scores_of(audited, settings.perdevice_bs))
         print(as_text(result))

@@ -48,7 +48,7 @@ from privacy_checks.signature import (
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.command_line.parser import flag, positive_float, read_flags
 from utils.files import write_atomic, write_json
-from utils.folders import claimed
+from utils.folders import claimed, require_absent
 from utils.printable import printable
 from utils.privacy.accounting import ADD_REMOVE, REPLACE
 from utils.privacy.guarantee import NEIGHBOURS, as_markdown, as_text, name_of_unit, render
@@ -117,9 +117,7 @@ def write_report(settings: Settings) -> int:
     output = settings.output
     key = read_private_key(settings.sign) if settings.sign else None
     if output:
-        for path in (output / name for name in (*OUTPUT_FILES, SIGNATURE_FILE)):
-            if path.exists():
-                raise UsageError(f"{path} exists; use another --output")
+        require_absent(output, (*OUTPUT_FILES, SIGNATURE_FILE))
     relations = list(dict.fromkeys(settings.relation))
     report = composed_report(
         settings.run,

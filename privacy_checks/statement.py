@@ -93,7 +93,7 @@ from privacy_checks.report import verify
 from privacy_checks.signature import differences, read_private_key, read_public_key, sign
 from utils.cli import EXIT_OK, UsageError, in_one_line, run_cli, say
 from utils.files import open_text, write_atomic, write_json
-from utils.folders import LOCK_FILE, claimed, locked
+from utils.folders import LOCK_FILE, claimed, locked, require_folder
 from utils.privacy.accounting import ADD_REMOVE, catch_rates, compute_delta
 from utils.privacy.guarantee import claim, conditions, exception, name_of_unit
 from utils.versions import toolkit_commit, versions_of
@@ -149,8 +149,7 @@ def require_room(output: Path, overwrite: bool) -> None:
     Raises:
         UsageError: names the first of them, or what is no folder.
     """
-    if output.is_file():
-        raise UsageError(f"{output} is a file; --output names a folder, use another")
+    require_folder(output)
     there = [output / name for name in (*FILES, SIGNATURE_FILE) if (output / name).exists()]
     page = output / FILES[0]
     if there and not (page.is_file() and MARK in page.read_text("utf-8", "replace")[:500]):

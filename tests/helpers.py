@@ -1,6 +1,8 @@
 """Small real parts, made on the fly."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +21,14 @@ from utils.texts.tokens import TokenisedExamples
 def slow(*values):
     """Parameters for `pytest -m slow`."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def python_with(folder, package):
+    """Python of an environment of its own, made in `folder`, with a package as pip names it."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
+    return python
 
 
 def tiny_model(model_type, *, seed=0, **settings) -> PreTrainedModel:

@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
+from tests.helpers import python_with
 from utils.privacy.banded import band_coefficients, participations, prefix_error
 
 # Bands and steps.
@@ -34,12 +34,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def published_python(tmp_path_factory):
     """Python of an environment with jax-privacy."""
-    folder = tmp_path_factory.mktemp("jax") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "jax-privacy==2.0.0"]
-    subprocess.run(install, check=True)
-    return python
+    return python_with(tmp_path_factory.mktemp("jax") / "venv", "jax-privacy==2.0.0")
 
 
 @pytest.mark.jax

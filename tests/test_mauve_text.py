@@ -6,12 +6,12 @@ imports it.
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from evaluation.measures.mauve import FRONTIER_POINTS, mauve
+from tests.helpers import python_with
 from tests.resampling import unit_vectors
 
 NUM_SEEDS, ROWS, CLUSTERS = 5, 1000, 100
@@ -44,12 +44,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def published_python(tmp_path_factory):
     """Python of an environment with mauve-text."""
-    folder = tmp_path_factory.mktemp("mauve") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "mauve-text==0.4.0"]
-    subprocess.run(install, check=True)
-    return python
+    return python_with(tmp_path_factory.mktemp("mauve") / "venv", "mauve-text==0.4.0")
 
 
 @pytest.mark.mauve

@@ -92,6 +92,20 @@ def tidied(*folders: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def require_folder(output: Path) -> None:
+    """Raise a UsageError for an output folder that is a file."""
+    if output.is_file():
+        raise UsageError(f"{output} is a file; --output names a folder, use another")
+
+
+def require_absent(output: Path, names: Iterable[str]) -> None:
+    """Raise a UsageError for an output folder that has one of the files to make, or is a file."""
+    require_folder(output)
+    for path in (output / name for name in names):
+        if path.exists():
+            raise UsageError(f"{path} exists; use another --output")
+
+
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Hold what a command is to make, from its first look at it to its end.
