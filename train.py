@@ -14,6 +14,9 @@ data is the mechanism's (utils/privacy/mechanism.py), of which the loop knows no
 
 from utils.command_line.parser import answer_early, read_flags
 from utils.command_line.training_flags import (
+    CORRECTED,
+    MOMENTUM,
+    SGD,
     TrainingSettings,
     check_training_settings,
     module_settings,
@@ -28,7 +31,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -93,6 +96,7 @@ from utils.runs.distributed import (
     shard_base,
 )
 from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
+from utils.runs.optimizers import CorrectedAdamW
 from utils.runs.preflight import (
     check_positions,
     checkpoint_bytes,
@@ -315,7 +319,8 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         total_bs, normalization = settings.total_bs, settings.loss_normalization
         mechanism = plain(parameters, num_examples, total_bs, normalization, settings.seed)
     steps = num_steps(settings.num_epochs, num_examples, settings.total_bs)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.wd)
+    deviation = plan.noise_multiplier * plan.clip_norm / mechanism.divisor if plan else 0.0
+    optimizer = make_optimizer(settings, parameters.values(), deviation)
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, steps)
     memory = row_memory(base, parameters, settings, dtype) if plan else RowMemory()
     token_budget = tokens_at_once(mechanism, language_model, settings, memory)
@@ -595,7 +600,24 @@ def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
         use_rslora=settings.use_rslora,
         rank_pattern=module_settings(settings.rank_pattern, int),
         alpha_pattern=module_settings(settings.alpha_pattern, float),
+        frozen_a=settings.frozen_a,
     )
+
+
+def make_optimizer(
+    settings: TrainingSettings, parameters: Iterable[nn.Parameter], noise_deviation: float
+) -> torch.optim.Optimizer:
+    """The optimizer that the flags ask for.
+
+    Args:
+        noise_deviation: of every number of the gradient that it is given, public.
+    """
+    lr, wd = settings.lr, settings.wd
+    if settings.optimizer == SGD:
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=wd, momentum=MOMENTUM)
+    if settings.optimizer == CORRECTED:
+        return CorrectedAdamW(parameters, lr, wd, noise_deviation)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd)
 
 
 def row_masks(model: PeftModel, settings: TrainingSettings) -> RowMasks:

@@ -92,7 +92,9 @@ def _pretrain(model: LlamaForCausalLM, stream: np.ndarray, num_tokens: int) -> N
     for _ in Progress(range(steps), "pre-train the small base", unit="step"):
         starts = random.integers(0, len(stream), BATCH)
         ids = torch.from_numpy(stream[(starts[:, None] + places) % len(stream)])
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

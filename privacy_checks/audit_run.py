@@ -218,10 +218,15 @@ def checkpoint_scores(
 
 
 def moment_of(checkpoint: Checkpoint) -> tuple[torch.Tensor, float]:
-    """AdamW's first moment, float32 [parameters], and the factor by which a step shrinks it."""
+    """The optimizer's first moment, float32 [parameters], and what a step multiplies it with."""
     optimizer = checkpoint.optimizer["optimizer"]
-    moments = [optimizer["state"][place]["exp_avg"] for place in sorted(optimizer["state"])]
-    beta, _ = optimizer["param_groups"][0]["betas"]
+    states, group = optimizer["state"], optimizer["param_groups"][0]
+    name, beta = (
+        ("exp_avg", group["betas"][0])
+        if "betas" in group
+        else ("momentum_buffer", group["momentum"])
+    )
+    moments = [states[place][name] for place in sorted(states)]
     return torch.cat([moment.flatten() for moment in moments]), beta
 
 

@@ -525,6 +525,22 @@ def test_an_average_is_the_adapter_and_the_same_after_a_crash(run, dp):
     assert run(*rule, "--average=tail:0.75", "--resume=auto", dp=dp, output="broken") == folder
 
 
+@pytest.mark.parametrize(
+    "flags", [["--optimizer=adamw_corrected"], ["--optimizer=sgd", "--frozen_a"]]
+)
+def test_another_optimizer_learns_otherwise_and_goes_on_after_a_crash(run, flags):
+    whole = run(FIXED, *flags, output="whole")
+    run(FIXED, *flags, output="broken", crash_in_step=5)
+    folder = run(FIXED, *flags, "--resume=auto", output="broken")
+    assert largest_difference(whole, folder) == 0
+    plain = run(FIXED, output="plain")
+    assert largest_difference(whole, plain) > 0
+    frozen = "--frozen_a" in flags
+    drawn, moved = adapter(run(FIXED, "--frozen_a", "--lr=1e-30", output="drawn")), adapter(whole)
+    unmoved = {name for name in moved if torch.equal(drawn[name], moved[name])}
+    assert unmoved == ({name for name in moved if ".lora_A." in name} if frozen else set())
+
+
 def test_both_epsilons_are_reported_after_a_crash(run):
     run(crash_in_step=6)
     values = report(run("--resume=auto"))
@@ -1015,6 +1031,8 @@ def test_pairs_are_trained_on_their_answers(run, tmp_path):
         (["--rank_pattern", "q_proj=0"], "'0' is not a whole number of 1 or more"),
         (["--rank_pattern", "q proj=4"], "'q proj=4' is not NAME=NUMBER"),
         (["--alpha_pattern", "up_proj=4"], "--alpha_pattern up_proj: no adapted layer"),
+        (["--optimizer=adamw_corrected", "--noise=banded"], "knows the variance of white noise"),
+        (["--optimizer=adamw_corrected", "--eps=-1"], "--optimizer adamw_corrected needs --eps"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(run, capsys, tmp_path, more, message):

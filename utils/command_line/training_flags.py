@@ -36,6 +36,8 @@ Settings = TypeVar("Settings", bound="TrainingSettings")
 
 # Flags that are of no run.
 REHEARSALS = ("check", "dry_run")
+ADAMW, CORRECTED, SGD = "adamw", "adamw_corrected", "sgd"
+MOMENTUM = 0.9
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -251,7 +253,14 @@ class TrainingSettings(JobSettings):
     lr: float = _optimisation("peak learning rate", 3e-4)
     lr_scheduler: str = _optimisation("of the learning rate", "constant", choices=SCHEDULERS)
     warmup_steps: int = _optimisation("steps; `constant` has none", 30, type=natural_int)
-    wd: float = _optimisation("AdamW's weight decay", 0.0, type=float)
+    wd: float = _optimisation("weight decay", 0.0, type=float)
+    optimizer: str = _optimisation(
+        "adamw; adamw_corrected: without the noise's part of its second moment, so that it is not "
+        "SGD in disguise where noise outweighs gradients (white noise alone); sgd: with a momentum "
+        f"of {MOMENTUM}",
+        ADAMW,
+        choices=(ADAMW, CORRECTED, SGD),
+    )
     average: str | None = _optimisation(
         "adapter/ is then an average over steps, which costs no epsilon: ema:B, exponential with "
         "decay B and without a pull to the start, or tail:F, the mean of the last share F of the "
@@ -267,6 +276,9 @@ class TrainingSettings(JobSettings):
     )
     target_modules: list[str] | None = _lora(
         "names of Linear layers, or all-linear; the attention projections if left out", nargs="+"
+    )
+    frozen_a: bool = _lora(
+        "train B alone, with A as it was drawn: noise on half as many numbers", False
     )
     use_rslora: bool = _lora("rank-stabilised LoRA: scale is alpha / sqrt(r)", False)
     rank_pattern: list[str] | None = _lora(
@@ -372,6 +384,7 @@ class TrainingSettings(JobSettings):
             architecture=architecture,
             rank=max([self.lora_r, *module_settings(self.rank_pattern, int).values()]),
             max_seq_len=self.max_seq_len,
+            frozen_a=self.frozen_a,
             target_modules=tuple(self.target_modules or ()),
             itemsize=itemsize,
             bits=self.quantised_bits,
@@ -478,6 +491,11 @@ def _check_noise(settings: TrainingSettings) -> None:
             f"{settings.max_rows_per_unit}: rows of a unit may be of several groups, which nothing "
             f"accounts for; use --unit_sampling {UNITS}, or --max_rows_per_unit 1"
         )
+    if settings.noise == BANDED and settings.optimizer == CORRECTED:
+        raise UsageError(
+            f"--optimizer {CORRECTED} knows the variance of white noise alone, not of --noise "
+            f"{BANDED}; leave one of the two out"
+        )
 
 
 def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
@@ -500,6 +518,7 @@ def _check_without_privacy(settings: TrainingSettings) -> list[str]:
     of_privacy = ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed")
     given = [name for name in of_privacy if getattr(settings, name) is not None]
     given += ["noise"] if settings.noise != WHITE else []
+    given += [f"optimizer {CORRECTED}"] if settings.optimizer == CORRECTED else []
     for name in given + settings.unit_flags:
         raise UsageError(f"--{name} needs --eps: without it the run has no privacy")
     if settings.clip > 0:

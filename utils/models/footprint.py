@@ -140,6 +140,7 @@ class Training:
 
     Attributes:
         rank: of the adapters.
+        frozen_a: whether only B is trained.
         target_modules: LLaMA's names, or all-linear; empty for the attention projections. Any
             other name counts as all-linear, which takes the most.
         itemsize: bytes of a number of the base and of its activations, 2 or 4.
@@ -152,6 +153,7 @@ class Training:
     architecture: Architecture
     rank: int
     max_seq_len: int
+    frozen_a: bool = False
     target_modules: tuple[str, ...] = ()
     itemsize: int = 2
     bits: int | None = None
@@ -170,9 +172,18 @@ class Training:
 
     @property
     def trained(self) -> int:
-        """Numbers in the adapters."""
-        per_layer = sum(self.rank * (d_in + d_out) for d_in, d_out in self.adapted.values())
-        return self.architecture.layers * per_layer
+        """Numbers that are trained."""
+        return sum(count * d_in * d_out for count, d_in, d_out in self.matrices)
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int, int], ...]:
+        """(count, d_in, d_out) of the LoRA matrices that are trained."""
+        layers, rank = self.architecture.layers, self.rank
+        firsts = (
+            () if self.frozen_a else [(layers, d_in, rank) for d_in, _ in self.adapted.values()]
+        )
+        lasts = [(layers, rank, d_out) for _, d_out in self.adapted.values()]
+        return (*firsts, *lasts)
 
     @property
     def weights(self) -> float:
@@ -212,12 +223,7 @@ class Training:
             held, working = shape.layers * self.itemsize * shape.hidden, layer + working
         else:
             held = shape.layers * layer
-        matrices = [
-            (shape.layers, *pair)
-            for d_in, d_out in adapted.values()
-            for pair in ((d_in, self.rank), (self.rank, d_out))
-        ]
-        return RowMemory(held, working, tuple(matrices) if self.is_private else ())
+        return RowMemory(held, working, self.matrices if self.is_private else ())
 
     @property
     def logits(self) -> int:

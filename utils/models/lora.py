@@ -105,6 +105,7 @@ def attach_lora(
     use_rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
+    frozen_a: bool = False,
 ) -> PeftModel:
     """Freeze `model` and add LoRA adapters in float32 without biases, the only trainable tensors.
 
@@ -112,6 +113,8 @@ def attach_lora(
         target_modules: names of Linear layers, or "all-linear".
         use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski, 2023).
         rank_pattern: ranks of layers that differ, by name; alpha_pattern: likewise.
+        frozen_a: A stays as it is drawn from torch's generator (Sun et al., 2024, "FFA-LoRA"):
+            noise is then added to half as many numbers, and B A to it in first order alone.
 
     Raises:
         UsageError: the model has none of the target modules, or a pattern names no adapted layer.
@@ -148,6 +151,10 @@ def attach_lora(
                     f"--{flag}_pattern {target}: no adapted layer has that name; they are "
                     f"{', '.join(sorted({name.rpartition('.')[2] for name in adapted}))}"
                 )
+    if frozen_a:
+        for name, tensor in peft_model.named_parameters():
+            if ".lora_A." in name:
+                tensor.requires_grad_(False)
     if gradient_checkpointing:
         # Non-reentrant (the default): it recomputes under autograd, so hooks run again.
         model.activation_checkpointing_enable()
