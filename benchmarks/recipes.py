@@ -5,7 +5,8 @@
 Real instructions are parted into public ones, of which a small base is pre-trained on the spot (or
 --model_name stands in for it), private ones and held-out ones. Every arm of --arms is a set of
 flags of `train.py`; it is trained once for every epsilon and seed, and scored on the held-out
-instructions. Instructions that are longer than --max_seq_len are cut.
+instructions. Private and held-out ones are cut at a word, so that none has more than --row_tokens:
+a step then takes seconds, and --max_seq_len is to texts as it is in the paper's setting.
 
 Every step runs the toolkit's own commands, and one that has ended is passed over when the same
 command goes on after a stop; an arm whose flags have changed is trained anew.
@@ -31,7 +32,7 @@ class Settings(studies.Settings):
         "names of the arms to train now; all of them if left out", nargs="+"
     )
     model_name: str = flag("base model; a small one, made on the spot, if left out", "")
-    dtype: str = flag("of the frozen base", "float32", choices=("bfloat16", "float32"))
+    dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
     epsilons: list[float] = flag("targets", [5.94], type=positive_float, nargs="+")
     delta: float = flag("of the guarantee", 1e-5)
     num_seeds: int = flag("generators of each arm", 3, type=positive_int)
@@ -39,6 +40,11 @@ class Settings(studies.Settings):
     pretraining_tokens: int = flag("of the small base", 3_000_000, type=positive_int)
     num_private: int | None = flag(
         "private instructions; all that are left if left out", type=positive_int
+    )
+    max_seq_len: int = flag("tokens", 256)
+    perdevice_bs: int = flag("sequences of max_seq_len on a device at once", 8)
+    row_tokens: int = flag(
+        "the most that private and held-out instructions have", 30, type=positive_int
     )
 
 
@@ -64,6 +70,7 @@ from resample_with_dp_histogram.extract import distinct_instructions
 from utils.cli import UsageError, run_cli
 from utils.files import write_json
 from utils.folders import save_dataset
+from utils.models.loading import load_tokenizer
 from utils.privacy.plan import num_steps
 from utils.texts.data_sets import count_train_examples
 from utils.texts.text_inputs import read_entries
@@ -151,13 +158,28 @@ def save_data(settings: Settings, folder: Path) -> str:
             f"{len(texts):,} distinct instructions are fewer than --num_public, --num_test and "
             f"--num_private together ({public + test + max(1, private):,})"
         )
+    base = settings.model_name or str(
+        small_base(folder / "bases", texts[:public], settings.pretraining_tokens)
+    )
     if not (folder / "data").exists():
-        rows = [{"instruction": text} for text in texts[public : public + test + private]]
+        texts = cut_at_words(base, texts[public : public + test + private], settings.row_tokens)
+        rows = [{"instruction": text} for text in texts]
         parts = {"train": rows[test:], "test": rows[:test]}
         save_dataset(folder / "data", parts, ["instruction"], {"rows": "study"})
-    if settings.model_name:
-        return settings.model_name
-    return str(small_base(folder / "bases", texts[:public], settings.pretraining_tokens))
+    return base
+
+
+def cut_at_words(model_name: str, texts: list[str], most: int) -> list[str]:
+    """The texts, those of more than `most` tokens without the words that begin beyond them."""
+    tokenizer = load_tokenizer(model_name)
+    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    cut = []
+    for text, offsets in zip(texts, found["offset_mapping"]):
+        if len(offsets) > most:
+            kept = text[: offsets[most][0]]
+            text = kept.rsplit(maxsplit=1)[0] if len(kept.split()) > 1 else kept
+        cut.append(text)
+    return cut
 
 
 def train(settings: Settings, folder: Path, generator: Generator) -> None:
