@@ -256,10 +256,15 @@ def _encode_plain(
 
 @dataclass(frozen=True)
 class Instruction:
-    """A block of an instruction file: a text, and how many samples to draw for it."""
+    """A block of an instruction file, or a topic: a text, and how many samples to draw for it.
+
+    Attributes:
+        topic: the number of the topic whose keywords the text is.
+    """
 
     text: str
     count: int
+    topic: int | None = None
 
 
 BEGIN, END = "### BOI ###", "### EOI ###"
