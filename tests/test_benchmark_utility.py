@@ -17,8 +17,9 @@ from tests.resampling import save_tiny_encoder
 from tests.studies import TEXTS, one_by_one, ran, run_here_once
 from utils.cli import UsageError
 from utils.command_line.training_flags import TrainingSettings
-from utils.files import write_json
+from utils.files import read_jsonl, write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
+from utils.sampling.shards import read_samples
 
 ARMS = """
 common: {loss_normalization: tokens}
@@ -40,7 +41,8 @@ def study(tiny_model_dir, tmp_path_factory):
     flags = [
         f"--instructions={folder / 'texts.json'}", f"--work_dir={folder / 'work'}",
         f"--json={folder / 'found.json'}", f"--model_name={tiny_model_dir}",
-        f"--embedder={save_tiny_encoder(folder)}", "--epsilons", "8", f"--arms={folder / 'arms.yaml'}",
+        f"--embedder={save_tiny_encoder(folder)}", f"--arms={folder / 'arms.yaml'}",
+        "--epsilons", "8",
         "--num_generators=2", "--max_seq_len=100", "--num_test=24", "--num_public=40",
         "--total_bs=16", "--num_epochs=1", "--delta=1e-3", "--num_samples=90", "--num_selected=8",
         "--num_bins=3", f"--histogram_sigma={SIGMA}", "--num_topics=3", "--num_other_topics=4",
@@ -96,7 +98,7 @@ def test_pools_have_as_many_tokens_and_a_selection_pays_for_all_of_them(study):
     assert budget == min(each["tokens"] for each in found["generators"].values())
     work = Path(flags[1].removeprefix("--work_dir="))
     for name, generator in found["generators"].items():
-        lines = [json.loads(line) for line in open(work / "taken" / f"{name}.jsonl")]
+        lines = read_jsonl(work / "taken" / f"{name}.jsonl")
         taken = sum(line["num_tokens"] for line in lines)
         assert budget - 100 < taken <= budget
         before, after = (each["tokens"] for each in found["sets"] if each["source"] == name)
@@ -113,8 +115,7 @@ def test_a_conditioned_generator_samples_by_the_histogram_of_its_own(study):
     )
     for name in found["sizes"]["topics"]:
         topics = json.loads((work / "topic_histograms" / name / "topic_histogram.json").read_text())
-        shards = (work / "samples" / name).glob("shard-*.jsonl")
-        drawn = [json.loads(line)["topic"] for shard in shards for line in open(shard)]
+        drawn = [each["topic"] for each in read_samples(work / "samples" / name)]
         assert set(drawn) <= {each["topic"] for each in topics["topics"]}
         assert len(drawn) == 90
         assert len((work / "topic_ledgers" / f"{name}.jsonl").read_text().splitlines()) == 1
