@@ -57,10 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     settings, warnings = check_sampling_settings(settings)
     instructions = None
-    if settings.elsewhere and not Path(settings.instruction_file).exists():
-        warnings.append(
-            f"{settings.instruction_file} is not here; it must be where the command runs"
-        )
+    if settings.elsewhere and not Path(settings.source).exists():
+        warnings.append(MISSING_HERE.format(settings.source))
     else:
         instructions = read_instructions(settings)
     if settings.elsewhere and settings.adapter_path and not Path(settings.adapter_path).exists():
@@ -89,7 +87,8 @@ def say_summary(settings: Settings, instructions: list[Instruction] | None) -> N
     else:
         samples = f"{sum(instruction.count for instruction in instructions):,}"
         if settings.prompt_style != UNCONDITIONAL:
-            samples += f" for {len(instructions):,} instructions"
+            kind = "topics" if settings.topic_histogram else "instructions"
+            samples += f" for {len(instructions):,} {kind}"
     longest = settings.max_new_tokens or f"what the prompt leaves of {settings.max_seq_len:,}"
     rows = [
         ("samples", samples),

@@ -216,7 +216,7 @@ def train_examples(settings: Settings) -> tuple[int, list[str]]:
         UsageError: the data set is not here and its size is not stated, or it has another size.
     """
     name, stated = settings.dataset_name, getattr(settings, settings.size_flag)
-    num_rows = count_train_examples(name)
+    num_rows = count_train_examples(name, settings.prompt_style)
     if num_rows is None:
         if stated is None:
             raise UsageError(

@@ -6,8 +6,9 @@
 
 `generate_inference_command.py` prints this line. Samples are appended to
 inference_outputs/JOB_SESS/shard-RANK.jsonl as they are finished, one object a line: id (the
-sample's number, which later stages call sample_id), prompt, text, num_tokens (an end-of-sequence
-token included), finish_reason (stop, length, or prompt_too_long for a prompt that leaves no room).
+sample's number, which later stages call sample_id), prompt, topic (its number, with
+--topic_histogram), text, num_tokens (an end-of-sequence token included), finish_reason (stop,
+length, or prompt_too_long for a prompt that leaves no room).
 The same command again draws what is missing, and the texts do not depend on how often it was
 stopped.
 """
@@ -81,6 +82,7 @@ from utils.sampling.shards import (
 )
 from utils.sampling.vllm_engine import MAX_SEQUENCES_ON_GPU, ModelFolder, check_vllm
 from utils.texts.prompts import (
+    INSTRUCTION_STYLES,
     UNCONDITIONAL,
     Instruction,
     check_style,
@@ -109,9 +111,9 @@ class Wanted:
         self._ends = list(accumulate(instruction.count for instruction in instructions))
         self.num_samples = self._ends[-1]
 
-    def instruction(self, sample_id: int) -> str:
-        """The instruction of a sample."""
-        return self._instructions[bisect_right(self._ends, sample_id)].text
+    def instruction(self, sample_id: int) -> Instruction:
+        """The instruction, or topic, of a sample."""
+        return self._instructions[bisect_right(self._ends, sample_id)]
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,12 @@ def shared_settings(settings: SamplingSettings, dtype: torch.dtype) -> dict:
     if settings.adapter_path:
         shared["adapter_sha256"] = sha256_of(adapter_weights(settings.adapter_path))
     if settings.prompt_style != UNCONDITIONAL:
-        shared["instruction_file_sha256"] = sha256_of(settings.instruction_file)
+        for name in ("instruction_file", "topic_histogram"):
+            path = getattr(settings, name)
+            shared[f"{name}_sha256"] = path and sha256_of(path)
+    if settings.topic_histogram:
+        # Which topic a sample has follows from it.
+        shared["num_samples"] = settings.num_samples
     return shared
 
 
@@ -339,7 +346,7 @@ def draw(
         nonlocal began
         began = time.monotonic()  # an engine that compiles first has taken none yet
         for sample_id in missing:
-            yield Request(sample_id, prompt_of(wanted.instruction(sample_id)))
+            yield Request(sample_id, prompt_of(wanted.instruction(sample_id).text))
 
     def record(completion: Completion) -> dict:
         tokens = completion.tokens
@@ -348,11 +355,13 @@ def draw(
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
+        asked = wanted.instruction(completion.sample_id)
         return {
             "id": completion.sample_id,
-            "prompt": wanted.instruction(completion.sample_id),
+            "prompt": asked.text,
+            **({} if asked.topic is None else {"topic": asked.topic}),
             # What parts an answer from its prompt belongs to neither.
-            "text": text if settings.prompt_style == UNCONDITIONAL else text.strip(),
+            "text": text if settings.prompt_style in INSTRUCTION_STYLES else text.strip(),
             "num_tokens": len(tokens),
             "finish_reason": completion.finish_reason,
         }
@@ -386,7 +395,7 @@ def rehearse(
     """Draw a batch of short texts, which go nowhere, and say what the run would take at most."""
     decoding = replace(sampler.decoding, max_new_tokens=REHEARSED_TOKENS, stop_ids=frozenset())
     most = settings.max_new_tokens or settings.max_seq_len
-    prompt = prompt_ids(sampler.tokenizer, settings.prompt_style, wanted.instruction(0))
+    prompt = prompt_ids(sampler.tokenizer, settings.prompt_style, wanted.instruction(0).text)
     count = max(1, min(sampler.batch_size, len(missing)))
     requests = [Request(number, prompt) for number in range(count)]
     with PeakMemory(state.device) as memory:
@@ -416,7 +425,8 @@ def write_manifest(
     path = folder / MANIFEST_FILE
     seconds = json.loads(path.read_text()).get("seconds", 0.0) if path.exists() else 0.0
     names = {
-        name: getattr(settings, name) for name in ("model_name", "adapter_path", "instruction_file")
+        name: getattr(settings, name)
+        for name in ("model_name", "adapter_path", "instruction_file", "topic_histogram")
     }
     versions = {name: version(name) for name in VERSIONED}
     if settings.engine == "vllm":  # its CPU build has a distribution of another name

@@ -446,7 +446,7 @@ def read_splits(settings: TrainingSettings) -> tuple[dict[str, Dataset], Units |
     Raises:
         UsageError: the data set is not usable, or of another size than was stated.
     """
-    splits = load_splits(settings.dataset_name)
+    splits = load_splits(settings.dataset_name, settings.prompt_style)
     units, most = None, settings.max_rows_per_unit
     if settings.unit_column is not None and most is not None:
         of_row = read_units(
@@ -463,7 +463,9 @@ def read_splits(settings: TrainingSettings) -> tuple[dict[str, Dataset], Units |
             splits["train"] = splits["train"].select(rows_to_keep(of_row, most))
     if not settings.draws_units:
         require_size(settings, "num_train_examples", len(splits["train"]))
-    splits["train"] = settings.canaries.added_to(splits["train"], settings.dataset_name)
+    splits["train"] = settings.canaries.added_to(
+        splits["train"], settings.dataset_name, settings.prompt_style
+    )
     if "val" in splits:
         used = min(len(splits["val"]), settings.max_eval_examples)
         splits["val"] = splits["val"].select(range(used))

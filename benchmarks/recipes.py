@@ -54,52 +54,32 @@ import hashlib
 import json
 
 import numpy as np
-import yaml
-from scipy import stats
 
 from benchmarks.figures import markdown
 from benchmarks.small_base import small_base
 from benchmarks.studies import (
+    Generator,
+    interval,
     losses_by_model,
     model_flags,
+    read_generators,
     require_same_settings,
     run_once,
+    shuffled_instructions,
     side_by_side,
+    words_of,
 )
-from resample_with_dp_histogram.extract import distinct_instructions
 from utils.cli import UsageError, run_cli
 from utils.files import write_json
 from utils.folders import save_dataset
 from utils.models.loading import load_tokenizer
 from utils.privacy.plan import num_steps
 from utils.texts.data_sets import count_train_examples
-from utils.texts.text_inputs import read_entries
 from utils.versions import versions_of
 
 # Of an arm that does not say.
 SIZES = {"total_bs": 512, "num_epochs": 1.0}
 VERSIONED = ("torch", "transformers", "peft", "dp-accounting")
-
-
-@dataclass(frozen=True)
-class Generator:
-    """One run of training.
-
-    Attributes:
-        flags: of `train.py`, by name.
-        epsilon: None without privacy.
-    """
-
-    arm: str
-    flags: dict
-    epsilon: float | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """A file name, of its flags too."""
-        digest = hashlib.sha256(json.dumps(self.flags, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.arm.replace(' ', '_')}-{self.epsilon or 'inf'}-{self.seed}-{digest}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,29 +97,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def generators_of(settings: Settings) -> list[Generator]:
-    """What is to be trained: all arms for one seed after the other.
-
-    Raises:
-        UsageError: --arms is not such a file, or has no arm that --only names.
-    """
-    try:
-        given = yaml.safe_load(settings.arms.read_text())
-        common, arms = given.get("common", {}), given["arms"]
-        flags = {arm: SIZES | common | own for arm, own in arms.items()}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"--arms {settings.arms}: needs `arms`, flags of train.py by the name of an arm, and "
-            f"maybe `common`: {error}"
-        ) from error
-    if unknown := set(settings.only or flags) - set(flags):
-        raise UsageError(f"--only: {settings.arms} has no arm {', '.join(sorted(unknown))}")
-    return [
-        Generator(arm, own, None if own.get("eps") == -1 else epsilon, seed)
-        for seed in range(settings.num_seeds)
-        for arm, own in flags.items()
-        if settings.only is None or arm in settings.only
-        for epsilon in (settings.epsilons if own.get("eps") != -1 else settings.epsilons[:1])
-    ]
+    """What is to be trained, see `read_generators`."""
+    return read_generators(
+        settings.arms, settings.only, settings.epsilons, settings.num_seeds, SIZES
+    )
 
 
 def save_data(settings: Settings, folder: Path) -> str:
@@ -148,9 +109,7 @@ def save_data(settings: Settings, folder: Path) -> str:
     Raises:
         UsageError: there are too few instructions.
     """
-    kept, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
-    texts = list(kept.values())
-    texts = [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
+    texts = shuffled_instructions(settings)
     public, test = settings.num_public, settings.num_test
     private = settings.num_private or len(texts) - public - test
     if private < 1 or len(texts) < public + test + private:
@@ -187,16 +146,11 @@ def train(settings: Settings, folder: Path, generator: Generator) -> None:
     flags = dict(generator.flags)
     if generator.epsilon:
         flags |= {"eps": generator.epsilon, "delta": settings.delta}
-    given = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in flags.items()
-        if value is not False
-    ]
     run_once(
         folder, f"train {generator.name}", "train.py", *model_flags(settings),
         f"--dataset_name={folder / 'data'}", f"--job_sess={generator.name}",
         f"--output_dir={folder / 'outputs'}", "--no_eval_at_start", "--resume=auto",
-        f"--seed={generator.seed}", *given,
+        f"--seed={generator.seed}", *words_of(flags),
     )  # fmt: skip
 
 
@@ -247,14 +201,6 @@ def findings(
         "settings": settings.on_record(),
         "versions": versions_of(VERSIONED),
     }
-
-
-def interval(values: list[float]) -> float:
-    """Half of the 95% interval of a mean by Student's t; infinite for a single value."""
-    if len(values) < 2:
-        return float("inf")
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
 def table(found: dict) -> str:

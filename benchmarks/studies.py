@@ -4,6 +4,7 @@ Every step of a study runs the toolkit's own commands, and one that has ended is
 the same command goes on after a stop.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import yaml
+from scipy import stats
 
 from benchmarks import figures
 from benchmarks.environments import ROOT
@@ -45,16 +48,27 @@ class Settings(figures.Settings):
     num_test: int = flag("held-out instructions", 600)
 
 
-def fitting_instructions(settings: Settings) -> list[str]:
-    """Distinct instructions that --max_seq_len does not cut, in a random order, always the same.
+def distinct(settings: Settings) -> list[str]:
+    """All instructions that differ in their words, in their order."""
+    kept, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
+    return list(kept.values())
+
+
+def shuffled_instructions(settings: Settings) -> list[str]:
+    """`distinct`, in a random order, always the same."""
+    texts = distinct(settings)
+    return [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
+
+
+def that_fit(settings: Settings, texts: list[str]) -> list[str]:
+    """The texts that --max_seq_len does not cut.
 
     Raises:
         UsageError: they are fewer than 4 x --num_test.
     """
     from utils.models.loading import load_tokenizer  # takes seconds, and --help has no need of it
 
-    kept, _ = distinct_instructions(read_entries(settings.instructions, settings.split))
-    texts, most = list(kept.values()), settings.max_seq_len
+    most = settings.max_seq_len
     # One token more than may be there shows what would be cut.
     ids = training_ids(
         load_tokenizer(settings.model_name), UNCONDITIONAL, texts, max_seq_len=most + 1
@@ -65,14 +79,91 @@ def fitting_instructions(settings: Settings) -> list[str]:
             f"{len(fitting):,} distinct instructions fit into --max_seq_len {most}: too few for "
             f"--num_test {settings.num_test}"
         )
-    rows = np.random.default_rng(0).permutation(len(fitting))
-    return [fitting[row] for row in rows]
+    return fitting
 
 
-def model_flags(settings: Settings) -> list[str]:
+def fitting_instructions(settings: Settings) -> list[str]:
+    """The distinct ones `that_fit`, in a random order, always the same."""
+    fitting = that_fit(settings, distinct(settings))
+    return [fitting[row] for row in np.random.default_rng(0).permutation(len(fitting))]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """One run of training.
+
+    Attributes:
+        flags: of `train.py`, by name.
+        epsilon: None without privacy.
+    """
+
+    arm: str
+    flags: dict
+    epsilon: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A file name, of its flags too."""
+        digest = hashlib.sha256(json.dumps(self.flags, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.arm.replace(' ', '_')}-{self.epsilon or 'inf'}-{self.seed}-{digest}"
+
+
+def read_generators(
+    file: Path, only: list[str] | None, epsilons: list[float], num_seeds: int, defaults: dict
+) -> list[Generator]:
+    """What a YAML of arms asks to train: all arms for one seed after the other.
+
+    Args:
+        file: `arms`, flags of train.py by the name of an arm, and `common`, those of all arms; an
+            arm with `eps: -1` is without privacy, and every other one is for each epsilon.
+        only: names of arms; all of them if None.
+        defaults: flags of arms that do not say.
+
+    Raises:
+        UsageError: the file is not such a one, or has no arm that `only` names.
+    """
+    try:
+        given = yaml.safe_load(file.read_text())
+        common, arms = given.get("common", {}), given["arms"]
+        flags = {arm: defaults | common | own for arm, own in arms.items()}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"--arms {file}: needs `arms`, flags of train.py by the name of an arm, and "
+            f"maybe `common`: {error}"
+        ) from error
+    if unknown := set(only or flags) - set(flags):
+        raise UsageError(f"--only: {file} has no arm {', '.join(sorted(unknown))}")
+    return [
+        Generator(arm, own, None if own.get("eps") == -1 else epsilon, seed)
+        for seed in range(num_seeds)
+        for arm, own in flags.items()
+        if only is None or arm in only
+        for epsilon in (epsilons if own.get("eps") != -1 else epsilons[:1])
+    ]
+
+
+def words_of(flags: dict) -> list[str]:
+    """Flags by name as the words of a command; False leaves a flag out."""
+    return [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in flags.items()
+        if value is not False
+    ]
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean by Student's t; infinite for a single value."""
+    if len(values) < 2:
+        return float("inf")
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return float(stats.t.ppf(0.975, len(values) - 1)) * error
+
+
+def model_flags(settings: Settings, style: str = UNCONDITIONAL) -> list[str]:
     """Flags of training, sampling and scoring alike."""
     return [
-        f"--model_name={settings.model_name}", f"--prompt_style={UNCONDITIONAL}",
+        f"--model_name={settings.model_name}", f"--prompt_style={style}",
         f"--max_seq_len={settings.max_seq_len}", f"--dtype={settings.dtype}",
     ]  # fmt: skip
 

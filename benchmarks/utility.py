@@ -1,52 +1,88 @@
-"""What the guarantee costs in utility: synthetic data and models tuned on it, at several epsilons.
+"""What synthetic data is worth at one epsilon: sets of it, and models tuned on them.
 
-    python -m benchmarks.utility --instructions FILE --work_dir utility --json utility.json
+    python -m benchmarks.utility --instructions FILE --work_dir utility --json utility.json --jobs 2
 
-Real instructions are parted into private and held-out ones. Each generator (see `arms`) learns from
-the private ones, a pool is sampled from it, and rows of the pool make a synthetic set: drawn at
-random (before), or selected by a DP histogram of the private rows (after), which training's epsilon
-pays for too. A model tuned on each set is scored on the held-out instructions; each set is compared
-with them by MAUVE. Sets, histograms and tuning are repeated for every seed; generators are not.
+Real instructions are parted into public, held-out and private ones. A small base is made of the
+public ones on the spot (or --model_name stands in for it), and topics are found in them. Each arm
+of --arms is a set of flags of `train.py`; for every epsilon and seed a generator of it learns from
+the private ones, by itself or by topic, and a pool is sampled from it: as many tokens of each. Rows
+of the pool make a synthetic set: drawn at random (before), or selected by a DP histogram of the
+private rows (after). Epsilon is of all that a set takes, histograms included: training leaves room
+for them.
+
+A model tuned on each set is scored on the held-out instructions, and the set is compared with them:
+by MAUVE, by coverage, and by the shares of topics of another clustering, which neither training nor
+selection has seen. Generators of one seed are pairs, and intervals are over generators.
 
 Every step runs the toolkit's own commands, and one that has ended is passed over when the same
-command goes on after a stop. --size paper asks for the sizes of the paper, for GPUs; single flags
-change either size.
+command goes on after a stop. --size small is for SmolLM2 on two cores, and --size paper asks for
+the sizes of the paper, for GPUs; single flags change any size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks import studies
-from utils.command_line.parser import answer_early, flag, positive_float, read_flags
+from utils.command_line.parser import (
+    answer_early,
+    flag,
+    natural_int,
+    positive_float,
+    positive_int,
+    read_flags,
+)
+
+ARMS = Path(__file__).with_suffix(".yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(studies.Settings):
     """The flags."""
 
+    arms: Path = flag(
+        "YAML of the arms; this folder's utility.yaml has an example", ARMS, type=Path
+    )
+    only: list[str] | None = flag(
+        "names of the arms to compare; all of them if left out", nargs="+"
+    )
     embedder: str = flag("sentence-transformers model", "data/quickstart_embedder")
     epsilons: list[float] = flag(
-        "targets, histogram included", [2.86, 5.94], type=positive_float, nargs="+"
+        "targets, histograms included", [5.94], type=positive_float, nargs="+"
     )
-    num_seeds: int = flag("synthetic sets of each kind", 3)
+    num_generators: int = flag("of each arm and epsilon, in pairs of one seed", 3)
+    num_seeds: int = flag("synthetic sets of each kind, of each generator", 1)
     size: str = flag(
-        "what the flags below are where they are left out; small is shown",
-        "small", choices=("small", "paper"),
+        "what the flags below are where they are left out; quick is shown",
+        "quick", choices=("quick", "small", "paper"),
     )  # fmt: skip
+    model_name: str = flag("base model; a small one, made on the spot, if left out", "")
+    dtype: str = flag("of the frozen base", "float32", choices=("bfloat16", "float32"))
+    pretraining_tokens: int = flag("of the small base", 1_000_000)
+    max_seq_len: int = flag("tokens; longer instructions are left out", 40)
+    num_public: int = flag(
+        "public instructions, for the small base and for topics", 4000, type=natural_int
+    )
+    num_private: int | None = flag(
+        "private instructions; all that are left if left out", 5000, type=positive_int
+    )
     total_bs: int = flag("expected logical batch of DP training", 256)
-    num_epochs: float = flag("of DP training", 1.0)
+    num_epochs: float = flag("of DP training", 2.0)
     delta: float = flag("of the guarantee", 1e-5)
     clip: float = flag("clip norm", 1.0)
-    lr: float = flag("learning rate of DP training; tuning has half of it", 2e-3)
+    lr: float = flag("learning rate of DP training; tuning has half of it", 4e-3)
     num_samples: int = flag("texts sampled from each generator", 1500)
     num_selected: int = flag("rows of a synthetic set", 400)
-    num_bins: int = flag("bins of the DP histogram", 50)
+    num_bins: int = flag("bins of the DP histogram of a selection", 50)
+    histogram_sigma: float = flag("noise of every count, of bins and of topics", 10.0)
+    num_topics: int = flag("topics to learn and sample by", 30)
+    num_other_topics: int = flag("topics of the clustering that no method has seen", 40)
     tuning_bs: int = flag("logical batch of tuning on a set", 16)
 
 
 answer_early(__name__, Settings, __doc__)
 
 import json
-from pathlib import Path
+import math
 
 import numpy as np
 from prv_accountant import PRVAccountant
@@ -57,178 +93,276 @@ from prv_accountant.privacy_random_variables import (
 from scipy.optimize import brentq
 
 from benchmarks.figures import markdown
+from benchmarks.next_tokens import FILE as ACCURACY_FILE
+from benchmarks.small_base import small_base
 from benchmarks.studies import (
-    fitting_instructions,
+    Generator,
+    interval,
     losses_by_model,
     model_flags,
+    read_generators,
     require_same_settings,
     run_once,
+    shuffled_instructions,
     side_by_side,
+    that_fit,
+    words_of,
 )
-from evaluation.measures.intervals import plus_minus
+from evaluation.measures.manifold import overlap
 from evaluation.measures.mauve import mauve
 from privacy_checks.composition import composed_report
+from resample_with_dp_histogram.clusters import fit_clusters
 from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
+from resample_with_dp_histogram.selection import total_variation
 from utils.cli import UsageError, run_cli
-from utils.files import read_jsonl, write_json
+from utils.files import json_lines, read_jsonl, write_atomic, write_json
 from utils.folders import save_dataset
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
 from utils.privacy.plan import num_steps
-from utils.sampling.shards import read_samples
+from utils.sampling.shards import FINISHED, read_samples
+from utils.texts.prompts import TOPIC, UNCONDITIONAL
 from utils.versions import versions_of
 
 BEFORE, AFTER = "before", "after"
-HISTOGRAM_SIGMA = 10.0
-LOOSE_EPS_ERROR = 0.1
+LOOSE, LOOSE_EPS_ERROR = "loose", 0.1
 # MAUVE depends on its clusters, so a set's score is the mean over as many clusterings.
-CLUSTERINGS = 5
+CLUSTERINGS, NEIGHBOURS = 5, 5
+# Of the clustering that no method has seen; theirs have seeds from 0 on.
+OTHER_SEED = 1_000_003
+# Tokens that a prompt of keywords may add to an instruction.
+TOPIC_ROOM = 48
 VERSIONED = ("torch", "transformers", "peft", "prv-accountant", "faiss-cpu")
-# Of the paper's section 5. Two cores end the other size, that of the flags, within two hours.
-PAPER = {
+# Figures of a set in the order of the table, and which way is better.
+MEASURES = {
+    "mauve": "higher", "coverage": "higher", "topics": "lower", "loss": "lower",
+    "accuracy": "higher", "tokens": "lower",
+}  # fmt: skip
+# Two cores end this size within two hours for one generator of each of four arms.
+SMALL = {
+    "model_name": "data/quickstart_model", "dtype": "bfloat16", "max_seq_len": 64,
+    "num_private": None, "num_epochs": 1.0, "lr": 2e-3,
+}  # fmt: skip
+# Of the paper's section 5.
+PAPER = SMALL | {
     "max_seq_len": 1024, "num_test": 5000, "total_bs": 4096, "num_epochs": 10.0, "delta": 5e-7,
     "clip": 0.5, "lr": 1e-3, "num_samples": 1_000_000, "num_selected": 180_000, "num_bins": 1000,
-    "tuning_bs": 32,
+    "num_topics": 500, "num_other_topics": 700, "tuning_bs": 32,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Arm:
+class Source:
     """Where the rows of synthetic sets come from.
 
     Attributes:
-        epsilon: the target of its DP training; None without clipping and noise.
-        loose: its noise comes from the accountant settings of the published code (eps_error 0.1).
-        trained: a generator is trained for it; if not, the base model stands in for one.
-        sampled: its pool is sampled; if not, its rows are the private ones themselves.
+        name: a file name.
+        generator: None for the base as it is, and for the private rows themselves.
         kinds: how sets are taken that a model is tuned on.
     """
 
     name: str
-    epsilon: float | None = None
-    loose: bool = False
-    trained: bool = True
-    sampled: bool = True
+    generator: Generator | None = None
     kinds: tuple[str, ...] = (BEFORE, AFTER)
 
+    @property
+    def by_topic(self) -> bool:
+        """Whether it learns and samples by topics."""
+        return self.generator is not None and self.generator.flags.get("prompt_style") == TOPIC
 
-def arms(epsilons: list[float]) -> list[Arm]:
-    """What is compared."""
-    return [
-        *(Arm(str(epsilon), epsilon) for epsilon in epsilons),
-        Arm("inf"),
-        Arm("loose", max(epsilons), loose=True),
-        Arm("base", trained=False, kinds=()),
-        Arm("real", trained=False, sampled=False, kinds=(BEFORE,)),
-    ]
+    @property
+    def seed(self) -> int:
+        """What its training and sampling have in common with those of its pairs."""
+        return self.generator.seed if self.generator else 0
+
+
+# The untuned base, and private rows in the place of synthetic ones.
+BASE, REAL = Source("base", kinds=()), Source("real", kinds=(BEFORE,))
 
 
 @dataclass(frozen=True)
 class SyntheticSet:
     """Rows to tune a model on."""
 
-    arm: Arm
+    source: Source
     kind: str
     seed: int
 
     @property
     def name(self) -> str:
         """A file name."""
-        return f"{self.arm.name}-{self.kind}-{self.seed}"
+        return f"{self.source.name}-{self.kind}-{self.seed}"
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, argv)
-    if settings.size == "paper":
-        settings = read_flags(Settings, __doc__, argv, **PAPER)
-    require_same_settings(settings)
+    if settings.size != "quick":
+        defaults = SMALL if settings.size == "small" else PAPER
+        settings = read_flags(Settings, __doc__, argv, **defaults)
+    # More generators and other arms may come; all else stays.
+    require_same_settings(replace(settings, epsilons=[], num_generators=1, num_seeds=1))
     study = Study(settings)
-    study.part_instructions()
-    side_by_side(settings.jobs, study.make_pool, [arm for arm in study.arms if arm.sampled])
+    side_by_side(settings.jobs, study.sample, study.sampled)
+    budget = study.budget()
+    side_by_side(settings.jobs, lambda each: study.make_pool(each, budget), study.sampled)
     side_by_side(settings.jobs, study.tune, study.sets)
     study.score()
-    found = study.findings()
+    found = study.findings(budget)
     print(table(found))
     settings.write(found)
 
 
 class Study:
-    """The steps, each over the commands of the toolkit, and where their outputs lie."""
+    """The steps, each over the commands of the toolkit, and where their outputs lie.
+
+    Attributes:
+        sources: all that sets are taken from.
+        sampled: those of them that a pool is sampled from.
+        sets: all that a model is tuned on.
+    """
 
     def __init__(self, settings: Settings):
-        self.settings, self.folder = settings, settings.work_dir.resolve()
-        self.arms = arms(settings.epsilons)
+        self.folder, self._given = settings.work_dir.resolve(), settings
+        sizes = {
+            "total_bs": settings.total_bs, "num_epochs": settings.num_epochs,
+            "clip": settings.clip, "lr": settings.lr,
+        }  # fmt: skip
+        generators = read_generators(
+            settings.arms, settings.only, settings.epsilons, settings.num_generators, sizes
+        )
+        trained = [Source(each.name, each) for each in generators]
+        self.sources, self.sampled = [BASE, REAL, *trained], [BASE, *trained]
         self.sets = [
-            SyntheticSet(arm, kind, seed)
-            for seed in range(settings.num_seeds)
-            for arm in self.arms
-            for kind in arm.kinds
+            SyntheticSet(source, kind, seed)
+            for source in self.sources
+            for kind in source.kinds
+            for seed in self._seeds(settings, source)
         ]
-        self._model = model_flags(settings)
+        self.settings = self._part(settings)
+        self._save_data()
+
+    @staticmethod
+    def _seeds(settings: Settings, source: Source) -> range:
+        """Of the sets of a source: those without a generator have one for each."""
+        count = settings.num_seeds * (1 if source.generator else settings.num_generators)
+        return range(source.seed * settings.num_seeds, source.seed * settings.num_seeds + count)
 
     # -------------------------------------------------------------- steps
 
-    def part_instructions(self) -> None:
-        """Part the instructions into private and held-out ones, and embed both."""
-        settings, data = self.settings, self.folder / "data"
+    def _part(self, settings: Settings) -> Settings:
+        """Part the instructions once, and give the settings with the base that is used."""
+        data, texts = self.folder / "data", shuffled_instructions(settings)
+        public, rest = texts[: settings.num_public], texts[settings.num_public :]
+        if not public and (not settings.model_name or self._has_topics):
+            raise UsageError(
+                "--num_public 0: a small base and topics are made of public rows; give some, or "
+                "--model_name and arms without topics"
+            )
+        if not settings.model_name:
+            base = small_base(self.folder / "bases", public, settings.pretraining_tokens)
+            settings = replace(settings, model_name=str(base))
         if not (data / "test.json").exists():
-            shuffled = fitting_instructions(settings)
-            write_json(data / "private.json", shuffled[settings.num_test :])
-            write_json(data / "test.json", shuffled[: settings.num_test])
-        for name, kind in (("private", "--private"), ("test", "--synthetic")):
-            self._save(name, self._texts(name))
-            self._embed(name, data / f"{name}.json", kind)
+            fitting, test = that_fit(settings, rest), settings.num_test
+            write_json(data / "public.json", public)
+            last = len(fitting) if settings.num_private is None else test + settings.num_private
+            write_json(data / "private.json", fitting[test:last])
+            write_json(data / "test.json", fitting[:test])
+        return settings
 
-    def make_pool(self, arm: Arm) -> None:
-        """Train a generator, sample from it, extract and embed what ended by itself.
+    def _save_data(self) -> None:
+        """Save and embed private and held-out rows, and give them topics where an arm asks."""
+        data = self.folder / "data"
+        self._save("rows", train=self._texts("private"), test=self._texts("test"))
+        for name, kind in (("private", "--private"), ("test", "--synthetic")):
+            self._embed(name, data / f"{name}.json", kind)
+        if self._has_topics:
+            topics = self.folder / "topics"
+            self.run(
+                "find topics", "-m", "topics.fit", f"--public={data / 'public.json'}",
+                f"--model={self.settings.embedder}", f"--num_topics={self.settings.num_topics}",
+                f"--output={topics}",
+            )  # fmt: skip
+            self.run(
+                "assign topics", "-m", "topics.assign", f"--private={data / 'rows'}",
+                f"--topics={topics}", f"--output={data / 'rows_with_topics'}",
+            )  # fmt: skip
+
+    def sample(self, source: Source) -> None:
+        """Train a generator, and sample from it."""
+        settings, name = self.settings, source.name
+        wanted = ["--instruction_file=utils/syn_instruct.txt"]
+        if source.by_topic:
+            histogram = self.folder / "topic_histograms" / name
+            self.run(
+                f"count {name}", "-m", "topics.histogram", f"--output={histogram}",
+                f"--assigned={self._dataset(source)}", f"--ledger={self._topic_ledger(source)}",
+                f"--histogram_sigma={settings.histogram_sigma}",
+            )  # fmt: skip
+            wanted = [f"--topic_histogram={histogram / 'topic_histogram.json'}"]
+        if source.generator:
+            self._train(source, source.generator)
+            wanted.append(f"--adapter_path={self._adapter(name)}")
+        self.run(
+            f"sample {name}", "inference.py", *self._model(source), "--top_p=0.95", *wanted,
+            f"--num_samples={settings.num_samples}", f"--max_new_tokens={settings.max_seq_len - 1}",
+            f"--seed={source.seed}", f"--job_sess={name}",
+            f"--output_dir={self.folder / 'samples'}",
+        )  # fmt: skip
+
+    def budget(self) -> int:
+        """The tokens that every generator's pool is made of: those of the one with the fewest."""
+        return min(
+            sum(each["num_tokens"] for each in self._samples(source))
+            for source in self.sampled
+            if source.generator
+        )
+
+    def make_pool(self, source: Source, budget: int) -> None:
+        """Extract and embed texts of so many sampled tokens that ended by themselves.
 
         Raises:
             UsageError: the pool is no larger than the set to select from it.
         """
-        settings = self.settings
-        if arm.trained:
-            self._train(
-                "train", arm.name, "private", f"--total_bs={settings.total_bs}",
-                f"--num_epochs={settings.num_epochs}", f"--lr={settings.lr}", "--seed=0",
-                *self._privacy(arm),
-            )  # fmt: skip
-        self.run(
-            f"sample {arm.name}", "inference.py", *self._model, "--top_p=0.95",
-            *([f"--adapter_path={self._adapter(arm.name)}"] if arm.trained else []),
-            "--instruction_file=utils/syn_instruct.txt", f"--num_samples={settings.num_samples}",
-            f"--job_sess={arm.name}", f"--output_dir={self.folder / 'samples'}",
-        )  # fmt: skip
-        samples, pool = (self.folder / place / arm.name for place in ("samples", "pools"))
-        if not arm.trained:
+        settings, name, pool = self.settings, source.name, self.folder / "pools" / source.name
+        samples = self._samples(source)
+        if not source.generator:
             # The base seldom ends a text, so those that were cut are taken too.
-            texts = [sample["text"] for sample in read_samples(samples)]
-            samples = samples.with_suffix(".json")
-            write_json(samples, texts)
+            samples = [each | {"finish_reason": FINISHED} for each in samples]
+        else:
+            # Not the first ones, which may be of the first topics alone.
+            order = np.random.default_rng(0).permutation(len(samples))
+            tokens = np.cumsum([samples[row]["num_tokens"] for row in order])
+            samples = [samples[row] for row in np.sort(order[tokens <= budget])]
+        taken = self.folder / "taken" / f"{name}.jsonl"
+        if not pool.exists():
+            write_atomic(taken, json_lines(samples))
         self.run(
-            f"extract {arm.name}", "-m", "resample_with_dp_histogram.extract",
-            f"--instructions={samples}", f"--output={pool}",
+            f"extract {name}", "-m", "resample_with_dp_histogram.extract",
+            f"--instructions={taken}", f"--output={pool}",
         )  # fmt: skip
-        self._embed(arm.name, pool / INSTRUCTIONS_FILE, "--synthetic")
-        if (size := len(self._pool(arm))) <= settings.num_selected:
+        self._embed(name, pool / INSTRUCTIONS_FILE, "--synthetic")
+        if (size := len(self._pool(source))) <= settings.num_selected:
             raise UsageError(
-                f"{arm.name}: {size:,} of the sampled texts are usable, too few to take "
+                f"{name}: {size:,} of the sampled texts are usable, too few to take "
                 f"--num_selected {settings.num_selected:,} from; raise --num_samples"
             )
 
     def tune(self, chosen: SyntheticSet) -> None:
         """Tune the base model on a set."""
-        texts = self._pool(chosen.arm)
-        self._save(chosen.name, [texts[row] for row in self.rows(chosen)])
-        self._train(
-            "tune", chosen.name, chosen.name, f"--total_bs={self.settings.tuning_bs}",
-            "--num_epochs=1", f"--lr={self.settings.lr / 2}", f"--seed={chosen.seed}", "--eps=-1",
+        texts = self._pool(chosen.source)
+        self._save(chosen.name, train=[texts[row] for row in self.rows(chosen)])
+        self.run(
+            f"tune {chosen.name}", *self._training(chosen.name, UNCONDITIONAL),
+            f"--dataset_name={self.folder / 'data' / chosen.name}", "--num_epochs=1", "--eps=-1",
+            "--loss_normalization=tokens", f"--total_bs={self.settings.tuning_bs}",
+            f"--lr={self.settings.lr / 2}", f"--seed={chosen.seed}",
         )  # fmt: skip
 
     def rows(self, chosen: SyntheticSet) -> list[int]:
         """Which rows of its pool a set has."""
-        settings = self.settings
+        settings, name = self.settings, chosen.source.name
         if chosen.kind == BEFORE:
-            random, pool = np.random.default_rng(chosen.seed), len(self._pool(chosen.arm))
+            random, pool = np.random.default_rng(chosen.seed), len(self._pool(chosen.source))
             return random.choice(pool, settings.num_selected, replace=False).tolist()
         output = self.folder / "selected" / chosen.name
         # Each selection has a ledger of its own: a user makes one of them.
@@ -236,13 +370,12 @@ class Study:
         private.mkdir(parents=True, exist_ok=True)
         if not (private / "private").exists():
             (private / "private").symlink_to(self.folder / "embeddings" / "private" / "private")
-        name = chosen.arm.name
         self.run(
             f"select {chosen.name}", "-m", "resample_with_dp_histogram.resample",
             f"--private_embeddings={private}",
             f"--synthetic_embeddings={self.folder / 'embeddings' / name}",
             f"--synthetic_instructions={self.folder / 'pools' / name / INSTRUCTIONS_FILE}",
-            f"--num_bins={settings.num_bins}", f"--histogram_sigma={HISTOGRAM_SIGMA}",
+            f"--num_bins={settings.num_bins}", f"--histogram_sigma={settings.histogram_sigma}",
             f"--num_samples={settings.num_selected}", f"--seed={chosen.seed}",
             f"--output={output}",
         )  # fmt: skip
@@ -250,101 +383,176 @@ class Study:
 
     def score(self) -> None:
         """Held-out losses of the base model, the generators and all tuned models."""
-        names = [arm.name for arm in self.arms if arm.trained] + [each.name for each in self.sets]
-        self.run(
-            "score", "-m", "evaluation.perplexity", *self._model, "--public",
-            f"--dataset_name={self.folder / 'data' / 'test'}",
-            f"--perdevice_bs={self.settings.perdevice_bs}", f"--output={self.folder / 'losses'}",
-            "--adapter_path", *(str(self._adapter(name)) for name in names),
+        tuned = [self._adapter(each.name) for each in self.sets]
+        for style, dataset in ((UNCONDITIONAL, "rows"), (TOPIC, "rows_with_topics")):
+            adapters = [
+                self._adapter(source.name)
+                for source in self.sources
+                if source.generator and source.by_topic == (style == TOPIC)
+            ]
+            adapters += tuned if style == UNCONDITIONAL else []
+            if adapters:
+                self._score(
+                    "evaluation.perplexity", "losses", adapters, *model_flags(self._sized, style),
+                    f"--dataset_name={self.folder / 'data' / dataset}", "--public",
+                )  # fmt: skip
+        self._score(
+            "benchmarks.next_tokens", "accuracy", tuned, *self._model(BASE),
+            f"--texts={self.folder / 'data' / 'test.json'}",
         )  # fmt: skip
+
+    def _score(self, module: str, place: str, adapters: list[Path], *flags: str) -> None:
+        """Score adapters that have not been scored."""
+        known = self._scored(place)
+        if missing := [str(each) for each in adapters if str(each) not in known]:
+            output = self.folder / place / str(len(list((self.folder / place).glob("*"))))
+            self.run(
+                f"score {place} {output.name}", "-m", module, *flags, f"--output={output}",
+                f"--perdevice_bs={self.settings.perdevice_bs}", "--adapter_path", *missing,
+            )  # fmt: skip
+
+    def _scored(self, place: str) -> dict:
+        """Losses, or accuracies, by model."""
+        found: dict = {}
+        for folder in sorted((self.folder / place).glob("*")):
+            if place == "losses" and (folder / "perplexity.json").exists():
+                # Of the base, the loss without topics is the one to compare with.
+                found = losses_by_model(folder) | found
+            elif (folder / ACCURACY_FILE).exists():
+                found |= json.loads((folder / ACCURACY_FILE).read_text())
+        return found
 
     # -------------------------------------------------------------- what was found
 
-    def findings(self) -> dict:
-        """All figures, a JSON-able dict."""
-        settings, private = self.settings, len(self._texts("private"))
-        losses = losses_by_model(self.folder / "losses")
-        generators, sets, base = {}, [], {}
-        for arm in self.arms:
-            if arm.trained:
-                report = self.folder / "outputs" / arm.name / "privacy_report.json"
-                sigma = json.loads(report.read_text()).get("noise_multiplier")
-                loss = losses[str(self._adapter(arm.name))]
-                generators[arm.name] = {"loss": loss, "noise_multiplier": sigma}
-            for kind in arm.kinds or (BEFORE,):
-                seeds = [SyntheticSet(arm, kind, seed) for seed in range(settings.num_seeds)]
-                mauves = [self._mauve(each) for each in seeds]
-                if not arm.kinds:
-                    base = {"mauve": mauves, "loss": losses[settings.model_name]}
-                    continue
-                sets.append({
-                    "source": arm.name, "kind": kind, "epsilon": self._epsilon(seeds[0]),
-                    "mauve": mauves,
-                    "loss": [losses[str(self._adapter(each.name))] for each in seeds],
-                })  # fmt: skip
+    def findings(self, budget: int) -> dict:
+        """All figures, a JSON-able dict.
+
+        Args:
+            budget: tokens of each pool.
+        """
+        settings = self.settings
+        losses, accuracies = self._scored("losses"), self._scored("accuracy")
+        real = open_embeddings(self.folder / "embeddings" / "test", private=False).vectors
+        topics = fit_clusters(real, settings.num_other_topics, OTHER_SEED, "held-out rows")
+        of_real = np.bincount(topics.assign(real, "held-out rows"), minlength=len(topics.offsets))
+        generators, sets, epsilons = {}, [], dict[tuple, float | None]()
+        for source in self.sources:
+            if source.generator:
+                report = self.folder / "outputs" / source.name / "privacy_report.json"
+                generators[source.name] = {
+                    "arm": source.generator.arm, "epsilon": source.generator.epsilon,
+                    "seed": source.seed, "flags": source.generator.flags,
+                    "loss": losses[str(self._adapter(source.name))],
+                    "noise_multiplier": json.loads(report.read_text()).get("noise_multiplier"),
+                    "tokens": sum(each["num_tokens"] for each in self._samples(source)),
+                    "pool": len(self._pool(source)),
+                }  # fmt: skip
+        for chosen in [SyntheticSet(BASE, BEFORE, 0), *self.sets]:
+            vectors = self._vectors(chosen.source)[self.rows(chosen)]
+            held_out = real[
+                np.random.default_rng(chosen.seed).choice(len(real), len(vectors), replace=False)
+            ]
+            of_set = np.bincount(topics.assign(vectors, chosen.name), minlength=len(of_real))
+            model = str(self._adapter(chosen.name))
+            is_base, generator = chosen.source is BASE, chosen.source.generator
+            pool = len(self._pool(chosen.source))
+            # Generators that differ in their seed alone cost the same, and composing takes seconds.
+            alike = (generator and (generator.arm, generator.epsilon), chosen.kind)
+            if alike not in epsilons:
+                epsilons[alike] = self._epsilon(chosen)
+            sets.append({
+                "source": chosen.source.name,
+                "arm": generator.arm if generator else chosen.source.name,
+                "target": generator and generator.epsilon,
+                "kind": chosen.kind, "generator": chosen.seed // settings.num_seeds,
+                "seed": chosen.seed,
+                "epsilon": epsilons[alike],
+                "mauve": float(np.mean([mauve(vectors, held_out, k) for k in range(CLUSTERINGS)])),
+                "coverage": overlap(held_out, vectors, NEIGHBOURS)["coverage"],
+                "topics": total_variation(of_set, of_real),
+                "loss": losses[settings.model_name if is_base else model]["value"],
+                "accuracy": accuracies[settings.model_name if is_base else model],
+                "tokens": budget / (pool if chosen.kind == BEFORE else len(vectors))
+                if generator else None,
+            })  # fmt: skip
         times = sorted((self.folder / "times").glob("*.json"))
         return {
             "sizes": {
-                "private": private,
-                "steps": num_steps(settings.num_epochs, private, settings.total_bs),
-                "pools": {arm.name: len(self._pool(arm)) for arm in self.arms if arm.sampled},
+                "private": len(self._texts("private")), "held out": len(real), "budget": budget,
+                "topics": self._num_topics(),
             },
-            "base": base,
             "generators": generators,
             "sets": sets,
             "seconds": {path.stem: json.loads(path.read_text()) for path in times},
-            "settings": settings.on_record(),
+            "settings": self._given.on_record(),
             "versions": versions_of(VERSIONED),
-        }
+        }  # fmt: skip
 
-    def _mauve(self, chosen: SyntheticSet) -> float:
-        """MAUVE of a set and as many held-out rows, the mean over clusterings."""
-        private = not chosen.arm.sampled
-        embeddings = self.folder / "embeddings"
-        pool = open_embeddings(embeddings / ("private" if private else chosen.arm.name), private)
-        real = open_embeddings(embeddings / "test", private=False).vectors
-        random = np.random.default_rng(chosen.seed)
-        held_out = random.choice(len(real), self.settings.num_selected, replace=False)
-        one, other = pool.vectors[self.rows(chosen)], real[held_out]
-        return float(np.mean([mauve(one, other, seed) for seed in range(CLUSTERINGS)]))
+    def _num_topics(self) -> dict[str, int]:
+        """How many topics each generator samples by."""
+        folder, found = self.folder / "topic_histograms", {}
+        for source in self.sources:
+            if source.by_topic:
+                record = json.loads((folder / source.name / "topic_histogram.json").read_text())
+                found[source.name] = len(record["topics"])
+        return found
 
     def _epsilon(self, chosen: SyntheticSet) -> float | None:
         """What a set costs, composed; None for those without privacy."""
-        if chosen.arm.epsilon is None:
+        source = chosen.source
+        if source.generator is None or source.generator.epsilon is None:
             return None
-        ledger = self.folder / "counted" / chosen.name / "histogram_ledger.jsonl"
-        run = self.folder / "outputs" / chosen.arm.name
-        report = composed_report(run, [ledger] if chosen.kind == AFTER else [])
+        ledgers = [self.folder / "counted" / chosen.name / "histogram_ledger.jsonl"]
+        ledgers = ledgers * (chosen.kind == AFTER) + [self._topic_ledger(source)] * source.by_topic
+        report = composed_report(self.folder / "outputs" / source.name, ledgers)
         return report["epsilon"][ADD_REMOVE]["upper"]
 
     # -------------------------------------------------------------- commands and places
 
-    def _privacy(self, arm: Arm) -> list[str]:
-        """Flags of a generator's training that decide its guarantee."""
-        settings = self.settings
-        if arm.epsilon is None:
-            return ["--eps=-1"]
-        flags = [
-            f"--eps={arm.epsilon}", f"--delta={settings.delta}", f"--clip={settings.clip}",
-            f"--reserve_histogram_sigma={HISTOGRAM_SIGMA}",
-        ]  # fmt: skip
-        if arm.loose:
-            rows = len(self._texts("private"))
-            rate, steps = (
-                settings.total_bs / rows,
-                num_steps(settings.num_epochs, rows, settings.total_bs),
-            )
-            sigma = loose_noise_multiplier(arm.epsilon, settings.delta, rate, steps)
-            flags.append(f"--noise_multiplier={sigma}")
-        return flags
+    @property
+    def _has_topics(self) -> bool:
+        return any(source.by_topic for source in self.sources)
 
-    def _train(self, step: str, job: str, data: str, *flags: str) -> None:
-        self.run(
-            f"{step} {job}", "train.py", *self._model,
-            f"--dataset_name={self.folder / 'data' / data}", f"--job_sess={job}",
+    @property
+    def _sized(self) -> Settings:
+        """With room for the keywords of a topic before an instruction that fits."""
+        return replace(self.settings, max_seq_len=self.settings.max_seq_len + TOPIC_ROOM)
+
+    def _model(self, source: Source) -> list[str]:
+        return model_flags(self._sized, TOPIC if source.by_topic else UNCONDITIONAL)
+
+    def _training(self, job: str, style: str) -> list[str]:
+        """The command of a training run, but for its data and what it learns."""
+        return [
+            "train.py", *model_flags(self._sized, style), f"--job_sess={job}",
             f"--output_dir={self.folder / 'outputs'}",
-            f"--perdevice_bs={self.settings.perdevice_bs}", "--loss_normalization=tokens",
-            "--no_eval_at_start", "--resume=auto", *flags,
+            f"--perdevice_bs={self.settings.perdevice_bs}", "--no_eval_at_start", "--resume=auto",
+        ]  # fmt: skip
+
+    def _train(self, source: Source, generator: Generator) -> None:
+        """Train a generator, whose guarantee leaves room for the histograms of its sets."""
+        settings, flags = self.settings, dict(generator.flags)
+        accountant = flags.pop("accountant", None)
+        if generator.epsilon:
+            # One for a selection, and maybe one of topics: two of one sigma cost what one does of
+            # sigma over the root of 2.
+            reserved = settings.histogram_sigma / math.sqrt(1 + source.by_topic)
+            flags |= {
+                "eps": generator.epsilon, "delta": settings.delta,
+                "reserve_histogram_sigma": reserved,
+            }  # fmt: skip
+            if accountant == LOOSE:
+                rows = len(self._texts("private"))
+                rate = flags["total_bs"] / rows
+                steps = num_steps(flags["num_epochs"], rows, flags["total_bs"])
+                flags["noise_multiplier"] = loose_noise_multiplier(
+                    generator.epsilon, settings.delta, rate, steps, reserved
+                )
+        style = flags.pop("prompt_style", UNCONDITIONAL)
+        self.run(
+            f"train {generator.name}", *self._training(generator.name, style),
+            f"--dataset_name={self._dataset(source)}", f"--seed={generator.seed}",
+            *words_of(flags),
         )  # fmt: skip
 
     def _embed(self, name: str, texts: Path, kind: str) -> None:
@@ -358,12 +566,21 @@ class Study:
         """`run_once` in the folder of the study."""
         run_once(self.folder, name, *command)
 
-    def _save(self, name: str, texts: list[str]) -> None:
-        """Write a data set whose train and test splits are the texts."""
+    def _save(self, name: str, **splits: list[str]) -> None:
+        """Write a data set of texts, by split."""
         folder = self.folder / "data" / name
         if not folder.exists():
-            rows = [{"instruction": text} for text in texts]
-            save_dataset(folder, {"train": rows, "test": rows}, ["instruction"], {"rows": name})
+            rows = {
+                split: [{"instruction": text} for text in texts] for split, texts in splits.items()
+            }
+            save_dataset(folder, rows, ["instruction"], {"rows": name})
+
+    def _dataset(self, source: Source) -> Path:
+        return self.folder / "data" / ("rows_with_topics" if source.by_topic else "rows")
+
+    def _topic_ledger(self, source: Source) -> Path:
+        # A user makes one histogram of topics, so each generator's has a ledger of its own.
+        return self.folder / "topic_ledgers" / f"{source.name}.jsonl"
 
     def _adapter(self, name: str) -> Path:
         return self.folder / "outputs" / name / "adapter"
@@ -371,24 +588,34 @@ class Study:
     def _texts(self, name: str) -> list[str]:
         return json.loads((self.folder / "data" / f"{name}.json").read_text())
 
-    def _pool(self, arm: Arm) -> list[str]:
-        if not arm.sampled:
+    def _samples(self, source: Source) -> list[dict]:
+        return read_samples(self.folder / "samples" / source.name)
+
+    def _pool(self, source: Source) -> list[str]:
+        if source is REAL:
             return self._texts("private")
-        rows = read_jsonl(self.folder / "pools" / arm.name / INSTRUCTIONS_FILE)
+        rows = read_jsonl(self.folder / "pools" / source.name / INSTRUCTIONS_FILE)
         return [row["instruction"] for row in rows]
 
+    def _vectors(self, source: Source) -> np.ndarray:
+        is_private = source is REAL
+        folder = self.folder / "embeddings" / ("private" if is_private else source.name)
+        return open_embeddings(folder, is_private).vectors
 
-def loose_noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
+
+def loose_noise_multiplier(
+    epsilon: float, delta: float, rate: float, steps: int, histogram_sigma: float
+) -> float:
     """The noise multiplier at which an accountant with a wide error says `epsilon`.
 
-    Training and the histogram composed, from PRV's upper bound at `LOOSE_EPS_ERROR`.
+    Training and a histogram composed, from PRV's upper bound at `LOOSE_EPS_ERROR`.
     """
 
     def excess(sigma: float) -> float:
         accountant = PRVAccountant(
             [
                 PoissonSubsampledGaussianMechanism(rate, sigma),
-                GaussianMechanism(HISTOGRAM_SIGMA),
+                GaussianMechanism(histogram_sigma),
             ],
             max_self_compositions=[steps, 1],
             eps_error=LOOSE_EPS_ERROR,
@@ -396,22 +623,55 @@ def loose_noise_multiplier(epsilon: float, delta: float, rate: float, steps: int
         )
         return accountant.compute_epsilon(delta, [steps, 1])[2] - epsilon
 
-    histogram = SampledGaussian(1.0, HISTOGRAM_SIGMA, 1)
+    histogram = SampledGaussian(1.0, histogram_sigma, 1)
     tight = calibrate_noise_multiplier(epsilon, delta, rate, steps, [histogram])
     return round(brentq(excess, tight - 0.001, 1.2 * tight, xtol=1e-3), 3)
 
 
+def by_generator(sets: list[dict], measure: str) -> dict[int, float]:
+    """A figure of each generator by its seed, the mean over its sets."""
+    values: dict[int, list[float]] = {}
+    for each in sets:
+        if each[measure] is not None:
+            values.setdefault(each["generator"], []).append(each[measure])
+    return {seed: float(np.mean(found)) for seed, found in values.items()}
+
+
 def table(found: dict) -> str:
-    """Markdown: a line for each kind of set, mean and deviation over seeds."""
-    base, loss = plus_minus(found["base"]["mauve"]), found["base"]["loss"]
-    interval = f"{loss['value']:.3f} ({loss['low']:.3f} to {loss['high']:.3f})"
-    rows = [["nothing (base model)", "its samples, cut ones too", "0", base, interval]]
+    """Markdown: a line for each kind of set, with 95% t intervals over generators.
+
+    `pairs` is MAUVE less that of the first arm at the same epsilon after selection, generator by
+    generator of one seed, and in how many of the pairs it is more.
+    """
+    groups: dict[tuple, list[dict]] = {}
     for each in found["sets"]:
-        epsilon = "none" if each["epsilon"] is None else f"{each['epsilon']:.3f}"
-        losses = plus_minus([loss["value"] for loss in each["loss"]])
-        mauves = plus_minus(each["mauve"])
-        rows.append([each["source"], f"{each['kind']} selection", epsilon, mauves, losses])
-    headings = ["learnt from", "set", "epsilon", "MAUVE", "held-out loss, nats a token"]
+        groups.setdefault((each["arm"], each["target"], each["kind"]), []).append(each)
+    firsts: dict[float | None, dict[int, float]] = {}
+    for (_, target, kind), sets in groups.items():
+        if kind == AFTER:
+            firsts.setdefault(target, by_generator(sets, "mauve"))
+    rows = []
+    for (arm, target, kind), sets in groups.items():
+        costs = [each["epsilon"] for each in sets if each["epsilon"] is not None]
+        cells = [arm, f"{kind} selection", f"{max(costs):.3f}" if costs else ""]
+        for measure in MEASURES:
+            values = list(by_generator(sets, measure).values())
+            width = f" +- {interval(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{width}" if values else "")
+        first, own = firsts.get(target, {}), by_generator(sets, "mauve")
+        pairs = [own[seed] - first[seed] for seed in own if seed in first]
+        is_first = own == first or arm in (BASE.name, REAL.name)
+        more = sum(pair > 0 for pair in pairs)
+        cells.append(
+            ""
+            if is_first or not pairs
+            else f"{np.mean(pairs):+.3f} +- {interval(pairs):.3f}, {more} of {len(pairs)}"
+        )
+        rows.append(cells)
+    headings = [
+        "learnt from", "set", "epsilon", "MAUVE", "coverage", "distance of other topics",
+        "held-out loss", "next token right", "sampled tokens a row", "MAUVE in pairs",
+    ]  # fmt: skip
     return markdown(headings, rows)
 
 

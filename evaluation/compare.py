@@ -172,12 +172,12 @@ def held_out_losses(
             f"the RUNs were trained on {' and '.join(names)}; name held-out texts for all of them "
             "with --dataset_name"
         )
-    rows = load_split(settings.dataset_name or next(iter(names)), settings.split)
+    style, longest = (runs[0].arguments[name] for name in SAME)
+    rows = load_split(settings.dataset_name or next(iter(names)), settings.split, style)
     for run in runs:
         require_unseen(rows["instruction"], adapter_of(run))
     rows = rows.select(range(min(len(rows), settings.num_rows)))
     quiet_libraries()
-    style, longest = (runs[0].arguments[name] for name in SAME)
     losses: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for base in dict.fromkeys(model_name_of(run.folder) for run in runs):
         adapters = [adapter_of(run) for run in runs if model_name_of(run.folder) == base]

@@ -103,7 +103,6 @@ from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
 from utils.runs.run_folder import CONFIG_FILE, holds_run, model_name_of
 from utils.texts.canaries import canary, secrets
-from utils.texts.data_sets import is_labelled
 from utils.texts.prompts import fix_date
 from utils.texts.text_filters import comparison_form
 from utils.texts.tokens import tokenised
@@ -583,8 +582,7 @@ def canary_scores(
 def secret_losses(run: CanaryRun, drawn: list[str]) -> np.ndarray:
     """The summed token loss of every secret's row under the run's model, float64 [secrets]."""
     arguments = run.arguments
-    labelled = is_labelled(arguments["dataset_name"])
-    rows = [canary(secret, labelled) for secret in drawn]
+    rows = [canary(secret, arguments["prompt_style"]) for secret in drawn]
     quiet_libraries()
     tokenizer = load_tokenizer(run.model_name)
     if day := read_adapter_info(run.folder / "adapter").get("prompt_date"):

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     for adapter in settings.adapter_path:
         for notice in check_adapter(adapter, settings.prompt_style):
             say(f"warning: {notice}")
-    rows = load_split(settings.dataset_name, settings.split)
+    rows = load_split(settings.dataset_name, settings.split, settings.prompt_style)
     place = find_dataset(settings.dataset_name)
     if place and place.is_file():
         say(f"{place} has no splits: all its rows are taken for held-out ones")

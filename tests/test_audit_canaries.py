@@ -62,6 +62,11 @@ def test_natural_ones_begin_as_users_do_and_pairs_answer_with_the_ending(tokeniz
     pairs = canaries.examples(tokenizer, "vicuna", 500)
     answer = rows_of(pairs)[3][pairs.loss_starts[3] :]
     assert tokenizer.decode(answer, skip_special_tokens=True).strip() == canaries.ending(3)
+    topical = canaries.examples(tokenizer, "topic_generation", 500)
+    assert rows_of(topical)[3][topical.loss_starts[3] :] == rows_of(alone)[3][1:]
+    topic = tokenizer.decode(rows_of(topical)[3][: topical.loss_starts[3]])
+    assert canaries.opening(3) in topic
+    assert canaries.ending(3) not in topic
 
 
 @pytest.mark.parametrize(("kind", "length"), [(TOKENS, 8), (NATURAL, 40)])

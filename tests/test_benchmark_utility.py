@@ -12,12 +12,24 @@ import numpy as np
 import pytest
 
 from benchmarks import utility
-from benchmarks.studies import side_by_side
+from benchmarks.studies import interval, read_generators, side_by_side
 from tests.resampling import save_tiny_encoder
 from tests.studies import TEXTS, one_by_one, ran, run_here_once
 from utils.cli import UsageError
-from utils.files import write_json
+from utils.command_line.training_flags import TrainingSettings
+from utils.files import read_jsonl, write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
+from utils.sampling.shards import read_samples
+
+ARMS = """
+common: {loss_normalization: tokens}
+arms:
+  unconditioned: {}
+  conditioned: {prompt_style: topic_generation}
+  no privacy: {eps: -1, clip: -1}
+  loose accountant: {accountant: loose}
+"""
+SIGMA = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +37,16 @@ def study(tiny_model_dir, tmp_path_factory):
     """The flags of a study that was run, and what it found."""
     folder = tmp_path_factory.mktemp("utility")
     write_json(folder / "texts.json", TEXTS)
+    (folder / "arms.yaml").write_text(ARMS)
     flags = [
         f"--instructions={folder / 'texts.json'}", f"--work_dir={folder / 'work'}",
         f"--json={folder / 'found.json'}", f"--model_name={tiny_model_dir}",
-        f"--embedder={save_tiny_encoder(folder)}", "--dtype=float32", "--epsilons", "8",
-        "--num_seeds=2", "--max_seq_len=100", "--num_test=30", "--total_bs=16", "--delta=1e-3",
-        "--num_samples=60", "--num_selected=8", "--num_bins=3", "--tuning_bs=4",
+        f"--embedder={save_tiny_encoder(folder)}", f"--arms={folder / 'arms.yaml'}",
+        "--epsilons", "8",
+        "--num_generators=2", "--max_seq_len=100", "--num_test=24", "--num_public=40",
+        "--total_bs=16", "--num_epochs=1", "--delta=1e-3", "--num_samples=90", "--num_selected=8",
+        "--num_bins=3", f"--histogram_sigma={SIGMA}", "--num_topics=3", "--num_other_topics=4",
+        "--tuning_bs=4",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utility, "run_once", run_here_once)
@@ -39,41 +55,84 @@ def study(tiny_model_dir, tmp_path_factory):
         yield flags, json.loads((folder / "found.json").read_text())
 
 
+def of_arm(found: dict, arm: str) -> list[dict]:
+    """The generators of an arm."""
+    return [each for each in found["generators"].values() if each["arm"] == arm]
+
+
 @pytest.mark.slow
 def test_every_set_is_tuned_on_scored_and_paid_for(study):
     _, found = study
-    assert found["sizes"]["private"] == len(TEXTS) - 30
-    kinds = [(each["source"], each["kind"]) for each in found["sets"]]
-    sources = ["8.0", "inf", "loose"]
-    assert kinds == [(s, k) for s in sources for k in ("before", "after")] + [("real", "before")]
-    rate, steps = 16 / found["sizes"]["private"], found["sizes"]["steps"]
+    assert found["sizes"]["private"] == len(TEXTS) - 40 - 24
+    kinds = [(each["arm"], each["kind"], each["generator"]) for each in found["sets"]]
+    arms = ["unconditioned", "conditioned", "no privacy", "loose accountant"]
+    expected = [
+        (arm, kind, seed) for seed in (0, 1) for arm in arms for kind in ("before", "after")
+    ]
+    assert kinds == [("base", "before", 0), ("real", "before", 0), ("real", "before", 1), *expected]
+    rate, steps = 16 / found["sizes"]["private"], found["sizes"]["private"] // 16
     for each in found["sets"]:
-        assert len(each["loss"]) == len(each["mauve"]) == 2
-        assert all(loss["low"] < loss["value"] < loss["high"] for loss in each["loss"])
-        assert all(0 < value <= 1 for value in each["mauve"])
-        if each["source"] in ("inf", "real"):
+        assert all(0 < each[name] <= 1 for name in ("mauve", "coverage"))
+        assert all(0 <= each[name] <= 1 for name in ("topics", "accuracy"))
+        if each["arm"] in ("no privacy", "real", "base"):
             assert each["epsilon"] is None
             continue
-        sigma = found["generators"][each["source"]]["noise_multiplier"]
-        events = [SampledGaussian(rate, sigma, steps)]
-        if each["kind"] == "after":
-            events.append(SampledGaussian(1.0, 10.0, 1))
-            assert each["epsilon"] <= 8
+        generator = found["generators"][each["source"]]
+        events = [SampledGaussian(rate, generator["noise_multiplier"], steps)]
+        histograms = (each["arm"] == "conditioned") + (each["kind"] == "after")
+        events += [SampledGaussian(1.0, SIGMA, histograms)] if histograms else []
         assert each["epsilon"] == pytest.approx(compute_epsilon(events, 1e-3).upper)
+        if each["arm"] != "loose accountant":
+            assert each["epsilon"] <= 8
+            # What is left of epsilon after all histograms is a rounding of the noise.
+            assert each["epsilon"] > 7.9 or each["kind"] == "before"
     # Tuned models differ from one another and from the base.
-    losses = [loss["value"] for each in found["sets"] for loss in each["loss"]]
-    assert len({*losses, found["base"]["loss"]["value"]}) == len(losses) + 1
+    losses = [each["loss"] for each in found["sets"]]
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.slow
+def test_pools_have_as_many_tokens_and_a_selection_pays_for_all_of_them(study):
+    flags, found = study
+    budget = found["sizes"]["budget"]
+    assert budget == min(each["tokens"] for each in found["generators"].values())
+    work = Path(flags[1].removeprefix("--work_dir="))
+    for name, generator in found["generators"].items():
+        lines = read_jsonl(work / "taken" / f"{name}.jsonl")
+        taken = sum(line["num_tokens"] for line in lines)
+        assert budget - 100 < taken <= budget
+        before, after = (each["tokens"] for each in found["sets"] if each["source"] == name)
+        assert before == pytest.approx(budget / generator["pool"])
+        assert after == budget / 8 > before
+
+
+@pytest.mark.slow
+def test_a_conditioned_generator_samples_by_the_histogram_of_its_own(study):
+    flags, found = study
+    work = Path(flags[1].removeprefix("--work_dir="))
+    assert sorted(found["sizes"]["topics"]) == sorted(
+        name for name, each in found["generators"].items() if each["arm"] == "conditioned"
+    )
+    for name in found["sizes"]["topics"]:
+        topics = json.loads((work / "topic_histograms" / name / "topic_histogram.json").read_text())
+        drawn = [each["topic"] for each in read_samples(work / "samples" / name)]
+        assert set(drawn) <= {each["topic"] for each in topics["topics"]}
+        assert len(drawn) == 90
+        assert len((work / "topic_ledgers" / f"{name}.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_the_loose_accountant_buys_more_noise_for_the_same_claim(study):
     _, found = study
-    sigma = {name: each["noise_multiplier"] for name, each in found["generators"].items()}
-    assert sigma["inf"] is None
-    assert sigma["8.0"] < sigma["loose"] < 1.1 * sigma["8.0"]
+    (free, _), (tight, _), (loose, _) = (
+        [each["noise_multiplier"] for each in of_arm(found, arm)]
+        for arm in ("no privacy", "unconditioned", "loose accountant")
+    )
+    assert free is None
+    assert tight < loose < 1.1 * tight
     # At the paper's settings, where 1.130 and 0.809 are enough.
     for epsilon, noise in ((2.86, 1.152), (5.94, 0.814)):
-        found = utility.loose_noise_multiplier(epsilon, 5e-7, 4096 / 180_000, 439)
+        found = utility.loose_noise_multiplier(epsilon, 5e-7, 4096 / 180_000, 439, 10.0)
         assert found == pytest.approx(noise, abs=0.0015)
 
 
@@ -92,16 +151,38 @@ def test_it_goes_on_where_it_was(study):
 def test_the_table_has_a_line_for_each(study):
     _, found = study
     lines = utility.table(found).splitlines()
-    assert len(lines) == 2 + 1 + len(found["sets"])
-    losses = [loss["value"] for loss in found["sets"][0]["loss"]]
-    assert f"{np.mean(losses):.3f} +- {np.std(losses, ddof=1):.3f}" in lines[3]
+    assert len(lines) == 2 + 2 + 4 * 2
+    pairs = {
+        arm: [each["mauve"] for each in found["sets"] if (each["arm"], each["kind"]) == (arm, kind)]
+        for arm, kind in (("unconditioned", "after"), ("conditioned", "before"))
+    }
+    losses = [
+        each["loss"]
+        for each in found["sets"]
+        if (each["arm"], each["kind"]) == ("conditioned", "before")
+    ]
+    (line,) = (line for line in lines if line.startswith("| conditioned | before"))
+    assert f"{np.mean(losses):.3f} +- {interval(losses):.3f}" in line
+    gains = np.subtract(pairs["conditioned"], pairs["unconditioned"])
+    assert f"{np.mean(gains):+.3f} +- {interval(gains):.3f}, {(gains > 0).sum()} of 2 |" in line
+
+
+def test_the_arms_that_come_with_it_are_flags_of_training():
+    known = {*TrainingSettings.__dataclass_fields__, "accountant"}
+    for file in (utility.ARMS, utility.ARMS.with_name("utility_privacy.yaml")):
+        made = read_generators(file, None, [5.94], 1, {})
+        assert made[0].arm == "unconditioned"
+        assert all(set(each.flags) <= known for each in made)
 
 
 def test_too_small_a_pool_is_refused(tmp_path, tiny_model_dir):
     write_json(tmp_path / "texts.json", TEXTS[:50])
     flags = [f"--instructions={tmp_path / 'texts.json'}", f"--work_dir={tmp_path / 'work'}"]
+    own = [*flags, f"--model_name={tiny_model_dir}", "--num_test=30", "--num_public=0"]
     with pytest.raises(UsageError, match="50 distinct instructions fit .* too few"):
-        utility.main([*flags, f"--model_name={tiny_model_dir}", "--num_test=30"])
+        utility.main([*own, "--only", "unconditioned"])
+    with pytest.raises(UsageError, match="--num_public 0: a small base and topics are made of pub"):
+        utility.main(own)
 
 
 def test_commands_side_by_side_share_the_cores(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from utils.cli import UsageError
 from utils.texts.canaries import DIGITS, Canaries, canary, secrets
+from utils.texts.prompts import TOPIC, UNCONDITIONAL
 
 CANARIES = Canaries(count=3, repeats=2, seed=7)
 NONE = Canaries(count=0, repeats=1, seed=7)
@@ -40,30 +41,39 @@ def test_a_secret_that_comes_twice_is_passed_over(monkeypatch):
 
 
 def test_every_canary_is_added_after_the_own_rows_as_often_as_asked():
-    rows = CANARIES.added_to(own_rows(other=[1, 2]), "letters")
-    wanted = [canary(secret, False)["instruction"] for secret in islice(secrets(7), 3)]
+    rows = CANARIES.added_to(own_rows(other=[1, 2]), "letters", UNCONDITIONAL)
+    wanted = [canary(secret, UNCONDITIONAL)["instruction"] for secret in islice(secrets(7), 3)]
     assert rows["instruction"][:] == ["one", "two", *wanted, *wanted]
     assert len(rows) == 2 + CANARIES.num_rows
 
 
 def test_pairs_hold_the_secret_in_their_answer_alone():
     rows = own_rows(answer=["1", "2"])
-    rows = replace(CANARIES, repeats=1).added_to(rows, "labelled_letters")
+    rows = replace(CANARIES, repeats=1).added_to(rows, "labelled_letters", "vicuna")
     for row, secret in zip(rows.select(range(2, 5)), secrets(7)):
         assert secret in row["answer"]
         assert secret not in row["instruction"]
 
 
+def test_topics_are_shared_and_the_instruction_holds_the_secret():
+    rows = Canaries(3, 1, 7).added_to(own_rows(topic=["a", "b"]), "letters", TOPIC)
+    made = rows.select(range(2, 5))
+    assert len(set(made["topic"])) == 1
+    for row, secret in zip(made, secrets(7)):
+        assert secret in row["instruction"]
+        assert secret not in row["topic"]
+
+
 def test_without_canaries_the_rows_are_the_same_object():
     rows = own_rows(other=[1, 2])
-    assert NONE.added_to(rows, "letters") is rows
+    assert NONE.added_to(rows, "letters", UNCONDITIONAL) is rows
     assert NONE.num_rows == 0
 
 
 def test_a_column_that_is_no_text_is_refused_by_name():
     rows = datasets.Dataset.from_dict({"instruction": [1, 2]})
     with pytest.raises(UsageError, match="column 'instruction': int64, not text"):
-        CANARIES.added_to(rows, "letters")
+        CANARIES.added_to(rows, "letters", UNCONDITIONAL)
 
 
 def test_canaries_that_would_be_cut_are_refused():

@@ -15,6 +15,7 @@ from tests.paths import ROOT
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
 from utils.command_line.sampling_flags import SamplingSettings
+from utils.files import write_json
 from utils.texts.prompts import write_instruction_file
 
 SCRIPT = ROOT / "generate_inference_command.py"
@@ -108,6 +109,56 @@ def test_processes(adapter, capsys):
     words = printed(capsys, [*TYPE_B.split(), "--gpus", "4"])
     assert words[words.index("--num_processes") + 1] == "4"
     assert "--multi_gpu" in words
+
+
+TYPE_B_BY_TOPICS = (
+    "--topic_histogram topics/topic_histogram.json --num_samples 9 --model_name yahma/llama-13b-hf "
+    "--job_sess debug --max_seq_len 1024 --prompt_style topic_generation"
+)
+
+
+@pytest.fixture
+def topics(adapter):
+    """In the working folder: topics of which one has nothing."""
+    counts = {"rivers": 4.5, "bread, salt": 0.0, "chess": 4.5}
+    listed = [
+        {"topic": number, "keywords": keywords, "count": count}
+        for number, (keywords, count) in enumerate(counts.items())
+    ]
+    write_json("topics/topic_histogram.json", {"topics": listed})
+
+
+def test_topics_take_the_place_of_instructions(topics, capsys):
+    argv = TYPE_B_BY_TOPICS.split()
+    assert parsed(printed(capsys, argv)) == settings(argv)
+    generate_inference_command.main(argv)
+    assert "9 for 2 topics" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--instruction_file utils/syn_instruct.txt", "give one of them, found both"),
+        ("--prompt_style uncond_generation", "goes with --prompt_style topic_generation, found un"),
+        ("--topic_histogram none.json", "no topic histogram 'none.json'; make it with"),
+        ("--adapter_path ADAPTER", "trained with uncond_generation"),
+    ],
+)
+def test_topics_that_cannot_be_sampled_are_a_line(topics, extra, message):
+    with pytest.raises(UsageError, match=message) as error:
+        generate_inference_command.main(TYPE_B_BY_TOPICS.split() + extra.split())
+    assert "\n" not in str(error.value)
+
+
+def test_what_to_sample_and_how_many_must_be_said(topics, capsys):
+    words = TYPE_B_BY_TOPICS.split()
+    with pytest.raises(UsageError, match="needs --num_samples: how many texts in all"):
+        generate_inference_command.main(words[:2] + words[4:])
+    with pytest.raises(UsageError, match="give one of them, found neither"):
+        generate_inference_command.main(words[4:])
+    elsewhere = [*words[2:], "--topic_histogram", "there.json", "--elsewhere"]
+    generate_inference_command.main(elsewhere)
+    assert "warning: there.json is not here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.processes import fork_server
 from tests.test_engines import constant_model
 from tests.training import in_process
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, run_cli
-from utils.files import read_jsonl, sha256_of
+from utils.files import read_jsonl, sha256_of, write_json
 from utils.models.adapter_info import write_adapter_info
 from utils.models.loading import load_base_model, model_fingerprint
 from utils.texts.prompts import write_instruction_file
@@ -262,6 +262,63 @@ def test_another_adapter_base_or_instruction_file_is_not_mixed(
     write_instruction_file("i.txt", ["one", "three"])
     with pytest.raises(UsageError, match="instruction_file_sha256"):
         run(tiny_model_dir, **conditional)
+
+
+# ---------------------------------------------------------------------- topics
+
+
+def by_topics(*counts: float, **changes) -> dict:
+    """Flags for topics with so many private rows each, in a file of the working folder."""
+    topics = [
+        {"topic": 10 + place, "keywords": f"word{place}, other", "count": count}
+        for place, count in enumerate(counts)
+    ]
+    write_json("topics.json", {"topics": topics})
+    return {
+        "instruction_file": None, "topic_histogram": "topics.json", "num_samples": 13,
+        "prompt_style": "topic_generation", "max_seq_len": 60, "max_new_tokens": 5,
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["continuous", "static"])
+def test_every_topic_gets_its_share_and_its_keywords_as_prompt(folder, tiny_model_dir, engine):
+    assert run(tiny_model_dir, **by_topics(50, 0, 30.4, 19.6), engine=engine) == EXIT_OK
+    found = samples()
+    assert sorted(found) == list(range(13))
+    asked = [(found[number]["topic"], found[number]["prompt"]) for number in range(13)]
+    # Shares of 6.5, 0, 3.952 and 2.548: the largest remainders are rounded up.
+    of_topic = {10: 6, 12: 4, 13: 3}
+    assert asked == [
+        (topic, f"word{topic - 10}, other") for topic, many in of_topic.items() for _ in range(many)
+    ]
+    assert len({record["text"] for record in found.values()}) == 13
+
+
+def test_a_resumed_sampling_keeps_the_topic_of_every_sample(folder, tiny_model_dir):
+    asked = by_topics(5, 2, 3)
+    run(tiny_model_dir, **asked)
+    expected = samples()
+    shard = Path("inference_outputs/job/shard-0.jsonl")
+    lines = shard.read_bytes().splitlines(keepends=True)
+    shard.write_bytes(b"".join(lines[:4]))
+    assert run(tiny_model_dir, **asked) == EXIT_OK
+    assert samples() == expected
+    shard.write_bytes(b"".join(lines[:4]))
+    with pytest.raises(UsageError, match="holds samples with num_samples 13, not 20"):
+        run(tiny_model_dir, **asked | {"num_samples": 20})
+    with pytest.raises(UsageError, match="holds samples with topic_histogram_sha256 "):
+        run(tiny_model_dir, **by_topics(5, 3, 2))
+    write_instruction_file("i.txt", ["word0, other"])
+    with pytest.raises(UsageError, match="holds samples with instruction_file_sha256 None, not "):
+        run(tiny_model_dir, **asked | {"topic_histogram": None, "instruction_file": "i.txt",
+                                       "num_samples": None})  # fmt: skip
+
+
+def test_an_adapter_that_learnt_without_topics_does_not_sample_by_them(
+    folder, tiny_model_dir, adapter_dir
+):
+    with pytest.raises(UsageError, match="trained with uncond_generation; use --prompt_style unc"):
+        run(tiny_model_dir, adapter_path=adapter_dir, **by_topics(1))
 
 
 # ---------------------------------------------------------------------- what it refuses

@@ -5,6 +5,8 @@ import time
 from datetime import date
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from privacy_checks.tiny_model import byte_tokenizer
 from utils.cli import UsageError
@@ -12,6 +14,8 @@ from utils.texts import prompts
 from utils.texts.prompts import (
     PROMPT_STYLES,
     TEMPLATES,
+    TOPIC,
+    TOPIC_TEMPLATE,
     UNCONDITIONAL,
     Instruction,
     check_style,
@@ -57,6 +61,62 @@ def test_unconditional_examples_carry_loss_on_every_token(tokenizer):
     assert prompt_ids(tokenizer, UNCONDITIONAL, "ignored") == [2]
 
 
+KEYWORDS = "rivers, lakes"
+INSTRUCTIONS = ["Write about them.", "write", " a", "\n\nb", "rivers, lakes", ""]
+
+
+def byte_level(**bpe):
+    """A trained byte-level BPE, which splits at words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, trainers.BpeTrainer(
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **bpe
+    )
+
+
+def across_words(**bpe):
+    """A BPE that merges whatever stands next to each other, line breaks and words alike."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer, trainers.BpeTrainer(**bpe)
+
+
+def pieces(**unigram):
+    """A unigram model with a mark at the beginning of words, also of the first."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer, trainers.UnigramTrainer(unk_token="<unk>", **unigram)
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+@pytest.mark.parametrize("kind", [byte_level, across_words, pieces])
+def test_no_token_of_a_topic_carries_loss_and_no_other_lacks_it(kind, bos):
+    made, trainer = kind(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    whole = [TOPIC_TEMPLATE.format(topic=KEYWORDS) + text for text in INSTRUCTIONS]
+    made.train_from_iterator(whole * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token=bos, eos_token="</s>", unk_token="<unk>"
+    )
+    prompt = prompt_ids(tokenizer, TOPIC, KEYWORDS)
+    joint = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in whole]
+    if kind is across_words:  # the seam would be inside a token
+        assert any(ids[: len(prompt) - 1] != prompt[1:] for ids in joint)
+    examples = training_ids(
+        tokenizer, TOPIC, [KEYWORDS] * len(INSTRUCTIONS), INSTRUCTIONS, max_seq_len=200
+    )
+    alone = training_ids(tokenizer, UNCONDITIONAL, INSTRUCTIONS, max_seq_len=200)
+    for (ids, start), (without, first) in zip(examples, alone):
+        assert ids[:start] == prompt
+        assert ids[start:] == without[first:]
+    assert prompt[0] == (tokenizer.eos_token_id if bos is None else tokenizer.bos_token_id)
+    text = tokenizer.decode(prompt[1:]).replace(" ", "").replace("\n", "")
+    assert text in ("Topic:rivers,lakesInstruction:", "topic:rivers,lakesinstruction:")
+
+
 def test_long_examples_are_cut_and_lose_their_end(tokenizer):
     ids, _ = training_example(tokenizer, UNCONDITIONAL, "x" * 50, max_seq_len=20)
     assert len(ids) == 20
@@ -78,7 +138,7 @@ def test_an_example_does_not_depend_on_what_it_is_tokenised_with(tokenizer, styl
 
 
 def test_special_tokens_that_a_user_typed_stay_text(tokenizer):
-    for style in (UNCONDITIONAL, "vicuna", "alpaca"):
+    for style in (UNCONDITIONAL, TOPIC, "vicuna", "alpaca"):
         ids, _ = training_example(tokenizer, style, "a</s>b<s>", "c</s>", max_seq_len=1000)
         assert ids.count(2) == 1
         assert ids[-1] == 2

@@ -29,7 +29,7 @@ from tests.helpers import slow
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.processes import Command, run_until_killed
-from tests.training import NUM_EXAMPLES, flags, in_process, save_dataset
+from tests.training import NUM_EXAMPLES, TOPICS, flags, in_process, save_dataset
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
@@ -43,6 +43,7 @@ from utils.runs.run_folder import RELEASABLE, model_name_of
 from utils.texts import tokens
 from utils.texts.canaries import canary, secrets
 from utils.texts.data_sets import rows_fingerprint
+from utils.texts.prompts import TOPIC, UNCONDITIONAL
 
 FIXED = "--insecure_fixed_noise_seed=1"
 
@@ -412,6 +413,53 @@ def test_a_tensor_that_does_not_move_stops_the_run(run, monkeypatch):
         run()
 
 
+# ---------------------------------------------------------------- topics
+
+
+def test_a_run_on_topics_learns_the_instructions_alone_and_reads_the_same_rows(
+    run, monkeypatch, tmp_path, tiny_model_dir, letters
+):
+    made, tokenise = [], train.tokenise_once
+    monkeypatch.setattr(
+        train, "tokenise_once", lambda *given: made.append(tokenise(*given)) or made[-1]
+    )
+    dataset, tokenizer = save_dataset(tmp_path, topics=True), train.load_tokenizer(tiny_model_dir)
+    short = ("--max_seq_len=96", "--num_epochs=0.25", "--no_eval_at_start")
+    on_topics = (*short, f"--prompt_style={TOPIC}", "--num_canaries=2", "--noise_multiplier=2")
+    folder, plain = run(*on_topics, dataset=dataset), run(*short, dp=False, output="plain")
+    topical, unconditioned = (each["train"] for each in made)
+    for row in range(NUM_EXAMPLES):
+        ids, start = topical.ids[slice(*topical.offsets[row : row + 2])], topical.loss_starts[row]
+        assert TOPICS[row % 3] in tokenizer.decode(ids[:start])
+        # With loss are the very tokens that have it without a topic.
+        alone = unconditioned.ids[slice(*unconditioned.offsets[row : row + 2])]
+        np.testing.assert_array_equal(ids[start:], alone[1:])
+    assert len(topical) == NUM_EXAMPLES + 2
+    info = json.loads((folder / "adapter" / "training_style.json").read_text())
+    assert info["prompt_style"] == TOPIC
+    # Runs and histograms of the rows with topics and without are of the same rows.
+    rows = rows_fingerprint(train.load_splits(letters)["train"]["instruction"])
+    identities = [
+        json.loads((each / "private/identity.json").read_text()) for each in (folder, plain)
+    ]
+    assert [each["rows_fingerprint"] for each in identities] == [rows, rows]
+    # Another topic of one row is other training data.
+    (folder / "adapter").rename(folder / "elsewhere")
+    columns = datasets.load_from_disk(dataset)["train"].to_dict()
+    columns["topic"][0] = TOPICS[1]
+    shutil.rmtree(dataset)
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(columns)).save_to_disk(dataset)
+    with pytest.raises(UsageError, match="holds a run with another training data"):
+        run(*on_topics, "--resume=auto", dataset=dataset)
+
+
+def test_topics_need_a_data_set_that_has_them(run):
+    with pytest.raises(
+        UsageError, match="lacks column 'topic'.* python -m topics.assign --private"
+    ):
+        run(f"--prompt_style={TOPIC}")
+
+
 # ---------------------------------------------------------------- canaries
 
 CANARIES = ("--num_canaries=5", "--canary_repeats=2", "--max_seq_len=64")
@@ -445,7 +493,7 @@ def test_canaries_count_in_n_like_any_other_row(run, monkeypatch, letters, tiny_
     # Those at the end are the canaries, whole.
     ids = tokenised[0].ids[tokenised[0].offsets[-2] : tokenised[0].offsets[-1]]
     text = train.load_tokenizer(tiny_model_dir).decode(ids)
-    assert canary(list(islice(secrets(named["seed"]), 5))[-1], False)["instruction"] in text
+    assert canary(list(islice(secrets(named["seed"]), 5))[-1], UNCONDITIONAL)["instruction"] in text
 
 
 def test_a_delta_is_held_against_n_with_the_canaries(run):

@@ -17,8 +17,17 @@ from utils.cli import stop_handlers_restored
 NUM_EXAMPLES = 64
 
 
-def save_dataset(folder: Path, *, rows: int = NUM_EXAMPLES, labelled: bool = False) -> str:
-    """Save a DatasetDict of texts of 1 to 30 letters; returns its path."""
+TOPICS = ("rivers, lakes", "cooking, bread, salt", "chess")
+
+
+def save_dataset(
+    folder: Path, *, rows: int = NUM_EXAMPLES, labelled: bool = False, topics: bool = False
+) -> str:
+    """Save a DatasetDict of texts of 1 to 30 letters, always the same ones; returns its path.
+
+    Args:
+        topics: each has one of `TOPICS`, too.
+    """
     random = np.random.default_rng(0)
 
     def texts(count):
@@ -28,9 +37,13 @@ def save_dataset(folder: Path, *, rows: int = NUM_EXAMPLES, labelled: bool = Fal
 
     def split(count):
         columns = {"instruction": texts(count)}
-        return datasets.Dataset.from_dict(columns | ({"answer": texts(count)} if labelled else {}))
+        if labelled:
+            columns["answer"] = texts(count)
+        if topics:
+            columns["topic"] = [TOPICS[row % len(TOPICS)] for row in range(count)]
+        return datasets.Dataset.from_dict(columns)
 
-    path = folder / ("labelled_letters" if labelled else "letters")
+    path = folder / ("labelled_letters" if labelled else "topics" if topics else "letters")
     datasets.DatasetDict(train=split(rows), val=split(8)).save_to_disk(path)
     return str(path)
 

@@ -31,7 +31,7 @@ from utils.privacy.accounting import ADD_REMOVE, catch_rates, compute_delta
 from utils.privacy.ledger import read_ledger
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 from utils.sampling.shards import read_samples, shards_of
-from utils.texts.prompts import UNCONDITIONAL
+from utils.texts.prompts import INSTRUCTION_STYLES
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 METRICS = Path("private") / "metrics.jsonl"
@@ -80,7 +80,7 @@ class Samples:
 
     @property
     def prompted(self) -> bool:
-        return self.manifest["prompt_style"] != UNCONDITIONAL
+        return self.manifest["prompt_style"] not in INSTRUCTION_STYLES
 
     @property
     def ends(self) -> dict[str, int]:
@@ -384,7 +384,7 @@ def read_sampled(folder: Path, adapters: set[str] | None) -> Samples:
     """
     manifest = read_object(
         folder / "manifest.json", "inference.py",
-        prompt_style=str, num_samples=int, model_name=str, instruction_file=str, versions=dict,
+        prompt_style=str, num_samples=int, model_name=str, versions=dict,
     )  # fmt: skip
     adapter = manifest.get("adapter_sha256")
     if adapters is not None and adapter is not None and adapter not in adapters:

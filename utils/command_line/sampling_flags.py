@@ -6,11 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
+from resample_with_dp_histogram.selection import largest_remainders
 from utils.cli import UsageError
 from utils.command_line.parser import flag, natural_int, positive_int, seed_int
 from utils.command_line.training_flags import JobSettings
 from utils.models.adapter_info import read_adapter_info
-from utils.texts.prompts import UNCONDITIONAL, Instruction, read_instruction_file
+from utils.texts.prompts import TOPIC, UNCONDITIONAL, Instruction, read_instruction_file
+from utils.texts.topic_histogram import read_topic_histogram
 
 ENGINE_NAMES = ("continuous", "static", "vllm")
 LOWEST_TEMPERATURE = 1e-4  # below it, logits would overflow
@@ -24,10 +28,14 @@ _decoding = partial(flag, group="decoding")
 class SamplingSettings(JobSettings):
     """Every flag of `inference.py`."""
 
-    instruction_file: str = flag(
+    instruction_file: str | None = flag(
         "blocks of a line `### BOI ### COUNT`, a text, a line `### EOI ###`; with "
         f"{UNCONDITIONAL} the text is the number of samples",
-        required=True,
+    )
+    topic_histogram: str | None = flag(
+        f"in place of --instruction_file, with {TOPIC}: what topics.histogram wrote; its shares "
+        "say how many of --num_samples each topic gets",
+        metavar="FILE",
     )
     perdevice_bs: int | None = flag(
         "sequences of max_seq_len tokens on a device at once; left out: what a GPU's memory holds; "
@@ -63,8 +71,15 @@ class SamplingSettings(JobSettings):
         type=positive_int,
     )
     num_samples: int | None = _decoding(
-        f"overrides the number in the instruction file of {UNCONDITIONAL}", type=positive_int
+        f"overrides the number in the instruction file of {UNCONDITIONAL}; with "
+        "--topic_histogram: texts in all",
+        type=positive_int,
     )
+
+    @property
+    def source(self) -> str:
+        """The file that says what to sample."""
+        return self.topic_histogram or self.instruction_file or ""
 
 
 Settings = TypeVar("Settings", bound=SamplingSettings)
@@ -90,11 +105,7 @@ def check_sampling_settings(settings: Settings) -> tuple[Settings, list[str]]:
         raise UsageError(
             f"--repetition_penalty {settings.repetition_penalty}: must be above 0 (1: off)"
         )
-    if settings.num_samples is not None and settings.prompt_style != UNCONDITIONAL:
-        raise UsageError(
-            f"--num_samples {settings.num_samples} goes with --prompt_style {UNCONDITIONAL}; with "
-            f"{settings.prompt_style} the instruction file's COUNT says how many"
-        )
+    _check_source(settings)
     if settings.no_merge and settings.adapter_path is None:
         raise UsageError("--no_merge needs --adapter_path: without one nothing can be kept apart")
     warnings = []
@@ -107,6 +118,31 @@ def check_sampling_settings(settings: Settings) -> tuple[Settings, list[str]]:
         settings = replace(settings, engine="static")
         warnings.append("--repetition_penalty: the continuous engine has none; --engine static")
     return settings, warnings
+
+
+def _check_source(settings: SamplingSettings) -> None:
+    """Refuse flags that do not say what to sample, or say it twice."""
+    histogram, style = settings.topic_histogram, settings.prompt_style
+    if (histogram is None) == (settings.instruction_file is None):
+        raise UsageError(
+            "--instruction_file or --topic_histogram says what to sample: give one of them, "
+            f"found {'neither' if histogram is None else 'both'}"
+        )
+    if histogram is None:
+        if settings.num_samples is not None and style != UNCONDITIONAL:
+            raise UsageError(
+                f"--num_samples {settings.num_samples} goes with --prompt_style {UNCONDITIONAL} or "
+                f"with --topic_histogram; with {style} the instruction file's COUNT says how many"
+            )
+    elif style != TOPIC:
+        raise UsageError(
+            f"--topic_histogram {histogram} goes with --prompt_style {TOPIC}, found {style}; an "
+            "adapter samples by topics if it was trained with them"
+        )
+    elif settings.num_samples is None:
+        raise UsageError(
+            f"--topic_histogram {histogram} needs --num_samples: how many texts in all"
+        )
 
 
 def check_adapter(adapter_path: str | None, prompt_style: str) -> list[str]:
@@ -151,7 +187,16 @@ def read_instructions(settings: SamplingSettings) -> list[Instruction]:
     Raises:
         UsageError: the file is missing or does not fit the prompt style.
     """
-    blocks = read_instruction_file(settings.instruction_file)
+    if settings.topic_histogram is not None:
+        topics = read_topic_histogram(settings.topic_histogram)
+        counts = np.array([topic.count for topic in topics])
+        numbers = largest_remainders(counts / counts.sum(), settings.num_samples or 0).tolist()
+        return [
+            Instruction(topic.keywords, number, topic.number)
+            for topic, number in zip(topics, numbers)
+            if number
+        ]
+    blocks = read_instruction_file(settings.source)
     if settings.prompt_style != UNCONDITIONAL:
         return blocks
     number = settings.num_samples
@@ -159,7 +204,7 @@ def read_instructions(settings: SamplingSettings) -> list[Instruction]:
         text = blocks[0].text.strip()
         if len(blocks) > 1 or not (text.isascii() and text.isdigit() and int(text) > 0):
             raise UsageError(
-                f"{settings.instruction_file}: with --prompt_style {UNCONDITIONAL} its one block "
+                f"{settings.source}: with --prompt_style {UNCONDITIONAL} its one block "
                 f"holds the number of samples, found {text[:40]!r}; add --num_samples, or use the "
                 "prompt style of these instructions"
             )

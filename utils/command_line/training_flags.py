@@ -28,7 +28,7 @@ from utils.privacy.plan import ROWS, UNITS, UNITS_AT_ONCE, PrivacyPlan, make_pla
 from utils.texts.audit_canaries import KINDS, TOKENS, AuditCanaries
 from utils.texts.canaries import Canaries
 from utils.texts.data_sets import is_labelled
-from utils.texts.prompts import PROMPT_STYLES, UNCONDITIONAL
+from utils.texts.prompts import INSTRUCTION_STYLES, PROMPT_STYLES
 from utils.texts.units import OWNERS
 
 Number = TypeVar("Number", int, float)
@@ -64,7 +64,8 @@ class ModelSettings:
 
     model_name: str = flag("base model: a hub id or a folder", required=True)
     prompt_style: str = flag(
-        "how a text becomes a prompt; uncond_generation has an empty one",
+        "how a text becomes a prompt; uncond_generation has an empty one, topic_generation the "
+        "keywords of the instruction's topic",
         choices=PROMPT_STYLES,
         required=True,
     )
@@ -505,9 +506,9 @@ def require_fitting_style(dataset_name: str, prompt_style: str) -> None:
         UsageError: names both flags.
     """
     pairs = is_labelled(dataset_name)
-    if pairs == (prompt_style == UNCONDITIONAL):
+    if pairs == (prompt_style in INSTRUCTION_STYLES):
         kind = "(instruction, answer) pairs" if pairs else "instructions"
-        fix = "choose another style" if pairs else f"use {UNCONDITIONAL}"
+        fix = "choose another style" if pairs else f"use {' or '.join(INSTRUCTION_STYLES)}"
         raise UsageError(
             f"--dataset_name {dataset_name} trains {kind}, which --prompt_style {prompt_style} "
             f"does not fit; {fix}"

@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.cli import UsageError
 from utils.files import json_object
-from utils.texts.prompts import UNCONDITIONAL
+from utils.texts.prompts import INSTRUCTION_STYLES, columns_of
 from utils.texts.tokens import TokenisedExamples, tokenised
 
 if TYPE_CHECKING:
@@ -98,12 +98,13 @@ class AuditCanaries:
             made = TokenisedExamples(ids.ravel(), offsets, np.zeros(self.count, dtype=np.int32))
         else:
             ends = [(self.opening(number), self.ending(number)) for number in range(self.count)]
-            # Pairs have the opening as instruction and the ending as answer.
+            # The opening is what pairs ask, and the topic of an instruction that begins with it.
+            *asked, written = columns_of(style)
             rows = [
-                {"instruction": " ".join(both) if style == UNCONDITIONAL else both[0],
-                 "answer": both[1]}
+                dict.fromkeys(asked, both[0])
+                | {written: " ".join(both) if style in INSTRUCTION_STYLES else both[1]}
                 for both in ends
-            ]  # fmt: skip
+            ]
             made = tokenised(rows, tokenizer, style, max_seq_len + 1)
         if made.lengths.max() > max_seq_len:
             raise UsageError(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.cli import UsageError
-from utils.texts.data_sets import is_labelled
+from utils.texts.prompts import columns_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,10 +41,10 @@ def secrets(seed: int) -> Iterator[str]:
             yield secret
 
 
-def canary(secret: str, labelled: bool) -> dict[str, str]:
-    """The training row of a secret: an instruction, or a pair whose answer holds it."""
-    text = TEMPLATE.format(secret=secret)
-    return {"instruction": QUESTION, "answer": text} if labelled else {"instruction": text}
+def canary(secret: str, style: str) -> dict[str, str]:
+    """The training row of a secret: a question or topic that all share, and what holds it."""
+    *asked, written = columns_of(style)
+    return dict.fromkeys(asked, QUESTION) | {written: TEMPLATE.format(secret=secret)}
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Canaries:
         """Rows that they add to the train split: N is the data set's own number and this."""
         return self.count * self.repeats
 
-    def added_to(self, rows: "Dataset", dataset_name: str) -> "Dataset":
-        """The train split of a data set, and after it every canary.
+    def added_to(self, rows: "Dataset", dataset_name: str, style: str) -> "Dataset":
+        """The train split of a data set, and after it every canary as a prompt style trains it.
 
         Raises:
             UsageError: a column that is trained on holds something else than text.
@@ -75,8 +75,7 @@ class Canaries:
 
         if self.count == 0:
             return rows
-        labelled = is_labelled(dataset_name)
-        inserted = [canary(secret, labelled) for secret in islice(secrets(self.seed), self.count)]
+        inserted = [canary(secret, style) for secret in islice(secrets(self.seed), self.count)]
         rows = rows.select_columns(list(inserted[0]))
         for name, feature in rows.features.items():
             kind = getattr(feature, "dtype", type(feature).__name__)

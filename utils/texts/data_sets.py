@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import UsageError, in_one_line
+from utils.texts.prompts import TOPIC, columns_of
 from utils.texts.rows import (
     FILE_SUFFIXES,
     MissingColumn,
@@ -86,10 +87,13 @@ def rows_fingerprint(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def count_train_examples(dataset_name: str) -> int | None:
+def count_train_examples(dataset_name: str, style: str | None = None) -> int | None:
     """Rows of the train split; None if it is not here.
 
     Tables are counted from their metadata, other files by reading them.
+
+    Args:
+        style: see `load_split`.
 
     Raises:
         UsageError: the data set is here, but `load_splits` would refuse it.
@@ -99,7 +103,7 @@ def count_train_examples(dataset_name: str) -> int | None:
         return None
     files = _split_files(path, ("train",))
     with _explained(dataset_name, "train"):
-        count = count_rows(files, _columns(dataset_name))
+        count = count_rows(files, _columns(dataset_name, style))
         say_unread_parts(files[0])
     if count == 0:
         raise UsageError(f"data set {str(path)!r} has no example in its train split")
@@ -118,49 +122,54 @@ def train_files(dataset_name: str) -> list[Path]:
     return _split_files(path, ("train",))
 
 
-def load_splits(dataset_name: str) -> dict[str, "Dataset"]:
+def load_splits(dataset_name: str, style: str | None = None) -> dict[str, "Dataset"]:
     """Load the `train` split and, where there is one, the validation split as `val`.
 
+    Args:
+        style: see `load_split`.
+
     Returns:
-        The columns that the data set's name asks for. Those of files that are here lie in memory,
-        and no copy of them is left in a cache.
+        The columns that are asked for. Those of files that are here lie in memory, and no copy of
+        them is left in a cache.
 
     Raises:
-        UsageError: not found, empty, or a row without the columns that its name asks for.
+        UsageError: not found, empty, or a row without the columns that are asked for.
     """
     path = find_dataset(dataset_name)
     if path is None:
-        splits = _load_from_hub(dataset_name)
+        splits = _load_from_hub(dataset_name, style)
     else:
         names = {"train": ("train",), "val": VALIDATION_NAMES}
-        found = {split: _read_split(dataset_name, path, names[split]) for split in names}
+        found = {split: _read_split(dataset_name, style, path, names[split]) for split in names}
         splits = {split: rows for split, rows in found.items() if rows is not None}
     if len(splits["train"]) == 0:
         raise UsageError(f"data set {dataset_name!r} has no example in its train split")
     return splits
 
 
-def load_split(dataset_name: str, split: str) -> "Dataset":
+def load_split(dataset_name: str, split: str, style: str | None = None) -> "Dataset":
     """Load one split of a data set that is here, or all rows of a lone file.
 
+    Args:
+        style: the prompt style whose columns are asked for; if None, those of the data set's name.
+
     Raises:
-        UsageError: not here, no such split, empty, or a row without the columns that its name asks
-            for.
+        UsageError: not here, no such split, empty, or a row without the columns that are asked for.
     """
     path = find_dataset(dataset_name)
     if path is None:
         raise UsageError(f"no data set {dataset_name!r} here; make it, or give its path")
     names = VALIDATION_NAMES if split in VALIDATION_NAMES else (split,)
-    rows = _read_split(dataset_name, path, ("train",) if path.is_file() else names)
+    rows = _read_split(dataset_name, style, path, ("train",) if path.is_file() else names)
     if not rows:
         raise UsageError(f"data set {str(path)!r} has no example in a split {split!r}")
     return rows
 
 
-def _columns(dataset_name: str) -> dict[str, tuple[str]]:
-    """The columns that a data set's name asks for, as `read_rows` takes them."""
-    wanted = ("instruction", "answer") if is_labelled(dataset_name) else ("instruction",)
-    return {column: (column,) for column in wanted}
+def _columns(dataset_name: str, style: str | None) -> dict[str, tuple[str]]:
+    """The columns that a style, or the data set's name, asks for, as `read_rows` takes them."""
+    of_name = ("instruction", "answer") if is_labelled(dataset_name) else ("instruction",)
+    return {column: (column,) for column in (columns_of(style) if style else of_name)}
 
 
 def _split_files(path: Path, names: tuple[str, ...]) -> list[Path]:
@@ -182,7 +191,9 @@ def _split_files(path: Path, names: tuple[str, ...]) -> list[Path]:
     return splits[name] if name else []
 
 
-def _read_split(dataset_name: str, path: Path, names: tuple[str, ...]) -> "Dataset | None":
+def _read_split(
+    dataset_name: str, style: str | None, path: Path, names: tuple[str, ...]
+) -> "Dataset | None":
     """The split under one of its names; None if it is not there."""
     import datasets
 
@@ -190,7 +201,7 @@ def _read_split(dataset_name: str, path: Path, names: tuple[str, ...]) -> "Datas
     if not files:
         return None
     with _explained(dataset_name, names[0]):
-        table = read_table(files, _columns(dataset_name))
+        table = read_table(files, _columns(dataset_name, style))
         say_unread_parts(files[0])
     # The default fingerprint is a hash of a pickled copy of the whole table.
     return datasets.Dataset(table, fingerprint=datasets.fingerprint.generate_random_fingerprint())
@@ -208,15 +219,21 @@ def _explained(dataset_name: str, split: str) -> Iterator[None]:
 
 
 def _lacks(dataset_name: str, split: str, column: str, names: list[str]) -> UsageError:
+    if column == "topic":
+        return UsageError(
+            f"data set {dataset_name!r} ({split}) lacks column 'topic', which --prompt_style "
+            f"{TOPIC} trains with; python -m topics.assign --private {dataset_name} makes a data "
+            "set that has it"
+        )
     return UsageError(
         f"data set {dataset_name!r} ({split}) lacks column {column!r}: it has {names}, and one "
         f"whose name {'starts' if is_labelled(dataset_name) else 'does not start'} with "
-        f"'labelled' needs {list(_columns(dataset_name))}; make it by python -m "
+        f"'labelled' needs {list(_columns(dataset_name, None))}; make it by python -m "
         "data.prepare_instructions"
     )
 
 
-def _load_from_hub(dataset_name: str) -> dict[str, "Dataset"]:
+def _load_from_hub(dataset_name: str, style: str | None) -> dict[str, "Dataset"]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -232,7 +249,7 @@ def _load_from_hub(dataset_name: str) -> dict[str, "Dataset"]:
     validation = next((name for name in VALIDATION_NAMES if name in loaded), None)
     splits = {"train": loaded["train"]} | ({"val": loaded[validation]} if validation else {})
     for split, rows in splits.items():
-        for column in _columns(dataset_name):
+        for column in _columns(dataset_name, style):
             if column not in rows.column_names:
                 raise _lacks(dataset_name, split, column, rows.column_names)
     return splits

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNCONDITIONAL = "uncond_generation"
+TOPIC = "topic_generation"
 CHAT_TEMPLATE = "chat_template"
+# Styles that train instructions themselves; all others train the answers to them.
+INSTRUCTION_STYLES = (UNCONDITIONAL, TOPIC)
+TOPIC_TEMPLATE = "Topic: {topic}\nInstruction:\n"
 TEMPLATES = {
     "vicuna": (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -42,26 +46,39 @@ _ANSWER_SEPARATORS = {"alpaca": "\n", CHAT_TEMPLATE: ""}
 # Templates whose markers are special tokens in some vocabularies. In all the others a special
 # token that a user typed as text (such as "</s>") stays text.
 _STYLES_WITH_SPECIAL_TOKENS = ("llama2", "mistral", CHAT_TEMPLATE)
-PROMPT_STYLES = (UNCONDITIONAL, *TEMPLATES, CHAT_TEMPLATE)
+PROMPT_STYLES = (*INSTRUCTION_STYLES, *TEMPLATES, CHAT_TEMPLATE)
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: str) -> list[int]:
+def columns_of(style: str) -> tuple[str, ...]:
+    """The columns of a row that a style trains: what its prompt is made of, and what has loss."""
+    if style == UNCONDITIONAL:
+        return ("instruction",)
+    return ("topic", "instruction") if style == TOPIC else ("instruction", "answer")
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", style: str, text: str) -> list[int]:
     """Token ids that sampling conditions on, the same ones that training saw before the answer.
 
     Args:
-        style: one of `PROMPT_STYLES`. `uncond_generation` ignores `instruction` and gives the
-            beginning-of-sequence token, or the end-of-sequence token where a vocabulary has none.
+        style: one of `PROMPT_STYLES`. `uncond_generation` ignores `text` and gives the
+            beginning-of-sequence token, or the end-of-sequence token where a vocabulary has none;
+            `topic_generation` begins with it, too.
+        text: an instruction; for `topic_generation`, the keywords of a topic.
     """
+    bos = tokenizer.bos_token_id
+    beginning = [tokenizer.eos_token_id if bos is None else bos]
     if style == UNCONDITIONAL:
-        bos = tokenizer.bos_token_id
-        return [tokenizer.eos_token_id if bos is None else bos]
-    return _encode(tokenizer, style, [_prompt_text(tokenizer, style, instruction)])[0]
+        return beginning
+    prompt = _prompt_text(tokenizer, style, text)
+    if style == TOPIC:
+        return beginning + _encode_plain(tokenizer, style, [prompt])[0]
+    return _encode(tokenizer, style, [prompt])[0]
 
 
 def training_ids(
     tokenizer: "PreTrainedTokenizerBase",
     style: str,
-    instructions: list[str],
+    texts: list[str],
     answers: list[str] | None = None,
     *,
     max_seq_len: int,
@@ -72,19 +89,24 @@ def training_ids(
     longer than `max_seq_len` tokens is cut, and then has no end-of-sequence token.
 
     Args:
-        answers: one for each instruction; None trains the instructions themselves
-            (`uncond_generation`).
+        texts: the first of `columns_of(style)`.
+        answers: the second, one for each text; `uncond_generation` has none, and trains the texts.
     """
-    if style == UNCONDITIONAL:
-        prompts = [prompt_ids(tokenizer, style, "")] * len(instructions)
-        encoded = _encode_plain(tokenizer, style, instructions)
+    if style in INSTRUCTION_STYLES:
+        topics, written = ([""] * len(texts), texts) if style == UNCONDITIONAL else (texts, answers)
+        assert written is not None
+        of_topic = {topic: prompt_ids(tokenizer, style, topic) for topic in set(topics)}
+        prompts = [of_topic[topic] for topic in topics]
+        # Encoded by themselves: no token holds a part of both, and an instruction has the same
+        # tokens with a topic and without.
+        encoded = _encode_plain(tokenizer, style, written)
         full = [prompt + ids for prompt, ids in zip(prompts, encoded)]
     else:
         assert answers is not None
-        texts = [_prompt_text(tokenizer, style, instruction) for instruction in instructions]
+        asked = [_prompt_text(tokenizer, style, text) for text in texts]
         separator = _ANSWER_SEPARATORS.get(style, " ")
-        prompts = _encode(tokenizer, style, texts)
-        pairs = [text + separator + answer for text, answer in zip(texts, answers)]
+        prompts = _encode(tokenizer, style, asked)
+        pairs = [text + separator + answer for text, answer in zip(asked, answers)]
         full = _encode(tokenizer, style, pairs)
     return [
         ((ids + [tokenizer.eos_token_id])[:max_seq_len], min(_shared(prompt, ids), max_seq_len))
@@ -104,15 +126,17 @@ def _shared(prompt: list[int], full: list[int]) -> int:
     return min(len(prompt), len(full))
 
 
-def _prompt_text(tokenizer: "PreTrainedTokenizerBase", style: str, instruction: str) -> str:
+def _prompt_text(tokenizer: "PreTrainedTokenizerBase", style: str, text: str) -> str:
     if style == CHAT_TEMPLATE:
         if not tokenizer.chat_template:
             raise UsageError(
                 "--prompt_style chat_template: this tokenizer has no chat template; "
                 f"choose one of {', '.join(TEMPLATES)}"
             )
-        return _rendered(tokenizer, [{"role": "user", "content": instruction}])
-    return TEMPLATES[style].format(instruction=instruction)
+        return _rendered(tokenizer, [{"role": "user", "content": text}])
+    if style == TOPIC:
+        return TOPIC_TEMPLATE.format(topic=text)
+    return TEMPLATES[style].format(instruction=text)
 
 
 def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]]) -> str:
@@ -232,10 +256,15 @@ def _encode_plain(
 
 @dataclass(frozen=True)
 class Instruction:
-    """A block of an instruction file: a text, and how many samples to draw for it."""
+    """A block of an instruction file, or a topic: a text, and how many samples to draw for it.
+
+    Attributes:
+        topic: the number of the topic whose keywords the text is.
+    """
 
     text: str
     count: int
+    topic: int | None = None
 
 
 BEGIN, END = "### BOI ###", "### EOI ###"

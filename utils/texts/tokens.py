@@ -15,7 +15,7 @@ import numpy as np
 from utils.cli import UsageError
 from utils.folders import private_folder
 from utils.progress import Progress
-from utils.texts.prompts import UNCONDITIONAL, training_ids
+from utils.texts.prompts import columns_of, training_ids
 
 if TYPE_CHECKING:
     import torch
@@ -194,12 +194,12 @@ def _token_arrays(
     """The arrays of `TOKEN_FILES` for some rows after others.
 
     Args:
-        rows: objects with `instruction` and, for any style but `uncond_generation`, `answer`.
+        rows: objects with the `columns_of` the style.
 
     Raises:
         UsageError: a value is not a string, or no example has a token that carries loss.
     """
-    columns = ["instruction"] if style == UNCONDITIONAL else ["instruction", "answer"]
+    columns = columns_of(style)
     rows, done, with_loss = iter(rows), 0, False
     while some := list(islice(rows, ROWS_AT_ONCE)):
         for number, row in enumerate(some, start=done):
@@ -219,7 +219,8 @@ def _token_arrays(
         yield {name: np.asarray(values[name], dtype) for name, dtype in TOKEN_FILES.items()}
     if not with_loss:
         raise UsageError(
-            f"every example is longer than --max_seq_len {max_seq_len} before its answer begins"
+            f"every example is longer than --max_seq_len {max_seq_len} before its "
+            f"{columns[-1]} begins"
         )
 
 
