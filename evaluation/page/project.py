@@ -14,8 +14,7 @@ from typing import TypeVar
 from evaluation.page.material import Sources
 from evaluation.results import PRIVATE_FOLDER
 from query_gpt35_for_annotation.job import answers_file
-from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
-from resample_with_dp_histogram.resample import SELECTED_FILE
+from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, SELECTED_FILE
 from utils.cli import UsageError
 from utils.files import json_object
 from utils.folders import PREPARATION_FILE
