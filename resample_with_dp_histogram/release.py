@@ -43,7 +43,7 @@ class HistogramSettings:
     )
     ledger: Path | None = flag(
         "ledger of all histograms of this private dataset, appended to; "
-        f"{HISTOGRAM_LEDGER_FILE} in the folder that is counted if left out",
+        f"{HISTOGRAM_LEDGER_FILE} in the folder of what is counted if left out",
         group="privacy",
         type=Path,
     )
@@ -153,7 +153,7 @@ def prepare_release(
     """Look at the flags and the ledger before anything is spent.
 
     Args:
-        folder: that is counted; the ledger is in it where no flag names another.
+        folder: has the ledger where no flag names another.
         num_examples: N, where no flag states it.
         unit_column, owner: what N counts, see `record_histogram`.
 
