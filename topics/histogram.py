@@ -131,7 +131,10 @@ def say_topics(kept: list[dict], left_out: list[dict], least: float) -> None:
         say(f"{each['count']:>12,.1f}  {each['keywords']}")
     if left_out:
         names = "; ".join(f"{each['keywords']} ({each['count']:.1f})" for each in left_out)
-        say(f"left out, since their noisy count is below {least:g}: {names}")
+        say(
+            f"{len(left_out)} of {len(kept) + len(left_out)} topics left out, since their noisy "
+            f"count is below {least:g}: {names}"
+        )
     if not kept:
         say(
             "no topic is above the noise, so nothing can be sampled by this histogram; use fewer "
