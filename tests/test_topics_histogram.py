@@ -49,12 +49,12 @@ def vector(found: dict) -> np.ndarray:
 def test_a_row_that_leaves_moves_one_count_by_1_and_nothing_else(topics, tmp_path):
     public = ["--num_train_examples=30", *NO_NOISE]
     found = []
-    for name, left_out in (("whole", None), ("first", 0), ("middle", 17), ("last", 29)):
-        texts = [text for row, text in enumerate(TEXTS) if row != left_out]
+    for name, gone in (("whole", None), ("first", 0), ("middle", 17), ("last", 29)):
+        texts = [text for row, text in enumerate(TEXTS) if row != gone]
         data = assigned(topics, save_private(tmp_path / name, texts), tmp_path / f"{name}-topics")
         found.append(counted(data, tmp_path / f"{name}-histogram", *public))
         moved = vector(found[0]) - vector(found[-1])
-        assert sorted(moved) == [0] * (len(moved) - 1) + [left_out is not None]
+        assert sorted(moved) == [0] * (len(moved) - 1) + [gone is not None]
         volatile = ("topics", "left_out", "ledger", "commands")
         assert {k: v for k, v in found[-1].items() if k not in volatile} == {
             k: v for k, v in found[0].items() if k not in volatile
@@ -67,19 +67,19 @@ def test_a_person_who_leaves_moves_all_counts_together_by_at_most_1(topics, tmp_
     persons = ["a"] * 12 + ["b"] * 3 + [f"c{number}" for number in range(15)]
     more = ["--num_train_examples=17", *NO_NOISE]
     found = []
-    for left_out in ("nobody", "a", "b", "c3"):
-        kept = [row for row, person in enumerate(persons) if person != left_out]
+    for gone in ("nobody", "a", "b", "c3"):
+        kept = [row for row, person in enumerate(persons) if person != gone]
         private = save_private(
-            tmp_path / left_out, [TEXTS[row] for row in kept], [persons[row] for row in kept]
+            tmp_path / gone, [TEXTS[row] for row in kept], [persons[row] for row in kept]
         )
-        data = assigned(topics, private, tmp_path / f"{left_out}-topics", "--unit_column=person")
-        found.append(vector(counted(data, tmp_path / f"{left_out}-histogram", *more)))
-        if left_out == "nobody":
+        data = assigned(topics, private, tmp_path / f"{gone}-topics", "--unit_column=person")
+        found.append(vector(counted(data, tmp_path / f"{gone}-histogram", *more)))
+        if gone == "nobody":
             whole = read_assignment(data).topics
             assert found[0].sum() == pytest.approx(17, abs=1e-6)
             continue
         own = np.bincount(
-            [whole[row] for row in range(30) if persons[row] == left_out], minlength=len(found[0])
+            [whole[row] for row in range(30) if persons[row] == gone], minlength=len(found[0])
         )
         moved = found[0] - found[-1]
         np.testing.assert_allclose(moved, own / own.sum(), atol=1e-8)
