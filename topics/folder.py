@@ -5,6 +5,7 @@ TOPICS/clusters.npz           the centres, as `Clusters` holds them
 DATASET/private/topics.npz    the topic of each row of the train split, and whose row it is
 DATASET/private/assignment.json   the topics' keywords, the unit, and hashes of the files
 DATASET/ledger/               the ledger of its histograms, where no flag names another
+DIR/topic_histogram.json      of `histogram`: the noisy count of each topic
 """
 
 import io
@@ -20,6 +21,7 @@ from utils.files import required_object, sha256_of, write_atomic
 
 TOPICS_FILE, CLUSTERS_FILE = "topics.json", "clusters.npz"
 NUMBERS_FILE, ASSIGNMENT_FILE = "topics.npz", "assignment.json"
+HISTOGRAM_FILE = "topic_histogram.json"
 TRAIN_FILE, TOPIC_COLUMN = "train.jsonl", "topic"
 # Of a data set; a ledger next to the splits would pass for one.
 LEDGER_FOLDER = "ledger"

@@ -21,8 +21,6 @@ from pathlib import Path
 from resample_with_dp_histogram.release import HistogramSettings
 from utils.command_line.parser import answer_early, command_line, flag, read_flags
 
-HISTOGRAM_FILE = "topic_histogram.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(HistogramSettings):
@@ -44,7 +42,7 @@ import numpy as np
 
 from resample_with_dp_histogram.embeddings import PRIVATE_FOLDER, write_identity
 from resample_with_dp_histogram.release import prepare_release, say_spent
-from topics.folder import LEDGER_FOLDER, read_assignment
+from topics.folder import HISTOGRAM_FILE, LEDGER_FOLDER, read_assignment
 from utils.cli import UsageError, run_cli, say
 from utils.files import write_json
 from utils.folders import claimed, private_folder, whole_folder
