@@ -7,6 +7,7 @@ found, nor what read another part of the data, or the same rows in another order
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from privacy_checks.composition import composed_report
@@ -15,9 +16,9 @@ from utils.files import read_jsonl
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE
 
 # Where the documentation's commands write; the folders that hold the given runs are searched, too.
-OUTPUT_FOLDERS = ("outputs", "resampling", "embeddings")
-# In which `resample` names the ledger that its histogram is in.
-SELECTION_FILE = "resampling_report.json"
+OUTPUT_FOLDERS = ("outputs", "resampling", "embeddings", "data")
+# In which `resample` and `topics.histogram` name the ledger that their histogram is in.
+RECORDS = ("resampling_report.json", "topic_histogram.json")
 # Of what is in a private/ folder, the fingerprints of its data set, by file.
 FINGERPRINTS = {
     "identity.json": ("training_data", "rows_fingerprint"),
@@ -88,15 +89,15 @@ def left_out(runs: Sequence[Path], histograms: Sequence[Path]) -> tuple[list[Pat
 
 
 def _histogram_ledgers(folder: Path) -> Iterator[Path]:
-    """Where a folder's histogram may be on record: next to embeddings, or where a selection says.
+    """Where a folder's histogram may be on record: in it, or where its own record says.
 
-    A place is as `resample` was given it, from the folder where it ran.
+    A place is as the command was given it, from the folder where it ran.
     """
     yield folder / HISTOGRAM_LEDGER_FILE
-    try:
-        yield Path(json.loads((folder / SELECTION_FILE).read_text())["ledger"]["path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    yield folder / "ledger" / HISTOGRAM_LEDGER_FILE
+    for name in RECORDS:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            yield Path(json.loads((folder / name).read_text())["ledger"]["path"])
 
 
 def _folders_with_private(runs: Sequence[Path]) -> Iterator[Path]:

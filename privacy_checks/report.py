@@ -6,10 +6,10 @@
 Reads the ledgers and refuses any that was edited, truncated or mixed with another's. Everything
 is composed in one accountant, several runs as if each read the same rows, which is an upper bound
 where they did not. What else read the same data and is not named, next to these runs or below
-outputs/, resampling/ and embeddings/, is told of with what all spent together. Prints the report;
---output also writes it as composed_report.json and .md, with a plot of epsilon over steps. Exit
-code 1 if there is no guarantee, or if all together spent more than a run was planned for: a script
-which publishes on success publishes nothing then.
+outputs/, resampling/, embeddings/ and data/, is told of with what all spent together. Prints the
+report; --output also writes it as composed_report.json and .md, with a plot of epsilon over steps.
+Exit code 1 if there is no guarantee, or if all together spent more than a run was planned for: a
+script which publishes on success publishes nothing then.
 
 The ledgers' hash chains have no key: they show accidents, not a dishonest curator. --sign signs the
 written report with the ledgers' heads and the adapters' hashes; --verify_key looks whether all of

@@ -326,12 +326,17 @@ def unit_vectors(embeddings: np.ndarray, rows: np.ndarray, where: str) -> np.nda
 
 
 def embed_in_memory(
-    texts: list[str], rows: np.ndarray, model: "SentenceTransformer", where: str
+    texts: list[str],
+    rows: np.ndarray,
+    model: "SentenceTransformer",
+    where: str,
+    batch_size: int = 32,
 ) -> np.ndarray:
     """Embed some texts on one device, and write nothing.
 
     Args:
         rows, where: see `unit_vectors`.
+        batch_size: texts in a batch; with 1, a vector depends on its text alone to the last bit.
 
     Returns:
         float16 [texts, dimensions], unit vectors.
@@ -344,6 +349,7 @@ def embed_in_memory(
     embeddings = [
         model.encode(
             [texts[place] for place in order[start : start + IN_MEMORY_AT_ONCE]],
+            batch_size=batch_size,
             show_progress_bar=False,
             device=default_devices()[0],
         )

@@ -24,6 +24,7 @@ resampling_report.json. In private/ is the fingerprint of the private rows.
 from dataclasses import dataclass
 from pathlib import Path
 
+from resample_with_dp_histogram.release import HistogramSettings
 from utils.command_line.parser import (
     answer_early,
     command_line,
@@ -32,14 +33,13 @@ from utils.command_line.parser import (
     positive_int,
     read_flags,
 )
-from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE as LEDGER_FILE
 from utils.texts.text_inputs import FORMATS, files_of, read_instructions
 
 HISTOGRAM, CONDITIONAL = "histogram", "histogram_conditional"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(HistogramSettings):
     """The flags of `resample`."""
 
     private_embeddings: Path = flag(
@@ -71,33 +71,10 @@ class Settings:
         "clusters, and which rows of a bin are selected; never the noise", 0, type=natural_int
     )
 
-    histogram_sigma: float = flag(
-        "deviation of the noise of every count; the sensitivity is 1",
-        10.0,
-        group="privacy",
-        type=float,
-    )
     unit_column: str | None = flag(
         "the --unit_column of embed --private, needed if it had one: each row then counts 1 over "
         "the rows of its unit, so that sigma is for all rows of one unit, and N counts units",
         group="privacy",
-    )
-    num_train_examples: int | None = flag(
-        "N, public, the same as in training; the number of private embeddings, or of their units, "
-        "if left out",
-        group="privacy",
-        type=positive_int,
-    )
-    ledger: Path | None = flag(
-        "ledger of all histograms of this private dataset, appended to; "
-        f"PRIVATE_EMBEDDINGS/{LEDGER_FILE} if left out",
-        group="privacy",
-        type=Path,
-    )
-    insecure_fixed_noise_seed: int | None = flag(
-        "TESTS ONLY: noise from a known seed; no guarantee. Allows --histogram_sigma 0",
-        group="privacy",
-        type=int,
     )
 
 
@@ -118,7 +95,8 @@ from resample_with_dp_histogram.embeddings import (
     write_identity,
 )
 from resample_with_dp_histogram.extract import SELECTED_FILE
-from resample_with_dp_histogram.histogram import SENSITIVITY, noisy_histogram, project_to_simplex
+from resample_with_dp_histogram.histogram import project_to_simplex
+from resample_with_dp_histogram.release import prepare_release, say_spent
 from resample_with_dp_histogram.selection import (
     Allocation,
     allocate,
@@ -129,12 +107,8 @@ from resample_with_dp_histogram.selection import (
 from utils.cli import UsageError, run_cli, say
 from utils.files import hashes_of, sha256_of, write_json
 from utils.folders import claimed, private_folder, whole_folder
-from utils.privacy.accounting import ADD_REMOVE, SampledGaussian
-from utils.privacy.guarantee import SEVERAL_ROWS, UNIT, for_unit, person
-from utils.privacy.ledger import read_histograms, record_histogram
 from utils.progress import Progress
 from utils.sampling.shards import Origin, origins
-from utils.secure_random import SecureRandom, grid_spacing
 from utils.texts.data_sets import rows_fingerprint
 
 COVERED = [
@@ -146,15 +120,10 @@ NOT_COVERED = [
     "the private embeddings, under private/ of their folder",
     "that this run came to an end: it refuses private vectors that are damaged (not finite, not "
     "of unit length), and whether they are depends on private data",
-    "training on the same private data, and other histograms of it: compose them with "
-    "python -m privacy_checks.report RUN --histogram LEDGER",
     "the choice of sigma, bins or size after a look at several histograms that are not all in the "
     "ledger",
-    "text that the embedding model had already seen",
     "rounding in the embedding model: which texts share a batch decides the last bits of an "
     "embedding, and a text that lies between two bins may change its bin with them",
-    SEVERAL_ROWS,
-    "timing and other side channels of the machine",
 ]
 
 
@@ -168,10 +137,9 @@ def main(argv: list[str] | None = None) -> None:
 def select(settings: Settings) -> None:
     """The selection: clusters, the DP histogram, rows."""
     # ------------------------------------------------------------------ what is asked for
-    output, num_bins, sigma = settings.output, settings.num_bins, settings.histogram_sigma
+    output, num_bins = settings.output, settings.num_bins
     if output.exists():
         raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
-    random = source_of_noise(sigma, settings.insecure_fixed_noise_seed)
     private = open_embeddings(settings.private_embeddings, private=True)
     synthetic = open_embeddings(settings.synthetic_embeddings, private=False)
     require_same_model(private, synthetic)
@@ -179,13 +147,13 @@ def select(settings: Settings) -> None:
     texts = read_instructions(settings.synthetic_instructions, settings.split)
     check_texts(settings.synthetic_instructions, texts, synthetic)
     samples = origins(Path(settings.synthetic_instructions), cut=False) or [Origin()] * len(texts)
-    num_examples = settings.num_train_examples or private.num_examples
-    num_samples = settings.num_samples or num_examples
+    owner = private.manifest.get("owner")
+    release = prepare_release(
+        settings, settings.private_embeddings, private.num_examples, settings.unit_column, owner
+    )
+    num_samples = settings.num_samples or release.num_examples
     copies = settings.max_copies if settings.select == CONDITIONAL else 1
     check_size(num_samples, len(texts), copies)
-    ledger = settings.ledger or settings.private_embeddings / LEDGER_FILE
-    owner = private.manifest.get("owner")
-    read_histograms(ledger, num_examples, settings.unit_column, owner)
 
     # ------------------------------------------------------------------ clusters and counts
     steps = Progress(None, "cluster", unit="step", total=3)
@@ -199,19 +167,10 @@ def select(settings: Settings) -> None:
     steps.close()
 
     # ------------------------------------------------------------------ the DP histogram
-    head = record_histogram(
-        ledger,
-        num_examples=num_examples,
-        noise_multiplier=sigma,
-        num_bins=num_bins,
-        unit_column=settings.unit_column,
-        owner=owner,
-        insecure=settings.insecure_fixed_noise_seed is not None,
-    )
-    noisy = noisy_histogram(private_bins, num_bins, sigma, random, private.units)
+    noisy, ledger = release.draw(private_bins, num_bins, private.units)
     del private_bins
     # From here on everything is post-processing.
-    target = project_to_simplex(noisy, num_examples)
+    target = project_to_simplex(noisy, release.num_examples)
 
     # ------------------------------------------------------------------ the selection
     choice = np.random.default_rng(settings.seed)
@@ -229,16 +188,13 @@ def select(settings: Settings) -> None:
         "synthetic": pool,
         "selected": allocation.counts,
     }
-    kept = {"path": str(ledger), **head}
-    unit = UNIT if settings.unit_column is None else person(settings.unit_column, owner)
-    report = build_report(
-        settings, unit, num_examples, clusters, kept, histograms, allocation, rows
-    )
+    report = release.facts(num_bins, ledger, COVERED, NOT_COVERED)
+    report |= facts_of_selection(settings, clusters, histograms, allocation, rows)
     with whole_folder(output) as folder:
         write_selection(folder / SELECTED_FILE, texts, samples, synthetic_bins, rows)
         lists = {name: values.tolist() for name, values in histograms.items()}
         write_json(folder / "histograms.json", lists)
-        (folder / "histograms.png").write_bytes(plot(histograms, sigma))
+        (folder / "histograms.png").write_bytes(plot(histograms, settings.histogram_sigma))
         np.savez(
             folder / "clusters.npz",
             weights=clusters.weights,
@@ -255,23 +211,7 @@ def select(settings: Settings) -> None:
         write_json(folder / "resampling_report.json", report)
         hidden = private_folder(folder / PRIVATE_FOLDER)
         write_identity(hidden, private.manifest["texts_sha256"])
-    say_end(output, ledger, report)
-
-
-def source_of_noise(sigma: float, insecure_seed: int | None) -> SecureRandom:
-    """The generator of the noise; refuses a noise that no accountant can be trusted with."""
-    if not (insecure_seed is not None and sigma == 0):
-        try:
-            SampledGaussian(1.0, sigma / SENSITIVITY, 1)
-        except UsageError as error:
-            raise UsageError(
-                f"--histogram_sigma {sigma:g} gives no guarantee that can be stated ({error}); "
-                "use 10"
-            ) from None
-    if insecure_seed is None:
-        return SecureRandom()
-    say("warning: --insecure_fixed_noise_seed: the noise is known, so there is NO guarantee")
-    return SecureRandom.insecure_fixed(insecure_seed, "histogram")
+    say_end(output, report)
 
 
 def check_unit(unit_column: str | None, private: Embeddings) -> None:
@@ -319,38 +259,15 @@ def check_size(num_samples: int, pool_size: int, copies: int) -> None:
         )
 
 
-def build_report(
+def facts_of_selection(
     settings: Settings,
-    unit: str,
-    num_examples: int,
     clusters: Clusters,
-    ledger: dict,
     histograms: dict[str, np.ndarray],
     allocation: Allocation,
     rows: np.ndarray,
 ) -> dict:
-    """What was done, and what is guaranteed: a JSON-able dict."""
-    insecure = settings.insecure_fixed_noise_seed is not None
+    """What was done with the histogram: a JSON-able dict."""
     return {
-        "guarantee": not insecure,
-        "why": "the noise came from a known seed (a test)" if insecure else "",
-        "unit": unit,
-        "unit_column": settings.unit_column,
-        "neighbouring_relation": ADD_REMOVE,
-        "mechanism": "Gaussian histogram",
-        "noise_multiplier": settings.histogram_sigma / SENSITIVITY,
-        "sensitivity": SENSITIVITY,
-        "num_examples": num_examples,
-        "num_bins": settings.num_bins,
-        "grid_spacing": None
-        if settings.histogram_sigma == 0
-        else grid_spacing(settings.histogram_sigma),
-        "noise_source": (
-            "INSECURE: a fixed seed"
-            if insecure
-            else "ChaCha20 keyed from the operating system's entropy at every process start"
-        ),
-        "ledger": ledger,
         "clusters": {
             "fitted_on": "synthetic embeddings only",
             "pca_variance": PCA_VARIANCE,
@@ -369,10 +286,6 @@ def build_report(
             name: total_variation(histograms[name], histograms["private"])
             for name in ("synthetic", "selected")
         },
-        "covered": [] if insecure else COVERED,
-        "not_covered": ["everything: treat the output as private data"]
-        if insecure
-        else for_unit(NOT_COVERED, settings.unit_column),
     }
 
 
@@ -416,7 +329,7 @@ def plot(histograms: dict[str, np.ndarray], sigma: float) -> bytes:
     return buffer.getvalue()
 
 
-def say_end(output: Path, ledger: Path, report: dict) -> None:
+def say_end(output: Path, report: dict) -> None:
     """Tell what was selected and what it costs."""
     selection, distance = report["selection"], report["total_variation_to_private"]
     say(
@@ -432,14 +345,7 @@ def say_end(output: Path, ledger: Path, report: dict) -> None:
         f"total variation to the noisy private histogram: pool {distance['synthetic']:.3f}, "
         f"selected {distance['selected']:.3f}"
     )
-    if report["guarantee"]:
-        say(
-            f"spent: one Gaussian histogram of sigma {report['noise_multiplier']:g}, N "
-            f"{report['num_examples']:,}; with training it costs what\n"
-            f"  python -m privacy_checks.report RUN --histogram {ledger}\nsays"
-        )
-    else:
-        say(f"NO GUARANTEE: {report['why']}")
+    say_spent(report)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ answer_early(__name__, Settings, __doc__)
 import numpy as np
 
 from resample_with_dp_histogram.histogram import noisy_histogram, project_to_simplex
-from resample_with_dp_histogram.resample import source_of_noise
+from resample_with_dp_histogram.release import source_of_noise
 from utils.cli import UsageError, run_cli, say
 from utils.privacy.ledger import record_histogram
 

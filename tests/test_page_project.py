@@ -37,6 +37,7 @@ def project(tmp_path, monkeypatch):
         "p/resampling/private_data/histogram_ledger.jsonl",
         "p/resampling/private_data/private/histogram_ledger.jsonl",
         "p/resampling/synthetic/instructions.jsonl", "p/resampling/selected/selected.jsonl",
+        "p/resampling/topic_histogram/topic_histogram.json",
         "p/inference_outputs/instructions/shard-0.jsonl", "p/annotations/answers.jsonl",
         "p/evaluation_outputs/judge/private/judgements/answers.jsonl", "p/data/instructions/train",
     )  # fmt: skip
@@ -56,6 +57,7 @@ def defaults() -> dict:
     single = (
         "extraction",
         "selection",
+        "topics",
         "annotations",
         "real",
         "split",
@@ -78,6 +80,7 @@ def test_everything_is_found_and_nothing_under_private(project):
     assert page.samples == [project / "inference_outputs/instructions"]
     assert page.extraction == project / "resampling/synthetic"
     assert page.selection == project / "resampling/selected"
+    assert page.topics == project / "resampling/topic_histogram"
     assert page.annotations == project / "annotations"
     assert page.evaluations == [project / "evaluation_outputs/answers"]
     folders = [project / "evaluation_outputs" / name for name in ("answers", "instructions")]

@@ -9,7 +9,7 @@ from tests.paths import ROOT
 from tests.test_structure import FILES, PACKAGES, SCRIPTS, names_imported
 
 # Where a distribution's name is not that of its module.
-DISTRIBUTIONS = {"faiss": "faiss-cpu", "yaml": "PyYAML"}
+DISTRIBUTIONS = {"faiss": "faiss-cpu", "yaml": "PyYAML", "sklearn": "scikit-learn"}
 # Named though nothing imports them.
 LOADED_BY_OTHERS = {
     "sentencepiece": "transformers, for LLaMA's tokenizers",

@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 
 from privacy_checks.composition import composed_report
-from resample_with_dp_histogram import extract, resample
+from resample_with_dp_histogram import extract, histogram, release, resample
 from resample_with_dp_histogram.clusters import Clusters
 from tests.resampling import save_embeddings, unit_vectors
 from tests.training import run_process
 from utils.cli import UsageError
 from utils.files import JsonlAppender, read_jsonl, sha256_of, write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
-from utils.privacy.ledger import LEDGER_FILE, Ledger, head_file, read_ledger, record_histogram
+from utils.privacy.ledger import (
+    HISTOGRAM_LEDGER_FILE,
+    LEDGER_FILE,
+    Ledger,
+    head_file,
+    read_ledger,
+    record_histogram,
+)
 from utils.privacy.plan import PrivacyPlan
 from utils.sampling.shards import origins
 from utils.texts.data_sets import rows_fingerprint
@@ -57,7 +64,7 @@ def ran(folders, output="out", *more):
 
 
 def remove_ledger(folders):
-    ledger = folders / "private_data" / resample.LEDGER_FILE
+    ledger = folders / "private_data" / HISTOGRAM_LEDGER_FILE
     ledger.unlink()
     head_file(ledger).unlink()
 
@@ -134,8 +141,8 @@ def test_n_is_the_number_of_units_wherever_it_counts(folders):
     )
     assert report["unit_column"] == "person"
     assert not any("the unit is a row" in item for item in report["not_covered"])
-    assert len(report["not_covered"]) == len(resample.NOT_COVERED)
-    (event,) = read_ledger(folders / "private_data" / resample.LEDGER_FILE)
+    assert len(report["not_covered"]) == len(resample.NOT_COVERED) + len(release.NOT_COVERED)
+    (event,) = read_ledger(folders / "private_data" / HISTOGRAM_LEDGER_FILE)
     assert (event["num_examples"], event["unit_column"], event["sensitivity"]) == (50, "person", 1)
     # The number of rows is private here: how many a person has.
     text = (folders / "out" / "resampling_report.json").read_text()
@@ -162,7 +169,7 @@ def test_a_forgotten_or_another_unit_is_refused(folders, units, more, message):
 def test_all_that_is_released_follows_from_the_noisy_histogram_and_public_data(folders):
     """Other private data with the same noisy histogram leaves every released byte as it is."""
     released = np.array([40.5, -3.25, 20.0, 0.0, 11.0, 30.0, -8.0, 25.0])
-    with mock.patch.object(resample, "noisy_histogram", return_value=released):
+    with mock.patch.object(histogram, "noisy_histogram", return_value=released):
         ran(folders, "one", "--num_samples=100")
         remove_ledger(folders)
         save_embeddings(folders / "private_data", unit_vectors(PRIVATE, seed=77), private=True)
@@ -183,7 +190,7 @@ def test_only_what_may_be_released_is_written(folders):
         "resampling_report.json", "private",
     }  # fmt: skip
     assert {path.name for path in (folders / "private_data").iterdir()} == {
-        "private", resample.LEDGER_FILE, f"{resample.LEDGER_FILE}.head.json",
+        "private", HISTOGRAM_LEDGER_FILE, f"{HISTOGRAM_LEDGER_FILE}.head.json",
     }  # fmt: skip
     assert (folders / "out" / "histograms.png").read_bytes().startswith(b"\x89PNG")
     with np.load(folders / "out" / "clusters.npz") as file:
@@ -226,7 +233,7 @@ def test_a_known_noise_is_allowed_for_tests_and_marks_the_output(folders, capsys
     np.testing.assert_array_equal(one["private_noisy"], other["private_noisy"])
     assert report["guarantee"] is False
     assert report["covered"] == []
-    assert read_ledger(folders / "private_data" / resample.LEDGER_FILE)[0]["insecure"] is True
+    assert read_ledger(folders / "private_data" / HISTOGRAM_LEDGER_FILE)[0]["insecure"] is True
     assert "NO GUARANTEE" in capsys.readouterr().err
 
 
@@ -254,7 +261,7 @@ def test_training_and_histogram_compose_in_one_report(folders, tmp_path):
     run = make_run(tmp_path / "run", plan)
     ran(folders, "one")
     ran(folders, "two", "--histogram_sigma=5")
-    ledger = folders / "private_data" / resample.LEDGER_FILE
+    ledger = folders / "private_data" / HISTOGRAM_LEDGER_FILE
     # What is released of a histogram knows how long the ledger was with it.
     for lines, name in enumerate(("one", "two"), start=1):
         report = json.loads((folders / name / "resampling_report.json").read_text())
@@ -291,11 +298,11 @@ def test_at_the_setting_of_the_paper_the_histogram_costs_two_hundredths(tmp_path
 
 def test_the_event_is_recorded_before_the_noise_is_drawn(folders):
     with (
-        mock.patch.object(resample, "noisy_histogram", side_effect=KeyboardInterrupt),
+        mock.patch.object(histogram, "noisy_histogram", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         resample.main(flags(folders))
-    (event,) = read_ledger(folders / "private_data" / resample.LEDGER_FILE)
+    (event,) = read_ledger(folders / "private_data" / HISTOGRAM_LEDGER_FILE)
     assert (event["noise_multiplier"], event["num_bins"], event["num_examples"]) == (10, BINS, 120)
     assert not (folders / "out").exists()
 
@@ -476,7 +483,7 @@ BAD = {
     ),
     "ledger of another dataset": (
         lambda folders: record_histogram(
-            folders / "private_data" / resample.LEDGER_FILE, num_examples=9,
+            folders / "private_data" / HISTOGRAM_LEDGER_FILE, num_examples=9,
             noise_multiplier=10.0, num_bins=8,
         ),
         "of a private dataset of 9 examples, not of 120",

@@ -11,7 +11,7 @@ from tests.paths import ROOT
 
 PACKAGES = (
     "utils", "data", "evaluation", "privacy_checks", "query_gpt35_for_annotation",
-    "resample_with_dp_histogram", "benchmarks",
+    "resample_with_dp_histogram", "topics", "benchmarks",
 )  # fmt: skip
 FILES = sorted(ROOT.glob("*.py")) + sorted(
     path for package in PACKAGES for path in (ROOT / package).rglob("*.py")

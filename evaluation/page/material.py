@@ -22,6 +22,7 @@ from privacy_checks.composition import composed_report, epsilon_over_steps, even
 from query_gpt35_for_annotation.job import Job, answers_file, read_records
 from query_gpt35_for_annotation.spending import Spending, price_of
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, SELECTED_FILE
+from topics.folder import HISTOGRAM_FILE
 from utils.cli import UsageError
 from utils.command_line.parser import flag, positive_float
 from utils.command_line.sampling_flags import ADAPTER_WEIGHTS
@@ -104,6 +105,25 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Topics:
+    """What `topics.histogram` wrote, and the SHA-256 of its file."""
+
+    folder: Path
+    report: dict
+    sha256: str
+
+    @property
+    def kept(self) -> list[dict]:
+        """Topics above the noise, each with its number, keywords and noisy count."""
+        return self.report["topics"]
+
+    @property
+    def lost(self) -> list[dict]:
+        """Topics that are left out, likewise."""
+        return self.report["left_out"]
+
+
+@dataclass(frozen=True)
 class Annotations:
     """What `query_gpt35_for_annotation` wrote; `usd` is None where the price is unknown."""
 
@@ -156,6 +176,9 @@ class Sources:
         "the --output of extract, for its counts", type=Path, metavar="DIR"
     )
     selection: Path | None = flag("the --output of resample", type=Path, metavar="DIR")
+    topics: Path | None = flag(
+        "the --output of topics.histogram, by which --samples were drawn", type=Path, metavar="DIR"
+    )
     annotations: Path | None = flag("the --output of annotate", type=Path, metavar="DIR")
     public_prompts: bool = flag(
         "the prompts of --samples are not private rows, and may be shown with their answers", False
@@ -203,6 +226,7 @@ class Material:
     samples: list[Samples] = field(default_factory=list)
     extraction: dict | None = None
     selection: Selection | None = None
+    topics: Topics | None = None
     annotations: Annotations | None = None
     results: list[dict] = field(default_factory=list)
     real: list[str] = field(default_factory=list)
@@ -239,6 +263,9 @@ def collect(sources: Sources) -> Material:
     named = sources.run + sources.synthetic_runs
     adapters = None if internal else {digest for run in named for digest in weights_of(run)}
     samples = [read_sampled(path, adapters) for path in sources.samples]
+    topics = read_topics(sources.topics, ledgers) if sources.topics else None
+    for each in samples:
+        require_topics(each, topics)
     selection = read_selection(sources.selection, ledgers) if sources.selection else None
     synthetic = {
         sample["text"].strip() for each in samples if not each.prompted for sample in each.shown
@@ -257,6 +284,7 @@ def collect(sources: Sources) -> Material:
         samples=samples,
         extraction=extraction,
         selection=selection,
+        topics=topics,
         annotations=annotations,
         results=[each for path in sources.evaluations for each in read_folder(path, internal)],
         real=read_instructions(str(sources.real), sources.split) if sources.real else [],
@@ -402,10 +430,68 @@ def read_sampled(folder: Path, adapters: set[str] | None) -> Samples:
 
 
 def with_known_prompts(samples: Samples, synthetic: set[str]) -> Samples:
-    """Leave all samples out where a prompt is not among the synthetic texts."""
-    if not samples.prompted or {each["prompt"].strip() for each in samples.shown} <= synthetic:
+    """Leave all samples out where a prompt is not among the synthetic texts.
+
+    Those of a histogram of topics are: `require_topics` has seen to it that it is paid for.
+    """
+    own = samples.manifest["prompt_style"] == UNCONDITIONAL or histogram_of(samples)
+    if own or {each["prompt"].strip() for each in samples.shown} <= synthetic:
         return samples
     return replace(samples, shown=[], hidden=True)
+
+
+def histogram_of(samples: Samples) -> str | None:
+    """The SHA-256 of the histogram of topics that samples were drawn by; None where by none."""
+    return samples.manifest.get("topic_histogram_sha256")
+
+
+def require_topics(samples: Samples, topics: Topics | None) -> None:
+    """Refuse samples that were drawn by a histogram of topics other than the named one."""
+    drawn_by = histogram_of(samples)
+    if drawn_by is not None and (topics is None or drawn_by != topics.sha256):
+        raise UsageError(
+            f"--samples {samples.folder}: drawn by a histogram of topics that is not named here, "
+            f"so its cost would be left out ({samples.manifest.get('topic_histogram')}); add its "
+            "folder with --topics, and its ledger with --histogram"
+        )
+
+
+def read_topics(folder: Path, ledgers: Sequence[Path]) -> Topics:
+    """Read a histogram of topics, and require that it is in a ledger of the composition.
+
+    Raises:
+        UsageError: it is damaged, or what it spent is not composed.
+    """
+    path, writer = folder / HISTOGRAM_FILE, "topics.histogram"
+    report = read_object(
+        path, writer,
+        topics=list, left_out=list, ledger=dict, least_count=float, noise_multiplier=float,
+    )  # fmt: skip
+    with damage_named(path, writer):
+        require_spent(f"--topics {folder}", report, ledgers)
+        for name in ("topics", "left_out"):
+            report[name] = [
+                {"topic": int(each["topic"]), "keywords": str(each["keywords"])}
+                | {"count": float(each["count"])}
+                for each in report[name]
+            ]
+        report |= {"commands": commands_of(report)}
+    return Topics(folder, report, sha256_of(path))
+
+
+def require_spent(named: str, report: dict, ledgers: Sequence[Path]) -> None:
+    """Refuse a histogram that is in no ledger of the composition.
+
+    Args:
+        named: the flag and the folder of it.
+        report: of the histogram; "ledger" is its place in one.
+    """
+    spent = {record["chain"] for ledger in ledgers for record in read_ledger(ledger)}
+    if report["ledger"]["chain"] not in spent:
+        raise UsageError(
+            f"{named}: its histogram is in no ledger named here, so its cost would be left out; "
+            f"add --histogram {report['ledger']['path']}"
+        )
 
 
 def read_extraction(folder: Path) -> dict:
@@ -432,12 +518,7 @@ def read_selection(folder: Path, ledgers: Sequence[Path]) -> Selection:
         ledger=dict, selection=dict, total_variation_to_private=dict, noise_multiplier=float,
     )  # fmt: skip
     with damage_named(folder, "resample"):
-        spent = {record["chain"] for ledger in ledgers for record in read_ledger(ledger)}
-        if report["ledger"]["chain"] not in spent:
-            raise UsageError(
-                f"--selection {folder}: its histogram is in no ledger named here, so its cost "
-                f"would be left out; add --histogram {report['ledger']['path']}"
-            )
+        require_spent(f"--selection {folder}", report, ledgers)
         for name in ("num_samples", "distinct_rows", "pool", "overflow"):
             int(report["selection"][name])
         for name in ("synthetic", "selected"):

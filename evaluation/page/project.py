@@ -14,8 +14,8 @@ from typing import TypeVar
 from evaluation.page.material import Sources
 from evaluation.results import PRIVATE_FOLDER
 from query_gpt35_for_annotation.job import answers_file
-from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
-from resample_with_dp_histogram.resample import SELECTED_FILE
+from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, SELECTED_FILE
+from topics.folder import HISTOGRAM_FILE
 from utils.cli import UsageError
 from utils.files import json_object
 from utils.folders import PREPARATION_FILE
@@ -67,6 +67,7 @@ def with_project(sources: AnySources, project: Path) -> AnySources:
         ),
         extraction=one(sources.extraction, INSTRUCTIONS_FILE, "--extraction"),
         selection=one(sources.selection, SELECTED_FILE, "--selection"),
+        topics=one(sources.topics, HISTOGRAM_FILE, "--topics"),
         annotations=annotations,
     )
     if not found.run:

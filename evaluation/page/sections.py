@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -13,7 +14,14 @@ import numpy as np
 from markupsafe import Markup
 
 from evaluation.page import charts
-from evaluation.page.material import Annotations, Material, Samples, Selection
+from evaluation.page.material import (
+    Annotations,
+    Material,
+    Samples,
+    Selection,
+    Topics,
+    histogram_of,
+)
 from evaluation.page.printing import Verbatim, portable, portable_word
 from evaluation.results import LENGTHS, PER_TEXTS, interval, shown
 from privacy_checks.composition import curve_by_run
@@ -42,6 +50,7 @@ QUICKSTART = ("quickstart_instructions", "labelled_quickstart", "labelled_quicks
 # Above it the bound on the odds of the worst case says little by itself.
 LARGE_EPSILON = 3
 LENGTH_BINS, SHOWN_CHARACTERS = 24, 700
+SHOWN_TOPICS = 20  # of the kept ones, and of the lost ones
 
 # A prompt, and the answers to it: (who, answer).
 Exchange = tuple[Verbatim, list[tuple[str, Verbatim]]]
@@ -94,7 +103,7 @@ class Page:
     def sections(self) -> list[str]:
         """Keys of the sections that have something to show, in order."""
         filled = {finding["section"] for finding in self.findings}
-        filled |= {"close"} if self.closeness else set()
+        filled |= {"close"} if self.closeness or self.material.topics else set()
         filled |= {"leak"} if self.guarantee else set()
         hidden = any(samples.hidden for samples in self.material.samples)
         filled |= {"texts"} if self.text_sets or self.answers or self.annotated or hidden else set()
@@ -107,7 +116,7 @@ class Page:
     def cards(self) -> list[str]:
         """Keys of the sections that have an answer in short."""
         answered = {finding["section"] for finding in self.findings} | {"guarantee", "leak"}
-        answered |= {"close"} if self.material.selection else set()
+        answered |= {"close"} if self.material.selection or self.material.topics else set()
         return [key for key in self.sections if key in answered]
 
     # -------------------------------------------------------------------- the guarantee
@@ -255,10 +264,33 @@ class Page:
 
     @cached_property
     def closeness(self) -> list[Chart]:
-        """Topics before and after the selection, and lengths."""
-        found = [topics_chart(self.material.selection)] if self.material.selection else []
+        """Topics asked for and sampled, before and after the selection, and lengths."""
+        material = self.material
+        topics = material.topics if material.topics and material.topics.kept else None
+        found = [asked_chart(topics, self.of_topics)] if topics else []
+        found += [topics_chart(material.selection)] if material.selection else []
         own = self.text_sets and self.longest_chart is None
         return found + ([lengths_chart(self.text_sets)] if own else [])
+
+    @cached_property
+    def of_topics(self) -> Counter[int]:
+        """How many samples each topic of the histogram has that they were drawn by."""
+        topics = self.material.topics
+        return Counter(
+            each["topic"]
+            for samples in self.material.samples
+            if topics and histogram_of(samples) == topics.sha256
+            for each in samples.shown
+        )
+
+    @property
+    def shown_topics(self) -> list[tuple[str, str, str]]:
+        """Keywords of a topic, its noisy count, and its samples or that it is lost."""
+        if not (topics := self.material.topics):
+            return []
+        kept = [(each, f"{self.of_topics[each['topic']]:,}") for each in topics.kept[:SHOWN_TOPICS]]
+        lost = [(each, "lost") for each in topics.lost[:SHOWN_TOPICS]]
+        return [(each["keywords"], f"{each['count']:,.0f}", drawn) for each, drawn in kept + lost]
 
     @property
     def lengths(self) -> list[list[str]]:
@@ -317,7 +349,8 @@ class Page:
         lines = [command(TRAIN, run.argv[1:]) for run in material.runs]
         for samples in material.samples:
             lines.append(command("accelerate launch inference.py", sampling_argv(samples)))
-        records = [material.extraction, material.selection and material.selection.report]
+        stages = (material.topics, material.selection)
+        records = [material.extraction, *(stage and stage.report for stage in stages)]
         for words in (words for record in records for words in (record or {}).get("commands", [])):
             lines.append(command("", words))
         if material.annotations:
@@ -493,6 +526,23 @@ def lengths_rows(sets: dict[str, list[str]]) -> list[list[str]]:
         quantiles = np.quantile([len(text) for text in texts], [0.1, 0.5, 0.9])
         rows.append([name, f"{len(texts):,}", *(f"{value:,.0f}" for value in quantiles)])
     return rows
+
+
+def asked_chart(topics: Topics, sampled: Counter[int]) -> Chart:
+    """Shares of the topics above the noise, the largest first: of private rows, and of samples."""
+    label = f"private, noise of deviation {topics.report['noise_multiplier']:g}"
+    counts = {label: [each["count"] for each in topics.kept]}
+    if sampled:
+        counts["sampled"] = [sampled[each["topic"]] for each in topics.kept]
+    chart = {
+        "title": "Topics of private rows and of samples", "kind": "step",
+        "x_label": "topics, the most private rows first", "y_label": "share",
+        "lines": {
+            name: [(place, each / sum(values)) for place, each in enumerate(values, start=1)]
+            for name, values in counts.items()
+        },
+    }  # fmt: skip
+    return line_chart(chart, "topics")
 
 
 def topics_chart(selection: Selection) -> Chart:

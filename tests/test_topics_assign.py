@@ -1,0 +1,173 @@
+"""The topic of each private row: of its own text alone, and private like it."""
+
+import json
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from resample_with_dp_histogram.embed import embed_in_memory, load_model
+from tests.resampling import save_tiny_encoder
+from tests.topics import assigned, fitted, save_private, texts_of, write_rows
+from topics import assign
+from topics.folder import read_assignment, read_topics
+from utils.cli import UsageError
+from utils.files import read_jsonl
+from utils.texts.data_sets import load_splits, rows_fingerprint
+from utils.texts.units import read_units
+
+TEXTS = texts_of(30, seed=2)
+PERSONS = [f"person {number // 3}" for number in range(30)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return save_tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def topics(encoder, tmp_path_factory):
+    return fitted(tmp_path_factory.mktemp("topics"), encoder)
+
+
+def rows_of(folder, split="train"):
+    return list(read_jsonl(folder / f"{split}.jsonl"))
+
+
+def test_every_split_has_its_rows_in_order_with_the_keywords_of_the_nearest_topic(
+    topics, encoder, tmp_path
+):
+    data = assigned(topics, save_private(tmp_path / "mine", TEXTS), tmp_path / "out")
+    found = read_topics(topics)
+    model = load_model(encoder)
+    vectors = np.concatenate([
+        embed_in_memory([text], np.array([0]), model, "") for text in TEXTS
+    ])  # fmt: skip
+    numbers = found.clusters.assign(vectors, "")
+    expected = [
+        {"instruction": text, "topic": found.keywords[number]}
+        for text, number in zip(TEXTS, numbers)
+    ]
+    assert rows_of(data) == expected
+    assert rows_of(data, "val") == expected[:3]
+    assert len({row["topic"] for row in expected}) > 2
+    assert list(load_splits(str(data))["train"]["instruction"]) == TEXTS
+    np.testing.assert_array_equal(read_assignment(data).topics, numbers)
+
+
+def test_each_text_passes_through_the_encoder_by_itself(topics, tmp_path):
+    """In company, padding and kernels would decide the last bits of its embedding."""
+    shapes = []
+    forward = SentenceTransformer.forward
+
+    def noted(self, features, **kwargs):
+        shapes.append(features["input_ids"].shape[0])
+        return forward(self, features, **kwargs)
+
+    data = save_private(tmp_path / "mine", TEXTS)
+    with mock.patch.object(SentenceTransformer, "forward", noted):
+        assigned(topics, data, tmp_path / "out")
+    assert shapes == [1] * (len(TEXTS) + 3)
+
+
+def test_a_row_that_leaves_changes_no_other_embedding_in_a_bit(topics, tmp_path, monkeypatch):
+    embedded = []
+
+    def noted(*args, **kwargs):
+        embedded.append(embed_in_memory(*args, **kwargs))
+        return embedded[-1]
+
+    monkeypatch.setattr(assign, "embed_in_memory", noted)
+    rows = []
+    longest = max(range(30), key=lambda row: len(TEXTS[row]))
+    for name, left_out in (("whole", []), ("first", [0]), ("longest", [longest])):
+        texts = [text for row, text in enumerate(TEXTS) if row not in left_out]
+        data = save_private(tmp_path / name, texts)
+        rows.append(rows_of(assigned(topics, data, tmp_path / f"{name}-topics")))
+        np.testing.assert_array_equal(embedded[-2], np.delete(embedded[0], left_out, axis=0))
+        assert rows[-1] == [row for place, row in enumerate(rows[0]) if place not in left_out]
+
+
+def test_all_of_it_is_for_its_owner_alone_and_says_so(topics, tmp_path):
+    before = os.umask(0)
+    try:
+        data = assigned(topics, save_private(tmp_path / "mine", TEXTS), tmp_path / "out")
+    finally:
+        os.umask(before)
+    for folder in (data, data / "private"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert "Do not share it" in (data / "README.md").read_text()
+    assert "private" in json.loads((data / "preparation.json").read_text())
+    # By which a run on either data set, and histograms of them, are known to read the same rows.
+    fingerprint = {"rows_fingerprint": rows_fingerprint(TEXTS)}
+    assert json.loads((data / "private" / "identity.json").read_text()) == fingerprint
+    read = load_splits(str(data))["train"]["instruction"]
+    assert rows_fingerprint(read) == fingerprint["rows_fingerprint"]
+
+
+def test_units_stay_whose_they_are(topics, tmp_path):
+    private = save_private(tmp_path / "mine", TEXTS, PERSONS)
+    data = assigned(topics, private, tmp_path / "out", "--unit_column=person")
+    assert [row["person"] for row in rows_of(data)] == PERSONS
+    assert [row.keys() for row in rows_of(data, "val")] == [
+        {"instruction", "person", "topic"}
+    ] * 3  # fmt: skip
+    units = read_units(str(data), "person")
+    np.testing.assert_array_equal(units, np.arange(30) // 3)
+    found = read_assignment(data)
+    np.testing.assert_array_equal(found.units, units)
+    assert found.num_examples == 10
+    assert found.record["unit_column"] == "person"
+
+
+def test_a_kill_leaves_nothing_and_the_same_command_goes_on(topics, tmp_path):
+    private = save_private(tmp_path / "mine", TEXTS)
+    with (
+        mock.patch.object(assign, "write_arrays", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        assigned(topics, private, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+    assert len(rows_of(assigned(topics, private, tmp_path / "out"))) == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("labelled_mine", [], "starts with 'labelled' is for pairs"),
+        ("topics_there", [], "exists; name another"),
+        ("out", ["--private=nowhere"], "no data set 'nowhere'"),
+        ("out", ["--unit_column=user"], "--unit_column user: .*entry 1 has no such column"),
+        ("out", ["--unit_column=topic"], "--unit_column topic: the output has another column"),
+    ],
+)
+def test_wrong_use_is_refused_before_a_row_is_embedded(topics, tmp_path, name, more, message):
+    private = save_private(tmp_path / "mine", TEXTS)
+    (tmp_path / "topics_there").mkdir()
+    with (
+        mock.patch.object(assign, "load_model", side_effect=AssertionError),
+        pytest.raises(UsageError, match=message),
+    ):
+        assigned(topics, private, tmp_path / name, *more)
+
+
+def test_topics_of_the_private_rows_themselves_are_refused(topics, tmp_path):
+    public = [text for topic in read_topics(topics).record["topics"] for text in topic["examples"]]
+    with pytest.raises(UsageError, match="every text that it shows is a private row"):
+        assigned(topics, save_private(tmp_path / "mine", TEXTS + public), tmp_path / "out")
+
+
+def test_another_encoder_than_that_of_the_topics_is_refused(tmp_path):
+    encoder = save_tiny_encoder(tmp_path / "encoder")
+    topics = fitted(tmp_path, encoder)
+    save_tiny_encoder(tmp_path / "encoder", seed=1)
+    with pytest.raises(UsageError, match="was fitted with another model"):
+        assigned(topics, save_private(tmp_path / "mine", TEXTS), tmp_path / "out")
+
+
+def test_a_lone_file_is_a_train_split(topics, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{"instruction": text} for text in TEXTS])
+    data = assigned(topics, file, tmp_path / "out")
+    assert [path.name for path in data.glob("*.jsonl")] == ["train.jsonl"]
