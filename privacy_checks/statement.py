@@ -19,7 +19,8 @@ it was signed; `privacy_checks.report --help` says how to make keys.
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from utils.command_line.parser import answer_early, flag, positive_float, read_flags
+from privacy_checks.flags import SpentSettings
+from utils.command_line.parser import answer_early, flag, read_flags
 
 # What only the owner knows, and the question that each answers.
 OWNER = {
@@ -41,39 +42,15 @@ OWNER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(SpentSettings):
     """The flags of the statement."""
 
-    run: list[Path] = flag(
-        "folder of a training run, outputs/JOB_SESS; all that read the same private rows",
-        [],
-        name="run",
-        nargs="*",
-        type=Path,
-    )
-    histogram: list[Path] = flag(
-        "ledgers of histograms of the same private data",
-        [],
-        nargs="+",
-        type=Path,
-        metavar="LEDGER",
-    )
-    delta: float | None = flag(
-        "the plan's if left out; needed where the plans of several runs differ in it",
-        type=positive_float,
-    )
     owner_file: Path | None = flag("what the owner declares", type=Path, metavar="FILE.yaml")
     help_owner: bool = flag("print an --owner_file to fill in, and end", False)
     output: Path = flag("folder for the statement", Path("statement"), type=Path, metavar="DIR")
     overwrite: bool = flag("replace a statement that this tool wrote there", False)
     key: Path | None = flag(
         "sign the statement with this private key (Ed25519)", type=Path, metavar="KEYFILE"
-    )
-    verify_key: Path | None = flag(
-        "write nothing; verify the statement in --output and the state of the runs with this "
-        "public key",
-        type=Path,
-        metavar="PUBLIC_KEY",
     )
 
 
@@ -120,8 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.help_owner:
         print("\n".join(f"{name}:  # {question}" for name, question in OWNER.items()))
         return EXIT_OK
-    if not settings.run:
-        raise UsageError("name the RUNs that the statement is of")
+    settings.require_runs()
     runs, histograms, output = settings.run, settings.histogram, settings.output
     if settings.verify_key:
         public = read_public_key(settings.verify_key)
