@@ -315,11 +315,7 @@ def arguments_of(folder: Path) -> dict:
     """
     if not holds_run(folder):
         raise UsageError(f"{folder} holds no run: there is no {CONFIG_FILE}")
-    arguments = _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
-    for name in ("eps", "insecure_fixed_noise_seed"):
-        if not isinstance(arguments, dict) or name not in arguments:
-            raise UsageError(f"{folder / CONFIG_FILE} has no {name!r}; restore it from a backup")
-    return arguments
+    return _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
 
 
 def why_no_guarantee(folder: Path) -> str:
@@ -329,6 +325,9 @@ def why_no_guarantee(folder: Path) -> str:
         UsageError: there is no run.
     """
     arguments, report = arguments_of(folder), folder / REPORT_FILE
+    for name in ("eps", "insecure_fixed_noise_seed"):
+        if name not in arguments:
+            raise UsageError(f"{folder / CONFIG_FILE} has no {name!r}; restore it from a backup")
     if arguments["eps"] == -1:
         return "trained without differential privacy"
     says_so = report.exists() and not _read_json(report, "guarantee")["guarantee"]
