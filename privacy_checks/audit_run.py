@@ -59,8 +59,8 @@ from utils.privacy.accounting import ADD_REMOVE
 from utils.privacy.ledger import LEDGER_FILE
 from utils.runs.batching import cut_microbatches
 from utils.runs.checkpointing import Checkpoint, restore_adapter, whole_checkpoints
-from utils.runs.run_folder import model_name_of
-from utils.texts.audit_canaries import AuditCanaries, read_coins
+from utils.runs.run_folder import COINS, model_name_of, private_identity_of
+from utils.texts.audit_canaries import COINS_FILE, AuditCanaries, coins_fingerprint, read_coins
 from utils.texts.tokens import TokenisedExamples
 
 CONFIDENCES = (0.95, 0.99)
@@ -142,6 +142,13 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
         raise UsageError(f"{folder} was trained without --audit_canaries: nothing shows what leaks")
     read_adapter_info(folder / "adapter")
     canaries = AuditCanaries(count, arguments["audit_canary_kind"], arguments["seed"])
+    coins = read_coins(folder, count)
+    # Runs of earlier versions kept no fingerprint.
+    if private_identity_of(folder).get(COINS, known := coins_fingerprint(coins)) != known:
+        raise UsageError(
+            f"{folder / 'private' / COINS_FILE} holds other coins than the run was trained with; "
+            "restore the run's own from a backup"
+        )
     report = composed_report(folder, histograms)
     claimed, delta, drawn = None, NO_DELTA, min(1.0, arguments["num_epochs"])
     if report["guarantee"]:
@@ -153,7 +160,7 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
         model_name or model_name_of(folder),
         arguments,
         canaries,
-        canaries.inside(read_coins(folder, count)),
+        canaries.inside(coins),
         claimed,
         delta,
         drawn,

@@ -1,6 +1,7 @@
 """The audit of a synthetic set: what repeats canaries is found, and what does not is not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import train
 from evaluation.measures.ngrams import NGrams
 from privacy_checks import audit_texts
-from privacy_checks.audit_run import AuditedRun
+from privacy_checks.audit_run import AuditedRun, read_run
 from tests.training import NUM_EXAMPLES, flags, in_process, save_dataset
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError
 from utils.files import write_json
@@ -123,6 +124,18 @@ def test_private_rows_in_the_texts_are_found_without_canaries(run, tmp_path):
     assert scores[0]["control"] == 0.5
     assert scores[1]["control"] < 0.03
     assert all(score["value"] > 0.9 for score in scores)
+
+
+def test_coins_that_the_run_was_not_trained_with_are_refused(run, tmp_path):
+    """Were they taken, another run's canaries would clear this one."""
+    folder = shutil.copytree(run[0], tmp_path / "job")
+    file = folder / "private" / COINS_FILE
+    inside = json.loads(file.read_text())["inside"]
+    write_json(file, {"inside": inside[::-1]})  # the same ones
+    read_run(folder, None)
+    write_json(file, {"inside": inside[1:]})
+    with pytest.raises(UsageError, match="holds other coins than the run was trained with"):
+        read_run(folder, None)
 
 
 def test_of_rows_that_were_equally_far_from_the_texts_neither_is_found():
