@@ -108,6 +108,7 @@ from utils.runs.preflight import (
 from utils.runs.probe import HALVED, full_precision, probed
 from utils.runs.run_folder import (
     ADAPTER_HASH,
+    COINS,
     LAST_ADAPTER,
     begin,
     date_of,
@@ -119,7 +120,7 @@ from utils.runs.run_folder import (
 )
 from utils.runs.stopping import StopRequest
 from utils.secure_random import SecureRandom
-from utils.texts.audit_canaries import COINS_FILE, as_trained, read_coins
+from utils.texts.audit_canaries import COINS_FILE, as_trained, coins_fingerprint, read_coins
 from utils.texts.data_sets import load_splits, rows_fingerprint
 from utils.texts.prompts import check_style, fix_date, is_dated
 from utils.texts.tokens import TokenisedExamples, tokenise_once
@@ -402,6 +403,8 @@ def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
         facts: what is kept of the data under private/, by the name of its file.
     """
     settings = run.settings
+    if COINS_FILE in facts:
+        private_identity |= {COINS: coins_fingerprint(facts[COINS_FILE])}
     identity = {
         "base_model_fingerprint": run.base_fingerprint,
         "lora_target_modules": sorted(run.model.peft_config["default"].target_modules),

@@ -548,7 +548,8 @@ def _lower_bounds(inside: np.ndarray, run: Run, rows: int = 1) -> dict[str, floa
     scores = _scores(inside, run) / push
     groups = scores[inside], scores[~inside]
     guesses = len(inside) // GUESSED
-    one_run_arguments = (correct_guesses(*groups, guesses), guesses, len(inside))
+    correct = correct_guesses(*groups, guesses // 2, guesses // 2)
+    one_run_arguments = (correct, guesses, len(inside))
     return {
         "gaussian_pair": gaussian_pair(*groups, delta, CONFIDENCE),
         "gdp": gdp(*groups, THRESHOLDS, delta, CONFIDENCE),

@@ -34,6 +34,7 @@ class Settings:
 answer_early(__name__, Settings, __doc__)
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -43,8 +44,9 @@ import numpy as np
 import torch
 
 from evaluation.perplexity import losses_of_models, tokenizer_of
-from privacy_checks.composition import arguments_of, composed_report
+from privacy_checks.composition import arguments_of, by_kind, composed_report
 from privacy_checks.estimators import correct_guesses, one_run, one_run_f_dp
+from privacy_checks.signature import head_of
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.dp_utils import PerExampleGradients
 from utils.files import write_atomic, write_json
@@ -54,15 +56,18 @@ from utils.models.language_model import LanguageModel
 from utils.models.loading import load_base_model, quiet_libraries, resolve_dtype
 from utils.models.lora import attach_saved
 from utils.privacy.accounting import ADD_REMOVE
+from utils.privacy.ledger import LEDGER_FILE
 from utils.runs.batching import cut_microbatches
 from utils.runs.checkpointing import Checkpoint, restore_adapter, whole_checkpoints
-from utils.runs.run_folder import model_name_of
-from utils.texts.audit_canaries import AuditCanaries, read_coins
+from utils.runs.run_folder import COINS, model_name_of, private_identity_of
+from utils.texts.audit_canaries import COINS_FILE, AuditCanaries, coins_fingerprint, read_coins
 from utils.texts.tokens import TokenisedExamples
 
 CONFIDENCES = (0.95, 0.99)
-# Guessed are a half, a quarter and an eighth of the canaries.
-PARTS = (2, 4, 8)
+# A fourth, an eighth and a sixteenth of the canaries are guessed in, and as many others out; or
+# none out, for a canary that no step drew leaves no trace of its coin.
+PARTS = (4, 8, 16)
+SIDES = (2, 1)
 ESTIMATORS: dict[str, Callable[[int, int, int, float, float], float]] = {
     "pure": one_run, "f-DP": one_run_f_dp,
 }  # fmt: skip
@@ -78,7 +83,7 @@ NOTES = (
     "All bounds of a confidence hold together. pure: for any mechanism; f-DP: for one as hard to "
     "test as a Gaussian.",
     "A lower bound is what these attacks showed, and no estimate: the true epsilon lies above it. "
-    "No audit with so many canaries shows more than the last column.",
+    "The last column is what is expected where every canary that a step drew is recognised.",
 )
 FILES = ("audit_run.json", "audit_run.png")
 
@@ -109,6 +114,7 @@ class AuditedRun:
         arguments: what it was trained with.
         inside: bool [canaries], which were in; never written, nor shown.
         claimed: its epsilon at `delta`; None where it has no guarantee.
+        drawn: the probability with which some step drew a canary.
     """
 
     folder: Path
@@ -118,6 +124,7 @@ class AuditedRun:
     inside: np.ndarray
     claimed: float | None
     delta: float
+    drawn: float
 
 
 def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = ()) -> AuditedRun:
@@ -135,16 +142,28 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
         raise UsageError(f"{folder} was trained without --audit_canaries: nothing shows what leaks")
     read_adapter_info(folder / "adapter")
     canaries = AuditCanaries(count, arguments["audit_canary_kind"], arguments["seed"])
+    coins = read_coins(folder, count)
+    # Runs of earlier versions kept no fingerprint.
+    if private_identity_of(folder).get(COINS, known := coins_fingerprint(coins)) != known:
+        raise UsageError(
+            f"{folder / 'private' / COINS_FILE} holds other coins than the run was trained with; "
+            "restore the run's own from a backup"
+        )
     report = composed_report(folder, histograms)
-    claimed = report["epsilon"][ADD_REMOVE]["upper"] if report["guarantee"] else None
+    claimed, delta, drawn = None, NO_DELTA, min(1.0, arguments["num_epochs"])
+    if report["guarantee"]:
+        claimed, delta = report["epsilon"][ADD_REMOVE]["upper"], report["delta"]
+        training = by_kind(report["mechanisms"])[0][0]
+        drawn = 1 - (1 - training["sampling_rate"]) ** training["times"]
     return AuditedRun(
         folder,
         model_name or model_name_of(folder),
         arguments,
         canaries,
-        canaries.inside(read_coins(folder, count)),
+        canaries.inside(coins),
         claimed,
-        report["delta"] if report["guarantee"] else NO_DELTA,
+        delta,
+        drawn,
     )
 
 
@@ -255,7 +274,7 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Bound:
-    """A lower bound on epsilon, and what it would be had every guess been right."""
+    """A lower bound on epsilon, and what it would be about had there been no noise."""
 
     confidence: float
     attack: str
@@ -264,30 +283,41 @@ class Bound:
     without_noise: float
 
 
-def judged(run: AuditedRun, scores: dict[str, np.ndarray]) -> dict:
-    """Bounds by attack and estimator, what they could be at most, and the verdict; JSON-able."""
-    perfect = run.inside.astype(float)
-    at_most = {
-        (confidence, assumption): bound(perfect, run, confidence, assumption, len(scores))
-        for confidence in CONFIDENCES
-        for assumption in ESTIMATORS
-    }
+def judged(run: AuditedRun, scores: dict[str, np.ndarray], sides: Sequence[int] = SIDES) -> dict:
+    """Bounds by attack and estimator, what they could be, and the verdict; JSON-able.
+
+    Args:
+        sides: of `SIDES`, among which public figures choose, so that the bounds hold as they would
+            of one way to guess.
+    """
+
+    def of_perfect(sides: int, confidence: float, assumption: str) -> float:
+        return best_bound(
+            lambda *called: right_without_noise(run, *called),
+            run, sides, confidence, assumption, len(scores),
+        )  # fmt: skip
+
+    cases = [(confidence, name) for confidence in CONFIDENCES for name in ESTIMATORS]
+    expected = {each: [of_perfect(each, *case) for case in cases] for each in sides}
+    chosen = max(sides, key=lambda each: sum(expected[each]))
     bounds = [
         Bound(
             confidence=confidence,
             attack=attack,
             assumes=assumption,
-            epsilon=bound(values, run, confidence, assumption, len(scores)),
+            epsilon=bound(values, run, chosen, confidence, assumption, len(scores)),
             without_noise=most,
         )
-        for (confidence, assumption), most in at_most.items()
+        for (confidence, assumption), most in zip(cases, expected[chosen])
         for attack, values in scores.items()
     ]
     best = max(each.epsilon for each in bounds if each.confidence == max(CONFIDENCES))
     return {
         "run": str(run.folder),
+        **head_of(run.folder / LEDGER_FILE),
         "canaries": run.canaries.count,
         "kind": run.canaries.kind,
+        "drawn": run.drawn,
         "claimed_epsilon": run.claimed,
         "delta": run.delta,
         "bounds": [asdict(each) for each in bounds],
@@ -296,25 +326,59 @@ def judged(run: AuditedRun, scores: dict[str, np.ndarray]) -> dict:
     }
 
 
+def right_without_noise(run: AuditedRun, as_in: int, as_out: int) -> int:
+    """How many guesses are right, as expected of who recognises each canary that a step drew.
+
+    Of all others the best guess is that they were out.
+    """
+    recognised = run.canaries.count / 2 * run.drawn
+    are_in = (run.canaries.count / 2 - recognised) / (run.canaries.count - recognised)
+    right = min(as_in, recognised) + max(0.0, as_in - recognised) * are_in
+    return math.floor(right + as_out * (1 - are_in))
+
+
 def bound(
-    scores: np.ndarray, run: AuditedRun, confidence: float, assumption: str, attacks: int
+    scores: np.ndarray,
+    run: AuditedRun,
+    sides: int,
+    confidence: float,
+    assumption: str,
+    attacks: int,
+) -> float:
+    """`best_bound` of scores, float64 [canaries], high for one that is thought to be in."""
+    groups = scores[run.inside], scores[~run.inside]
+    return best_bound(
+        lambda *called: correct_guesses(*groups, *called),
+        run, sides, confidence, assumption, attacks,
+    )  # fmt: skip
+
+
+def best_bound(
+    right: Callable[[int, int], int],
+    run: AuditedRun,
+    sides: int,
+    confidence: float,
+    assumption: str,
+    attacks: int,
 ) -> float:
     """The best lower bound on epsilon over the numbers of guesses.
 
     Its confidence holds for all attacks, estimators and numbers of guesses together (Bonferroni).
 
     Args:
-        scores: float64 [canaries], high for one that is thought to be in.
+        right: how many guesses are right, by how many are called in and out.
+        sides: of `SIDES`, whether some are called out.
         assumption: of `ESTIMATORS`.
         attacks: how many there are.
     """
     each = 1 - (1 - confidence) / (attacks * len(ESTIMATORS) * len(PARTS))
-    groups, found = (scores[run.inside], scores[~run.inside]), [0.0]
+    found, count = [0.0], run.canaries.count
     for part in PARTS:
-        if guesses := 2 * (len(scores) // part // 2):
-            correct = correct_guesses(*groups, guesses)
+        if as_in := count // part:
+            as_out = as_in * (sides - 1)
+            correct = right(as_in, as_out)
             estimate = ESTIMATORS[assumption]
-            found.append(estimate(correct, guesses, len(scores), run.delta, each))
+            found.append(estimate(correct, as_in + as_out, count, run.delta, each))
     return max(found)
 
 
@@ -336,11 +400,15 @@ def as_text(result: dict) -> str:
     else:
         verdict = f"not refuted: at least {best:.3f}, and {claimed:.3f} is claimed"
         if claimed > (most := max(each["without_noise"] for each in result["bounds"])):
-            verdict += f"; so few canaries refute no claim above {most:.3f}, train with more"
+            verdict += (
+                f"; canaries that are so few and seldom drawn refute no claim above {most:.3f}, "
+                "train with more, or for more steps"
+            )
     return "\n".join(
         [
             f"Audit of {result['run']}: {result['canaries']} canaries ({result['kind']}), each in "
-            f"with probability 1/2. Claimed is {claim}; delta is {result['delta']:g}.",
+            f"with probability 1/2, and drawn by some step with probability {result['drawn']:.2f}. "
+            f"Claimed is {claim}; delta is {result['delta']:g}.",
             *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
             *NOTES,
             verdict,

@@ -68,6 +68,8 @@ from utils.texts.tokens import TokenisedExamples, tokenised
 
 TOOL = "audit_texts"
 ATTACK = "texts of the synthetic set"
+# Canaries are guessed in alone: that texts lack one says nothing of its coin.
+SIDES = (1,)
 FILES = (f"{TOOL}.json", f"{TOOL}.png")
 # Tokens of a text that are looked at.
 MOST_TOKENS = 2048
@@ -147,8 +149,8 @@ def audited_texts(run: AuditedRun, model: NGrams, tokenizer: PreTrainedTokenizer
     scores = {ATTACK: row_scores(model, data, ends)}
     anew = np.zeros(len(run.inside), dtype=bool)
     anew[SecureRandom().bernoulli_indices(1, 2, len(anew))] = True
-    return judged(run, scores) | {
-        "control_best": judged(replace(run, inside=anew), scores)["best"],
+    return judged(run, scores, SIDES) | {
+        "control_best": judged(replace(run, inside=anew), scores, SIDES)["best"],
         "ranked_right": ranked_right(scores[ATTACK][run.inside], scores[ATTACK][~run.inside]),
     }
 

@@ -78,15 +78,12 @@ def composed_report(
             trusted with the values.
     """
     folders = [runs] if isinstance(runs, Path) else list(runs)
-    plain = [folder for folder in folders if arguments_of(folder)["eps"] == -1]
-    read = [_read_run(folder) for folder in folders if folder not in plain]
-    if plain:
-        return _no_guarantee(plain[:1], "trained without differential privacy")
+    for folder in folders:
+        if why := why_no_guarantee(folder):
+            return _no_guarantee([folder], why)
+    read = [_read_run(folder) for folder in folders]
     _require_distinct(read)
     events = _histograms(histograms, read)
-    known = [run.folder for run in read if run.is_insecure]
-    if known:
-        return _no_guarantee(known[:1], "noise and sampling came from a known seed (a test)")
     if any(event["insecure"] for event in events):
         return _no_guarantee(folders, "a histogram's noise came from a known seed (a test)")
     for run in read:
@@ -141,7 +138,6 @@ class _Run:
     """What the folder of a DP run says.
 
     Attributes:
-        is_insecure: noise and sampling came from a known seed.
         num_canary_rows: rows of N that are canaries, which only training reads.
         steps: in the released model.
         steps_recorded: the numbers of those in the ledger.
@@ -149,7 +145,6 @@ class _Run:
     """
 
     folder: Path
-    is_insecure: bool
     plan: PrivacyPlan
     num_canary_rows: int
     steps: int
@@ -323,6 +318,24 @@ def arguments_of(folder: Path) -> dict:
     return _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
 
 
+def why_no_guarantee(folder: Path) -> str:
+    """Why what a run released may be as private as its rows; nothing where noise protects them.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    arguments, report = arguments_of(folder), folder / REPORT_FILE
+    for name in ("eps", "insecure_fixed_noise_seed"):
+        if name not in arguments:
+            raise UsageError(f"{folder / CONFIG_FILE} has no {name!r}; restore it from a backup")
+    if arguments["eps"] == -1:
+        return "trained without differential privacy"
+    says_so = report.exists() and not _read_json(report, "guarantee")["guarantee"]
+    if says_so or arguments["insecure_fixed_noise_seed"] is not None:
+        return "noise and sampling came from a known seed (a test)"
+    return ""
+
+
 def _read_run(folder: Path) -> _Run:
     """Read a DP run, and check its ledger against all that kept the ledger's head."""
     arguments = arguments_of(folder)
@@ -333,10 +346,8 @@ def _read_run(folder: Path) -> _Run:
     steps, own_report, checks = _read_heads(folder, plan, records)
     if own_report:
         checks.append(require_own_adapter(folder, own_report, adapter_in(records)))
-    known_seed = arguments["insecure_fixed_noise_seed"] is not None
     return _Run(
         folder=folder,
-        is_insecure=known_seed or not own_report.get("guarantee", True),
         plan=plan,
         # Runs of earlier versions have no such flags.
         num_canary_rows=arguments.get("num_canaries", 0) * arguments.get("canary_repeats", 1)

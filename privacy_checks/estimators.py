@@ -78,16 +78,20 @@ def gdp(
     return gdp_epsilon(float(mus.max()), delta)
 
 
-def correct_guesses(inside: np.ndarray, outside: np.ndarray, guesses: int) -> int:
-    """How many of `guesses` are right that call the highest scores in and the lowest out.
+def correct_guesses(inside: np.ndarray, outside: np.ndarray, as_in: int, as_out: int) -> int:
+    """How many guesses are right that call the highest scores in and the lowest out.
 
-    The guesser sees the scores alone; half of the guesses are for either side.
+    The guesser sees the scores alone.
+
+    Args:
+        inside, outside: see `gaussian_pair`.
+        as_in, as_out: how many are called so.
     """
     scores = np.concatenate([inside, outside])
     is_inside = np.arange(len(scores)) < len(inside)
     order = np.argsort(scores)
-    half = guesses // 2
-    return int(is_inside[order[len(order) - half :]].sum() + (~is_inside[order[:half]]).sum())
+    highest, lowest = order[len(order) - as_in :], order[:as_out]
+    return int(is_inside[highest].sum() + (~is_inside[lowest]).sum())
 
 
 def one_run(correct: int, guesses: int, canaries: int, delta: float, confidence: float) -> float:

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from privacy_checks.composition import composed_report
+from privacy_checks.composition import composed_report, why_no_guarantee
 from utils.cli import UsageError
 from utils.files import read_jsonl
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE
+from utils.runs.run_folder import holds_run
 
 # Where the documentation's commands write; the folders that hold the given runs are searched, too.
 OUTPUT_FOLDERS = ("outputs", "resampling", "embeddings", "data")
@@ -36,10 +37,16 @@ def with_left_out(
         runs, histograms, relations: what it was made of.
 
     Returns:
-        The report itself if nothing is left out; else with "left_out", the folders of runs and
-        ledgers of histograms that were found, "epsilon_with_left_out" by relation, None where it
-        is not known, and a sentence among what is not covered.
+        The report itself if nothing is left out; else with a sentence among what is not covered,
+        and with "left_out", the folders of runs and ledgers of histograms that were found,
+        "epsilon_with_left_out" by relation, None where it is not known, and
+        "without_guarantee", the folders of runs that no epsilon is for.
     """
+    if unprotected := without_guarantee(runs, histograms):
+        report = report | {
+            "without_guarantee": [str(path) for path in unprotected],
+            "not_covered": [*report["not_covered"], *map(unprotected_by, unprotected)],
+        }
     other_runs, other_histograms = left_out(runs, histograms)
     names = [str(path) for path in (*other_runs, *other_histograms)]
     if not names:
@@ -64,28 +71,56 @@ def with_left_out(
     }
 
 
+def unprotected_by(run: Path) -> str:
+    """What a reader must know of a run without a guarantee on the same private data."""
+    return (
+        f"{run} was trained on the same private data without a guarantee "
+        f"({why_no_guarantee(run)}): nothing here holds for its model, or for what was made with it"
+    )
+
+
+def without_guarantee(runs: Sequence[Path], histograms: Sequence[Path]) -> list[Path]:
+    """Folders of other runs of the data of the given ones that learnt from it without a guarantee.
+
+    One that has neither an adapter nor a checkpoint has learnt nothing.
+    """
+    given = {run.resolve() for run in runs}
+    return [
+        folder
+        for folder in _of_the_same_data(runs, histograms)
+        if holds_run(folder) and folder.resolve() not in given and why_no_guarantee(folder)
+        if (folder / "adapter").exists() or [*folder.glob("checkpoints/step-*")]
+    ]
+
+
 def left_out(runs: Sequence[Path], histograms: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Folders of other DP runs, and other ledgers of histograms, of the data of the given ones.
 
     A copy of a known run or ledger, or one that holds nothing more, is not another one.
     """
-    given = [*runs, *(path.parent for path in histograms)]
-    sought = {fingerprint for folder in given for fingerprint in _fingerprints(folder)}
     known_runs = {chain for run in runs for chain in _chains(run / LEDGER_FILE)[:1]}
     known_histograms = {chain for path in histograms for chain in _chains(path)}
     found: tuple[list[Path], list[Path]] = ([], [])
-    for folder in _folders_with_private(runs):
-        if sought.isdisjoint(_fingerprints(folder)):
-            continue
+    for folder in _of_the_same_data(runs, histograms):
         # The first line of a run's ledger is its plan alone.
         if (chains := _chains(folder / LEDGER_FILE))[1:] and not known_runs.issuperset(chains[:1]):
-            found[0].append(folder)
             known_runs.add(chains[0])
+            if not why_no_guarantee(folder):
+                found[0].append(folder)
         for histogram in _histogram_ledgers(folder):
             if not known_histograms.issuperset(chains := _chains(histogram)):
                 found[1].append(histogram)
                 known_histograms.update(chains)
     return found
+
+
+def _of_the_same_data(runs: Sequence[Path], histograms: Sequence[Path]) -> Iterator[Path]:
+    """Folders of runs and embeddings that share a fingerprint with the given ones; these too."""
+    given = [*runs, *(path.parent for path in histograms)]
+    sought = {fingerprint for folder in given for fingerprint in _fingerprints(folder)}
+    for folder in _folders_with_private(runs):
+        if not sought.isdisjoint(_fingerprints(folder)):
+            yield folder
 
 
 def _histogram_ledgers(folder: Path) -> Iterator[Path]:

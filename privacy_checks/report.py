@@ -37,6 +37,7 @@ from privacy_checks.composition import (
     epsilon_over_steps,
     exit_code,
 )
+from privacy_checks.flags import SpentSettings
 from privacy_checks.registry import with_left_out
 from privacy_checks.signature import (
     SIGNATURE_FILE,
@@ -60,26 +61,9 @@ OUTPUT_FILES = ("composed_report.json", "composed_report.md", PLOT_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(SpentSettings):
     """The flags of the composed report."""
 
-    run: list[Path] = flag(
-        "folder of a training run, outputs/JOB_SESS; all that read the same private rows",
-        name="run",
-        nargs="+",
-        type=Path,
-    )
-    histogram: list[Path] = flag(
-        "ledgers of histograms of the same private dataset",
-        [],
-        nargs="+",
-        type=Path,
-        metavar="LEDGER",
-    )
-    delta: float | None = flag(
-        "the plan's if left out; needed where the plans of several runs differ in it",
-        type=positive_float,
-    )
     epsilon: float | None = flag(
         "also give delta at this epsilon; the plan's target, the largest of several, if left out",
         type=positive_float,
@@ -92,16 +76,11 @@ class Settings:
     sign: Path | None = flag(
         "sign what is written to --output with this private key", type=Path, metavar="KEYFILE"
     )
-    verify_key: Path | None = flag(
-        "write nothing; verify the report in --output and the state of the runs against the "
-        "signature there, with this public key",
-        type=Path,
-        metavar="PUBLIC_KEY",
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
+    settings.require_runs()
     output = settings.output
     if (settings.sign or settings.verify_key) and not output:
         raise UsageError("--sign and --verify_key need --output, the folder of the report")

@@ -9,17 +9,21 @@ registry of DP deployments asks of an entry of its third tier; in what it tells 
 800-226. Each entry says whether it is from the ledger, was checked by this command, or is declared
 by the owner; what nobody declared is "not declared". Lines of Python in it compute epsilon anew,
 without this toolkit. An edited ledger, another adapter than the ledger's, and a histogram or run of
-the same data that is not named are refused.
+the same data that is not named are refused. A run of the same data without a guarantee, named or
+next to these, and one that was stopped before its last step are told of first.
 
---owner_file is YAML, one `NAME: text` a line; --help_owner prints one to fill in. --key signs the
-statement with the ledgers' heads and the adapters' hashes, and --verify_key looks whether all is as
-it was signed; `privacy_checks.report --help` says how to make keys.
+--audit adds what an audit of one of the runs found: bound, power and claim; one that refutes its
+run's claim leaves nothing to state. --owner_file is YAML, one `NAME: text` a line; --help_owner
+prints one to fill in. --key signs the statement with the ledgers' heads and the adapters' hashes,
+and --verify_key looks whether all is as it was signed; `privacy_checks.report --help` says how to
+make keys.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
-from utils.command_line.parser import answer_early, flag, positive_float, read_flags
+from privacy_checks.flags import SpentSettings
+from utils.command_line.parser import answer_early, flag, read_flags
 
 # What only the owner knows, and the question that each answers.
 OWNER = {
@@ -41,26 +45,15 @@ OWNER = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(SpentSettings):
     """The flags of the statement."""
 
-    run: list[Path] = flag(
-        "folder of a training run, outputs/JOB_SESS; all that read the same private rows",
-        [],
-        name="run",
-        nargs="*",
-        type=Path,
-    )
-    histogram: list[Path] = flag(
-        "ledgers of histograms of the same private data",
+    audit: list[Path] = flag(
+        "what privacy_checks.audit_run or audit_texts wrote of these runs",
         [],
         nargs="+",
         type=Path,
-        metavar="LEDGER",
-    )
-    delta: float | None = flag(
-        "the plan's if left out; needed where the plans of several runs differ in it",
-        type=positive_float,
+        metavar="FILE.json",
     )
     owner_file: Path | None = flag("what the owner declares", type=Path, metavar="FILE.yaml")
     help_owner: bool = flag("print an --owner_file to fill in, and end", False)
@@ -69,33 +62,30 @@ class Settings:
     key: Path | None = flag(
         "sign the statement with this private key (Ed25519)", type=Path, metavar="KEYFILE"
     )
-    verify_key: Path | None = flag(
-        "write nothing; verify the statement in --output and the state of the runs with this "
-        "public key",
-        type=Path,
-        metavar="PUBLIC_KEY",
-    )
 
 
 answer_early(__name__, Settings, __doc__)
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import numpy as np
 import yaml
 
 from evaluation.page.printing import Verbatim, portable
 from evaluation.page.sections import Chart, best_catch, best_guess, factor, line_chart, odds
 from evaluation.report import ESCAPED, environment
-from privacy_checks.composition import composed_report, events_of
-from privacy_checks.registry import left_out
+from privacy_checks.composition import composed_report, events_of, why_no_guarantee
+from privacy_checks.registry import left_out, unprotected_by, without_guarantee
 from privacy_checks.report import verify
-from privacy_checks.signature import differences, read_private_key, read_public_key, sign
+from privacy_checks.signature import differences, head_of, read_private_key, read_public_key, sign
 from utils.cli import EXIT_OK, UsageError, in_one_line, run_cli, say
-from utils.files import open_text, write_atomic, write_json
+from utils.files import open_text, required_object, write_atomic, write_json
 from utils.folders import LOCK_FILE, claimed, locked, require_folder
 from utils.privacy.accounting import ADD_REMOVE, catch_rates, compute_delta
 from utils.privacy.guarantee import claim, conditions, exception, name_of_unit
+from utils.privacy.ledger import LEDGER_FILE
 from utils.versions import toolkit_commit, versions_of
 
 FILES = ("statement.html", "statement.md", "statement.json")
@@ -105,6 +95,8 @@ MARK = "privacy_checks.statement"
 LEDGER, CHECKED, DECLARED = "from the ledger", "checked", "declared by the owner"
 NOT_DECLARED = "not declared"
 LIBRARIES = ("dp-accounting", "prv-accountant", "scipy", "numpy", "torch", "cryptography")
+# Of the bounds of an audit that are shown.
+CONFIDENCES = (0.95, 0.99)
 # Rates of false alarms in words, and those of the picture.
 FALSE_ALARMS = (0.001, 0.01, 0.1)
 PICTURED = [number / 50 for number in range(51)]
@@ -120,8 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.help_owner:
         print("\n".join(f"{name}:  # {question}" for name, question in OWNER.items()))
         return EXIT_OK
-    if not settings.run:
-        raise UsageError("name the RUNs that the statement is of")
+    settings.require_runs()
     runs, histograms, output = settings.run, settings.histogram, settings.output
     if settings.verify_key:
         public = read_public_key(settings.verify_key)
@@ -174,22 +165,46 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """What an audit found of a run.
+
+    Attributes:
+        through: what was attacked.
+        at_95, at_99: lower bounds on epsilon with that confidence, in percent.
+        without_noise: the one at 99% that is expected of a run without noise: the audit's power.
+        claimed: the epsilon that the run promises by itself.
+    """
+
+    run: str
+    through: str
+    canaries: int
+    at_95: float
+    at_99: float
+    without_noise: float
+    claimed: float
+
+
+@dataclass(frozen=True)
 class Statement:
     """What the templates show.
 
     Attributes:
+        warnings: what a reader must know first, in sentences.
         promise: in a sentence.
         entries: by a name, in the order of the page.
+        audits: of these runs, none of which refuted what is claimed.
         attack: what an attacker can find out at most, in sentences.
         odds: how sure somebody is, before and after at most.
         picture: of `attack`.
         recompute: lines of Python that print epsilon.
     """
 
+    warnings: list[str]
     promise: str
     epsilon: float
     delta: float
     entries: dict[str, Entry]
+    audits: list[Audit]
     attack: list[str]
     odds: list[tuple[str, str]]
     picture: Chart
@@ -212,17 +227,20 @@ class Statement:
 def make_statement(settings: Settings) -> Statement:
     """Compose, check and declare.
 
+    Runs without a guarantee are warned of, whether they are named or lie next to the others.
+
     Raises:
-        UsageError: there is no guarantee; a run is still spending; what read the same data is not
+        UsageError: no run has a guarantee; a run is still spending; what read the same data is not
             named; or the ledgers, the adapters or what the owner declares are not in order.
     """
-    runs, histograms = settings.run, settings.histogram
-    for run in runs:
+    named, histograms = settings.run, settings.histogram
+    for run in named:
         if (run / LOCK_FILE).exists():  # held by a run that goes on, or left by a kill
             with locked(run, "name other RUNs"):
                 pass
     declared = read_owner(settings.owner_file) if settings.owner_file else {}
-    composed = composed_report(runs, histograms, settings.delta)
+    runs = [run for run in named if not why_no_guarantee(run)]
+    composed = composed_report(runs or named, histograms, settings.delta)
     if not composed["guarantee"]:
         raise UsageError(f"{composed['run']} has no guarantee to state: {composed['why']}")
     if missing := [str(path) for found in left_out(runs, histograms) for path in found]:
@@ -230,16 +248,21 @@ def make_statement(settings: Settings) -> Statement:
             f"of the same private data, and not named: {', '.join(missing)}; name runs next to the "
             "others and histograms with --histogram, for a statement is of all that was spent"
         )
+    unprotected = [run for run in named if run not in runs] + without_guarantee(named, histograms)
+    beyond = [unprotected_by(run) for run in unprotected]
+    composed["not_covered"] += beyond
     events = events_of(composed["mechanisms"])
     unit = name_of_unit(composed).replace("example", "row")
     epsilon = composed["epsilon"][ADD_REMOVE]["upper"]
     guess = best_guess(compute_delta(events, 0.0, ADD_REMOVE))
     rates = catch_rates(events, [*FALSE_ALARMS, *PICTURED])
     return Statement(
+        warnings=[portable(each) for each in (*beyond, *map(stopped, unfinished(composed)))],
         promise=portable(f"What is released of {composed['run']} is {claim(composed)}."),
         epsilon=epsilon,
         delta=composed["delta"],
         entries=entries_of(composed, declared),
+        audits=[read_audit(path, runs) for path in settings.audit],
         attack=[
             f"Somebody who sees all that is released, knows every other {unit} and guesses whether "
             f"one {unit} was in the data is right at most {guess} of the time; a coin, 50%.",
@@ -253,6 +276,64 @@ def make_statement(settings: Settings) -> Statement:
     )
 
 
+def unfinished(composed: dict) -> list[dict]:
+    """The runs of a composed report whose model has not all the steps that were planned."""
+    facts = composed.get("runs", [composed])
+    return [run for run in facts if run["steps_taken"] < run["steps_planned"]]
+
+
+def stopped(run: dict) -> str:
+    """What a reader must know of an unfinished run.
+
+    Args:
+        run: an entry of `unfinished`.
+    """
+    recorded = run["steps_taken"] + run["steps_lost"]
+    return (
+        f"{run['run']} was stopped after step {run['steps_taken']} of {run['steps_planned']}: what "
+        f"is stated covers the {recorded} steps on record, and no longer holds once it goes on"
+    )
+
+
+def read_audit(path: Path, runs: Sequence[Path]) -> Audit:
+    """The result of an audit of one of these runs.
+
+    Raises:
+        UsageError: it is none, or of another run, or refutes what its run claims.
+    """
+    remedy = "make it with privacy_checks.audit_run RUN --output DIR"
+    found = required_object(path, remedy)
+    try:
+        at_95, at_99 = (
+            [each for each in found["bounds"] if each["confidence"] == level]
+            for level in CONFIDENCES
+        )
+        audit = Audit(
+            run=portable(found["run"]),
+            through=", ".join(dict.fromkeys(str(each["attack"]) for each in at_99)),
+            canaries=int(found["canaries"]),
+            at_95=max(float(each["epsilon"]) for each in at_95),
+            at_99=max(float(each["epsilon"]) for each in at_99),
+            without_noise=max(float(each["without_noise"]) for each in at_99),
+            claimed=float(found["claimed_epsilon"]),
+        )
+        if not np.isfinite(astuple(audit)[2:]).all():
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"--audit {path} is no result of an audit of a DP run; {remedy}") from None
+    if {"ledger": found.get("ledger")} not in [head_of(run / LEDGER_FILE) for run in runs]:
+        raise UsageError(
+            f"--audit {path} is of a run that is not named here, or of one that went on since; "
+            f"{remedy}"
+        )
+    if audit.at_99 > audit.claimed:
+        raise UsageError(
+            f"--audit {path}: epsilon is at least {audit.at_99:.3f} and {audit.claimed:.3f} was "
+            "claimed, so there is nothing to state; do not release the run"
+        )
+    return audit
+
+
 def read_owner(path: Path) -> dict[str, str]:
     """What an owner declares, by the names of `OWNER`; an empty entry declares nothing.
 
@@ -264,7 +345,7 @@ def read_owner(path: Path) -> dict[str, str]:
             found = yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"--owner_file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--owner_file {path} is not YAML: {in_one_line(error, 200)}") from None
     if not isinstance(found, dict):
         raise UsageError(f"--owner_file {path} has no `NAME: text`; --help_owner prints one")

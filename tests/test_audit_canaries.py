@@ -161,7 +161,8 @@ def test_a_run_does_not_go_on_without_its_coins_or_with_other_canaries(run):
         run(*AUDITED, "--resume=auto")
 
 
-@pytest.mark.parametrize("coins", ["{}", '{"inside": [8]}', '{"inside": ["1"]}', '{"inside": 3}'])
+@pytest.mark.parametrize("coins", ["{}", '{"inside": [8]}', '{"inside": ["1"]}', '{"inside": 3}',
+                                   '{"inside": [true]}', '{"inside": [1.0]}'])  # fmt: skip
 def test_damaged_coins_are_refused(tmp_path, coins):
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / COINS_FILE).write_text(coins)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import train
 from privacy_checks import audit_run
+from privacy_checks.estimators import correct_guesses
 from privacy_checks.observed_run import save_tiny_model
 from tests.training import in_process, save_dataset
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError
@@ -101,18 +103,54 @@ def test_a_run_without_noise_is_flagged_and_nothing_of_a_canary_leaves(parts, tm
         audited(parts, run, f"--output={tmp_path / 'audit'}")
 
 
-def run_of(inside, claimed=1.0) -> audit_run.AuditedRun:
+def run_of(inside, claimed=1.0, drawn=1.0) -> audit_run.AuditedRun:
     canaries = AuditCanaries(len(inside), TOKENS, 0)
-    return audit_run.AuditedRun("run", "base", {}, canaries, inside, claimed, 1e-5)
+    return audit_run.AuditedRun(Path("run"), "base", {}, canaries, inside, claimed, 1e-5, drawn)
 
 
-def test_scores_that_know_no_coin_refute_nothing():
+def f_dp(scores, run, attacks=1) -> float:
+    """The bound at 95% of guesses on either side."""
+    return audit_run.bound(scores, run, 2, 0.95, "f-DP", attacks)
+
+
+@pytest.mark.parametrize("sides", audit_run.SIDES)
+def test_scores_that_know_no_coin_refute_nothing(sides):
     """About 10 of 200 at 95%, at most: of several numbers of guesses the best one counts."""
     random, above = np.random.default_rng(0), 0
     for _ in range(200):
         run = run_of(random.random(128) < 0.5)
-        above += audit_run.bound(random.normal(size=128), run, 0.95, "f-DP", 2) > 0
+        above += audit_run.bound(random.normal(size=128), run, sides, 0.95, "f-DP", 2) > 0
     assert above <= 10
+
+
+def test_a_canary_that_no_step_drew_shows_nothing_and_the_power_says_so():
+    """What is expected without noise is what a run shows in which whoever was drawn is known."""
+    random = np.random.default_rng(0)
+    inside, drawn = random.random((2, 1000)) < np.array([[0.5], [0.2]])
+    scores = (inside & drawn) + random.random(1000) / 2
+    found, whole = (
+        audit_run.judged(run_of(inside, 8.0, share), {audit_run.OF_LOSSES: each})["bounds"]
+        for share, each in ((0.2, scores), (1.0, inside.astype(float)))
+    )
+    for each, most in zip(found, whole):
+        assert each["epsilon"] == pytest.approx(each["without_noise"], abs=0.5)
+        assert 0.5 < each["without_noise"] < most["without_noise"] - 0.5
+    # Half of what is guessed out would be wrong.
+    both = audit_run.bound(scores, run_of(inside), 2, 0.99, "f-DP", 1)
+    one = audit_run.bound(scores, run_of(inside), 1, 0.99, "f-DP", 1)
+    assert one > both + 1
+
+
+@pytest.mark.parametrize("drawn", [0.05, 0.3, 1.0])
+def test_as_many_guesses_are_right_as_of_somebody_who_knows_who_was_drawn(drawn):
+    random, found = np.random.default_rng(0), []
+    for _ in range(200):
+        inside = random.random(1000) < 0.5
+        known = inside & (random.random(1000) < drawn)
+        scores = known + random.random(1000) / 2
+        found.append(correct_guesses(scores[inside], scores[~inside], 125, 125))
+    expected = audit_run.right_without_noise(run_of(np.ones(1000), 1.0, drawn), 125, 125)
+    assert np.mean(found) == pytest.approx(expected, abs=3)
 
 
 def test_a_claim_that_no_audit_of_so_few_could_refute_is_said_to_be_one(capsys):
@@ -122,7 +160,7 @@ def test_a_claim_that_no_audit_of_so_few_could_refute_is_said_to_be_one(capsys):
     assert result["best"] == max(
         each["without_noise"] for each in result["bounds"] if each["confidence"] == 0.99
     )
-    assert "so few canaries refute no claim above" in audit_run.as_text(result)
+    assert "so few and seldom drawn refute no claim above" in audit_run.as_text(result)
     unclaimed = audit_run.judged(run_of(inside, None), {audit_run.OF_LOSSES: inside.astype(float)})
     assert not unclaimed["refuted"]
     assert "nothing was claimed" in audit_run.as_text(unclaimed)
@@ -134,11 +172,11 @@ def test_a_bound_falls_with_the_noise_and_the_fewer_canaries_there_are(share):
     inside = random.random(1024) < 0.5
     scores = 4 * inside + random.normal(size=1024) * share
     many, few = run_of(inside), run_of(inside[:128])
-    found = audit_run.bound(scores, many, 0.95, "f-DP", 1)
-    assert found > audit_run.bound(scores[:128], few, 0.95, "f-DP", 1) > 0
-    assert found <= audit_run.bound(inside.astype(float), many, 0.95, "f-DP", 1)
+    found = f_dp(scores, many)
+    assert found > f_dp(scores[:128], few) > 0
+    assert found <= f_dp(inside.astype(float), many)
     more_noise = scores + 4 * random.normal(size=1024)
-    assert audit_run.bound(more_noise, many, 0.95, "f-DP", 1) < found
+    assert f_dp(more_noise, many) < found
 
 
 def test_a_sketch_keeps_inner_products():

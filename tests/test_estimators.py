@@ -31,7 +31,7 @@ def draw(random, mu, canaries=CANARIES):
 
 
 def bounds(inside, outside):
-    correct = correct_guesses(inside, outside, GUESSES)
+    correct = correct_guesses(inside, outside, GUESSES // 2, GUESSES // 2)
     return {
         "pair": gaussian_pair(inside, outside, DELTA, CONFIDENCE),
         "gdp": gdp(inside, outside, THRESHOLDS, DELTA, CONFIDENCE),
@@ -102,8 +102,10 @@ def test_nothing_is_found_where_nothing_leaks(random):
 
 def test_guesses_are_the_extremes():
     inside, outside = np.array([5.0, 4.0, 0.0]), np.array([1.0, 2.0, 4.5])
-    assert correct_guesses(inside, outside, 2) == 1  # 5 is in, 0 is not out
-    assert correct_guesses(inside, outside, 4) == 2  # 5 and 1 right, 4.5 and 0 wrong
+    assert correct_guesses(inside, outside, 1, 1) == 1  # 5 is in, 0 is not out
+    assert correct_guesses(inside, outside, 2, 2) == 2  # 5 and 1 right, 4.5 and 0 wrong
+    assert correct_guesses(inside, outside, 3, 0) == 2  # 5 and 4 right, 4.5 wrong
+    assert correct_guesses(inside, outside, 0, 3) == 2  # 1 and 2 right, 0 wrong
 
 
 def test_without_delta_one_run_is_the_binomial_bound():

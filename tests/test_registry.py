@@ -76,6 +76,19 @@ def test_runs_and_histograms_of_the_same_data_are_named_with_what_all_spent(run,
     assert written(other)[0]["left_out"] == [str(run), str(ledger)]
 
 
+def test_a_run_without_a_guarantee_is_named_and_none_of_what_was_spent(run):
+    plain = Path("outputs/plain")
+    arguments = {"eps": -1, "insecure_fixed_noise_seed": None}
+    write_json(plain / "run_config.json", {"arguments": arguments})
+    write_json(plain / "private" / "identity.json", {"rows_fingerprint": ROWS})
+    assert "without_guarantee" not in written(run)[0]  # it has learnt nothing yet
+    (plain / "checkpoints" / "step-000001").mkdir(parents=True)
+    found, page = written(run)
+    assert found["without_guarantee"] == [str(plain)]
+    assert "left_out" not in found
+    assert f"{plain} was trained on the same private data without a guarantee" in page
+
+
 def test_a_ledger_of_another_name_is_found_by_the_selection_that_it_paid_for(run):
     shutil.move(count_texts("resampling/mine"), "kept.jsonl")
     shutil.move("resampling/mine/histogram_ledger.jsonl.head.json", "kept.jsonl.head.json")

@@ -10,6 +10,7 @@ import yaml
 
 from privacy_checks import statement
 from privacy_checks.composition import composed_report
+from privacy_checks.signature import head_of
 from tests.test_report import PLAN, make_run
 from tests.test_signature import write_keys
 from utils.cli import UsageError
@@ -71,6 +72,7 @@ def test_it_says_what_the_composed_report_says_in_three_formats(stated):
         "upper"
     ]
     assert (found["epsilon"], found["delta"]) == (epsilon, PLAN.delta)
+    assert found["warnings"] == []
     assert found["follows"] == "NIST SP 800-226"
     page, text = ((stated / "out" / name).read_text() for name in statement.FILES[:2])
     for shown in (page, text):
@@ -114,6 +116,8 @@ def test_what_the_owner_declares_is_marked_and_the_rest_is_not(run, tmp_path):
         ("retention: [a, b]", "retention is not one text"),
         ("just words", "--help_owner prints one"),
         ("a: b: c", "is not YAML"),
+        ("[" * 9000, "is not YAML"),
+        ("", "--help_owner prints one"),
     ],
 )
 def test_an_owner_file_that_says_something_else_is_refused(run, tmp_path, text, named):
@@ -234,6 +238,107 @@ def test_there_is_no_statement_without_a_guarantee_or_a_run(tmp_path):
         made(tmp_path, run)
     with pytest.raises(UsageError, match="name the RUNs"):
         made(tmp_path)
+
+
+def audit_of(run, **changes):
+    """What an audit of a run wrote."""
+    bound = {"attack": "losses of the adapter", "assumes": "f-DP", "without_noise": 3.5}
+    found = {
+        "run": str(run), **head_of(run / LEDGER_FILE), "canaries": 1000, "claimed_epsilon": 1.5,
+        "bounds": [bound | {"confidence": 0.95, "epsilon": 0.75},
+                   bound | {"confidence": 0.95, "epsilon": 0.5},
+                   bound | {"confidence": 0.99, "epsilon": 0.25, "assumes": "<b>"}],
+    }  # fmt: skip
+    write_json(run.parent / "audit.json", found | changes)
+    return run.parent / "audit.json"
+
+
+def test_an_audit_is_shown_with_bound_power_and_claim(run, tmp_path):
+    assert made(tmp_path, run)["audits"] == []
+    found = made(tmp_path, run, "--audit", audit_of(run), "--overwrite")
+    assert found["audits"] == [
+        {"run": "…/job", "through": "losses of the adapter", "canaries": 1000, "at_95": 0.75,
+         "at_99": 0.25, "without_noise": 3.5, "claimed": 1.5}
+    ]  # fmt: skip
+    page, text = ((tmp_path / "out" / name).read_text() for name in statement.FILES[:2])
+    shown = ("1,000", "0.750", "0.250", "3.500", "1.500")
+    assert all(f'<td class="n">{each}</td>' in page for each in shown)
+    assert "at least 0.750 at 95%, 0.250 at 99%; a run without noise would show 3.500" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"ledger": {"lines": 3, "chain": "of another"}}, "of a run that is not named here"),
+        ({"claimed_epsilon": 0.2}, "at least 0.250 and 0.200 was claimed"),
+        ({"claimed_epsilon": None}, "no result of an audit of a DP run"),
+        ({"claimed_epsilon": float("nan")}, "no result of an audit of a DP run"),
+        ({"bounds": []}, "no result of an audit of a DP run"),
+        ({"bounds": [7]}, "no result of an audit of a DP run"),
+    ],
+)
+def test_another_audit_and_one_that_refutes_the_claim_are_refused(run, tmp_path, changes, named):
+    with pytest.raises(UsageError, match=named) as refused:
+        made(tmp_path, run, "--audit", audit_of(run, **changes))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out" / "statement.json").exists()
+
+
+def plain_run(folder, **identity):
+    """A run without a guarantee that was trained to its end."""
+    arguments = {"eps": -1, "insecure_fixed_noise_seed": None}
+    write_json(folder / "run_config.json", {"arguments": arguments})
+    write_json(folder / "adapter" / "adapter_config.json", {"r": 8})
+    write_json(folder / "private" / "identity.json", identity)
+    return folder
+
+
+def warned_of(folder, found) -> list[str]:
+    """The warnings of a statement, each of which stands in all three files."""
+    for line in found["warnings"]:
+        assert (
+            f'<p class="banner" role="alert">{line}.</p>'
+            in (folder / "out" / "statement.html").read_text()
+        )
+        assert f"> **Warning**: {line}." in (folder / "out" / "statement.md").read_text()
+    return found["warnings"]
+
+
+def test_a_run_of_the_same_rows_without_a_guarantee_is_told_of_first(run, tmp_path):
+    write_json(run / "private" / "identity.json", {"rows_fingerprint": "the same"})
+    plain = plain_run(tmp_path / "plain", rows_fingerprint="the same")
+    plain_run(tmp_path / "foreign", rows_fingerprint="another")
+    found = made(tmp_path, run)
+    (warning,) = warned_of(tmp_path, found)
+    assert "plain was trained on the same private data without a guarantee (trained" in warning
+    assert warning in found["entries"]["not_covered"]["lines"]
+    epsilon = composed_report(run)["epsilon"][ADD_REMOVE]["upper"]
+    # Named, it is told of once, though nothing here knows of which data it is.
+    (plain / "private" / "identity.json").unlink()
+    assert not made(tmp_path, run, "--overwrite")["warnings"]
+    named = made(tmp_path, plain, run, "--overwrite")
+    assert (warned_of(tmp_path, named), named["epsilon"]) == ([warning], epsilon)
+    assert "plain" not in named["promise"]
+
+
+def test_a_run_of_a_known_seed_is_told_of_and_not_composed(run, tmp_path):
+    other = make_run(tmp_path / "other")
+    arguments = {"eps": 2.0, "insecure_fixed_noise_seed": 0}
+    write_json(other / "run_config.json", {"arguments": arguments})
+    for folder in (run, other):
+        write_json(folder / "private" / "identity.json", {"rows_fingerprint": "the same"})
+    (warning,) = warned_of(tmp_path, made(tmp_path, run))
+    assert "other was trained on the same private data without" in warning
+    assert "a known seed" in warning
+
+
+def test_a_run_that_was_stopped_is_told_of_first(tmp_path):
+    run = make_run(tmp_path / "job", range(1, 16), checkpoints=(10,), own_report=False)
+    found = made(tmp_path, run)
+    (warning,) = warned_of(tmp_path, found)
+    assert "job was stopped after step 10 of 20: what is stated covers the 15 steps" in warning
+    spent = compute_epsilon([SampledGaussian(10 / 500, 1.0, 15)], 1e-5).upper
+    assert found["epsilon"] == spent
 
 
 def test_a_signed_statement_is_verified_and_a_changed_one_is_not(run, ledger, tmp_path, capsys):

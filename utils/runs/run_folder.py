@@ -42,6 +42,8 @@ PLACES = ("dataset_name", "model_name", "output_dir")
 ADAPTER_HASH = "adapter_sha256"
 # What the last step left, where adapter/ is an average.
 LAST_ADAPTER = "adapter_last"
+# In a run's private identity: of the coins of its audit.
+COINS = "audit_coins"
 NO_GUARANTEE = "**No privacy guarantee**"
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "prv-accountant", "dp-accounting")
 # Settings that a continued run may change, since none of them changes what is learnt or how
@@ -133,7 +135,7 @@ def begin(folder: Path, settings: dict, identity: dict, private_identity: dict) 
     begun_with |= known
     now = identity | private_identity
     # Runs of earlier versions have none. Their tokens say as much, and are compared.
-    for name in ("rows_fingerprint", "prompt_date"):
+    for name in ("rows_fingerprint", "prompt_date", COINS):
         begun_with.setdefault(name, now.get(name))
     require_same_settings(
         {name.replace("_", " "): begun_with.get(name) for name in now},

@@ -9,6 +9,7 @@ there, and neither sampling rate nor accounting knows a coin. No torch.
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,12 +133,22 @@ def read_coins(run: Path, count: int) -> dict:
     file = run / "private" / COINS_FILE
     coins = json_object(file)
     inside = coins.get("inside")
-    if not (isinstance(inside, list) and all(number in range(count) for number in inside)):
+    known = range(count)
+    if not (isinstance(inside, list) and all(type(i) is int and i in known for i in inside)):
         raise UsageError(
             f"{file} is not there or damaged: restore it from a backup, since it alone knows which "
             "canaries are in, or train anew with another --job_sess"
         )
     return coins
+
+
+def coins_fingerprint(coins: dict) -> str:
+    """By which the coins of a run are known again.
+
+    Args:
+        coins: of `COINS_FILE`.
+    """
+    return hashlib.sha256(json.dumps(sorted(coins["inside"])).encode()).hexdigest()
 
 
 def as_trained(canaries: TokenisedExamples, inside: np.ndarray, eos_id: int) -> TokenisedExamples:
