@@ -37,7 +37,7 @@ class Settings(studies.Settings):
     delta: float = flag("of the guarantee", 1e-5)
     num_seeds: int = flag("generators of each arm", 3, type=positive_int)
     num_public: int = flag("public instructions, for the small base", 4000, type=positive_int)
-    pretraining_tokens: int = flag("of the small base", 3_000_000, type=positive_int)
+    pretraining_tokens: int = flag("of the small base", 4_000_000, type=positive_int)
     num_private: int | None = flag(
         "private instructions; all that are left if left out", type=positive_int
     )
@@ -59,6 +59,7 @@ from benchmarks.figures import markdown
 from benchmarks.small_base import small_base
 from benchmarks.studies import (
     Generator,
+    cut_at_words,
     interval,
     losses_by_model,
     model_flags,
@@ -72,7 +73,6 @@ from benchmarks.studies import (
 from utils.cli import UsageError, run_cli
 from utils.files import write_json
 from utils.folders import save_dataset
-from utils.models.loading import load_tokenizer
 from utils.privacy.plan import num_steps
 from utils.texts.data_sets import count_train_examples
 from utils.versions import versions_of
@@ -126,19 +126,6 @@ def save_data(settings: Settings, folder: Path) -> str:
         parts = {"train": rows[test:], "test": rows[:test]}
         save_dataset(folder / "data", parts, ["instruction"], {"rows": "study"})
     return base
-
-
-def cut_at_words(model_name: str, texts: list[str], most: int) -> list[str]:
-    """The texts, those of more than `most` tokens without the words that begin beyond them."""
-    tokenizer = load_tokenizer(model_name)
-    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    cut = []
-    for text, offsets in zip(texts, found["offset_mapping"]):
-        if len(offsets) > most:
-            kept = text[: offsets[most][0]]
-            text = kept.rsplit(maxsplit=1)[0] if len(kept.split()) > 1 else kept
-        cut.append(text)
-    return cut
 
 
 def train(settings: Settings, folder: Path, generator: Generator) -> None:

@@ -60,6 +60,21 @@ def shuffled_instructions(settings: Settings) -> list[str]:
     return [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
 
 
+def cut_at_words(model_name: str, texts: list[str], most: int) -> list[str]:
+    """The texts, those of more than `most` tokens without the words that begin beyond them."""
+    from utils.models.loading import load_tokenizer  # takes seconds, and --help has no need of it
+
+    tokenizer = load_tokenizer(model_name)
+    found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    cut = []
+    for text, offsets in zip(texts, found["offset_mapping"]):
+        if len(offsets) > most:
+            kept = text[: offsets[most][0]]
+            text = kept.rsplit(maxsplit=1)[0] if len(kept.split()) > 1 else kept
+        cut.append(text)
+    return cut
+
+
 def that_fit(settings: Settings, texts: list[str]) -> list[str]:
     """The texts that --max_seq_len does not cut.
 

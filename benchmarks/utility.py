@@ -56,20 +56,25 @@ class Settings(studies.Settings):
         "quick", choices=("quick", "small", "paper"),
     )  # fmt: skip
     model_name: str = flag("base model; a small one, made on the spot, if left out", "")
-    dtype: str = flag("of the frozen base", "float32", choices=("bfloat16", "float32"))
-    pretraining_tokens: int = flag("of the small base", 1_000_000)
+    dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
+    pretraining_tokens: int = flag("of the small base", 4_000_000)
     max_seq_len: int = flag("tokens; longer instructions are left out", 40)
+    row_tokens: int | None = flag(
+        "cut private and held-out instructions at a word, so that none has more than these; none "
+        "is cut if left out",
+        30, type=positive_int,
+    )  # fmt: skip
     num_public: int = flag(
         "public instructions, for the small base and for topics", 4000, type=natural_int
     )
     num_private: int | None = flag(
-        "private instructions; all that are left if left out", 5000, type=positive_int
+        "private instructions; all that are left if left out", type=positive_int
     )
     total_bs: int = flag("expected logical batch of DP training", 256)
-    num_epochs: float = flag("of DP training", 2.0)
+    num_epochs: float = flag("of DP training", 1.0)
     delta: float = flag("of the guarantee", 1e-5)
-    clip: float = flag("clip norm", 1.0)
-    lr: float = flag("learning rate of DP training; tuning has half of it", 4e-3)
+    clip: float = flag("clip norm", 0.5)
+    lr: float = flag("learning rate of DP training; tuning has half of it", 1e-2)
     num_samples: int = flag("texts sampled from each generator", 1500)
     num_selected: int = flag("rows of a synthetic set", 400)
     num_bins: int = flag("bins of the DP histogram of a selection", 50)
@@ -97,6 +102,7 @@ from benchmarks.next_tokens import FILE as ACCURACY_FILE
 from benchmarks.small_base import small_base
 from benchmarks.studies import (
     Generator,
+    cut_at_words,
     interval,
     losses_by_model,
     model_flags,
@@ -140,8 +146,8 @@ MEASURES = {
 }  # fmt: skip
 # Two cores end this size within two hours for one generator of each of four arms.
 SMALL = {
-    "model_name": "data/quickstart_model", "dtype": "bfloat16", "max_seq_len": 64,
-    "num_private": None, "num_epochs": 1.0, "lr": 2e-3,
+    "model_name": "data/quickstart_model", "max_seq_len": 64, "row_tokens": None, "clip": 1.0,
+    "lr": 2e-3,
 }  # fmt: skip
 # Of the paper's section 5.
 PAPER = SMALL | {
@@ -262,6 +268,8 @@ class Study:
             base = small_base(self.folder / "bases", public, settings.pretraining_tokens)
             settings = replace(settings, model_name=str(base))
         if not (data / "test.json").exists():
+            if settings.row_tokens:
+                rest = cut_at_words(settings.model_name, rest, settings.row_tokens)
             fitting, test = that_fit(settings, rest), settings.num_test
             write_json(data / "public.json", public)
             last = len(fitting) if settings.num_private is None else test + settings.num_private
