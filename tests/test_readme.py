@@ -50,6 +50,8 @@ SMALLER = {
     "--noise_multiplier 0.48": "--noise_multiplier 0.7",
     "--noise_multiplier 0.41": "--noise_multiplier 0.7",
     "--num_samples 128": "--num_samples 80",
+    # Noise of deviation 10 would hide more topics of so few rows.
+    "--num_topics 8": "--num_topics 1",
     "--max_seq_len 128": "--max_seq_len 500",
     "--max_seq_len 1024": "--max_seq_len 500",
     "--max_seq_len 2048": "--max_seq_len 500",
