@@ -38,6 +38,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -290,26 +291,26 @@ def judged(run: AuditedRun, scores: dict[str, np.ndarray], sides: Sequence[int] 
         sides: of `SIDES`, among which public figures choose, so that the bounds hold as they would
             of one way to guess.
     """
-
-    def of_perfect(sides: int, confidence: float, assumption: str) -> float:
-        return best_bound(
-            lambda *called: right_without_noise(run, *called),
-            run, sides, confidence, assumption, len(scores),
-        )  # fmt: skip
-
+    attacks, perfect = len(scores), partial(right_without_noise, run)
+    guessers = {
+        name: partial(correct_guesses, each[run.inside], each[~run.inside])
+        for name, each in scores.items()
+    }
     cases = [(confidence, name) for confidence in CONFIDENCES for name in ESTIMATORS]
-    expected = {each: [of_perfect(each, *case) for case in cases] for each in sides}
+    expected = {
+        each: [bound(perfect, run, each, *case, attacks) for case in cases] for each in sides
+    }
     chosen = max(sides, key=lambda each: sum(expected[each]))
     bounds = [
         Bound(
             confidence=confidence,
             attack=attack,
             assumes=assumption,
-            epsilon=bound(values, run, chosen, confidence, assumption, len(scores)),
+            epsilon=bound(right, run, chosen, confidence, assumption, attacks),
             without_noise=most,
         )
         for (confidence, assumption), most in zip(cases, expected[chosen])
-        for attack, values in scores.items()
+        for attack, right in guessers.items()
     ]
     best = max(each.epsilon for each in bounds if each.confidence == max(CONFIDENCES))
     return {
@@ -338,22 +339,6 @@ def right_without_noise(run: AuditedRun, as_in: int, as_out: int) -> int:
 
 
 def bound(
-    scores: np.ndarray,
-    run: AuditedRun,
-    sides: int,
-    confidence: float,
-    assumption: str,
-    attacks: int,
-) -> float:
-    """`best_bound` of scores, float64 [canaries], high for one that is thought to be in."""
-    groups = scores[run.inside], scores[~run.inside]
-    return best_bound(
-        lambda *called: correct_guesses(*groups, *called),
-        run, sides, confidence, assumption, attacks,
-    )  # fmt: skip
-
-
-def best_bound(
     right: Callable[[int, int], int],
     run: AuditedRun,
     sides: int,
@@ -433,7 +418,7 @@ def plot(result: dict) -> bytes:
     axes.set_yticks(places, labels)
     axes.set_xlabel(f"epsilon at delta {result['delta']:g}")
     axes.set_title(f"Audit with {result['canaries']} canaries", fontsize="medium")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -367,8 +367,8 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
     (bounds,) = composed["epsilon"].values()
     epsilon, facts = bounds["upper"], composed.get("runs", [composed])
     spent = [
-        f"{each['mechanism']}: {each['times']} times, sampling rate {each['sampling_rate']:.6g}, "
-        f"noise multiplier {each['noise_multiplier']:g}"
+        f"{each['mechanism']}: {repeated(each['times'])}, sampling rate "
+        f"{each['sampling_rate']:.6g}, noise multiplier {each['noise_multiplier']:g}"
         for each in composed["mechanisms"]
     ]
     versions = ", ".join(f"{name} {number}" for name, number in versions_of(LIBRARIES).items())
@@ -439,6 +439,11 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
         name: Entry(entry.title, [portable(line) for line in entry.lines], entry.source)
         for name, entry in (made | asked).items()
     }
+
+
+def repeated(times: int) -> str:
+    """How often a mechanism ran, in words."""
+    return "once" if times == 1 else f"{times} times"
 
 
 def rounded_up(epsilon: float) -> str:

@@ -48,7 +48,11 @@ def test_the_quick_start_runs_from_a_fresh_clone(tmp_path):
         assert verdict not in done.stderr
     assert done.stdout.count("\n  [") == 10 + 3
     *_, public, internal, stated = done.stdout.splitlines()
-    assert "Statement of privacy" in Path(stated.split(":", 1)[1].strip()).read_text()
+    statement = Path(stated.split(":", 1)[1].strip()).read_text()
+    assert "Statement of privacy" in statement
+    audit = json.loads((clone / "reports/quickstart/audit/audit_run.json").read_text())
+    assert 0 <= audit["best"] <= audit["claimed_epsilon"] == alone[0]
+    assert "a run without noise would show" in statement
     for line, has_private_figures in ((public, False), (internal, True)):
         page = Path(line.split(":", 1)[1].strip()).read_text()
         assert f"({composed[1]}, 1e-05)-differentially private" in page
