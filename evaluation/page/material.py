@@ -426,7 +426,10 @@ def read_sampled(folder: Path, adapters: set[str] | None) -> Samples:
             if not all(isinstance(sample[key], str) for key in ("prompt", "text", "finish_reason")):
                 raise TypeError
             int(sample["num_tokens"])
-    return Samples(folder, manifest, samples)
+        found = Samples(folder, manifest, samples)
+        if histogram_of(found) is not None and not all(type(s["topic"]) is int for s in samples):
+            raise TypeError
+    return found
 
 
 def with_known_prompts(samples: Samples, synthetic: set[str]) -> Samples:
