@@ -33,7 +33,7 @@ from tests.report_folders import (
 )
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
-from utils.files import JsonlAppender, read_jsonl, sha256_of, write_json
+from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.privacy.accounting import SampledGaussian, compute_delta, compute_epsilon
 from utils.privacy.ledger import read_plan, record_histogram
 
@@ -598,56 +598,6 @@ def test_a_selection_whose_histogram_is_not_composed_is_refused(folders, capsys)
     folders[folders.index(LEDGER)] = str(other)
     line = refused([*folders, "--output", "out"], capsys)
     assert f"its cost would be left out; add --histogram {LEDGER}" in line
-
-
-def draw_by_topics(ledger: str) -> None:
-    """Make the samples of instructions some that were drawn by a histogram of topics."""
-    head = record_histogram(ledger, num_examples=64, noise_multiplier=100.0, num_bins=3)
-    kept = [
-        {"topic": 2, "keywords": "river, boat", "count": 40.0},
-        {"topic": 0, "keywords": "bread & butter", "count": 24.6},
-    ]
-    lost = [{"topic": 1, "keywords": "piano <b>", "count": -3.0}]
-    report = {"topics": kept, "left_out": lost, "noise_multiplier": 100.0, "least_count": 20.0}
-    report |= {"ledger": {"path": ledger, **head}}
-    report |= {"commands": [["python", "-m", "topics.histogram", "--assigned", "data/mine"]]}
-    write_json("topics/topic_histogram.json", report)
-    folder = Path("inference_outputs/instructions")
-    for shard in folder.glob("shard-*.jsonl"):
-        rows = list(read_jsonl(shard))
-        shard.write_text(jsonl(row | {"topic": 2 * (row["id"] % 2)} for row in rows))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    digest = sha256_of("topics/topic_histogram.json")
-    of_topics = {"topic_histogram": "topics/topic_histogram.json", "topic_histogram_sha256": digest}
-    write_json(folder / "manifest.json", manifest | of_topics)
-    rehash()
-
-
-def test_topics_are_said_to_be_kept_or_lost_with_what_was_drawn(folders):
-    draw_by_topics(LEDGER)
-    for page in page_of(folders, "--topics=topics"):
-        text = re.sub(r"\s+", " ", page)
-        assert "Of 3 topics 2 are kept and 1 lost, since the noise may be all that they are" in text
-        assert "2 of them have a text among the 80 that were drawn" in text
-        assert "2 topics kept, 1 left out, noise of deviation 100" in text
-        assert "python -m topics.histogram --assigned data/mine" in text
-    html_page, page = page_of(folders, "--topics=topics")
-    assert "| river, boat | 40 | 40 |" in page
-    assert re.search(r"\| \\?-3 \| lost \|", page)
-    assert "piano &lt;b&gt;" in html_page
-    assert "Topics of private rows and of samples" in page
-    Reader(html_page)
-
-
-def test_samples_of_topics_whose_histogram_is_not_composed_are_refused(folders, capsys):
-    draw_by_topics("other.jsonl")
-    line = refused([*folders, "--output", "out"], capsys)
-    assert "drawn by a histogram of topics that is not named here" in line
-    line = refused([*folders, "--output", "out", "--topics", "topics"], capsys)
-    assert "its cost would be left out; add --histogram other.jsonl" in line
-    write_json("topics/topic_histogram.json", {"topics": []})
-    line = refused([*folders, "--output", "out", "--topics", "topics"], capsys)
-    assert "topics/topic_histogram.json is missing or not what topics.histogram writes" in line
 
 
 def test_samples_of_an_adapter_that_is_not_covered_are_refused(folders, capsys):

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from evaluation import report
 from evaluation.page import sections
-from evaluation.page.material import Material, Samples, Training
+from evaluation.page.material import Material, Samples, Topics, Training
 from evaluation.page.printing import one_line
 from evaluation.results import Result, Score
 from utils.privacy.accounting import SampledGaussian, compute_delta
@@ -171,3 +171,57 @@ def test_charts_of_lengths_hold_every_text():
     chart = sections.lengths_chart({"a": ["x" * n for n in (1, 5, 9, 500)], "b": [""]})
     assert re.search("a: from .*; b: from 1 at", chart.words)
     assert sections.lengths_rows({"a": ["x" * 10] * 3}) == [["a", "3", "10", "10", "10"]]
+
+
+def test_topics_are_said_to_be_kept_or_lost_with_what_was_drawn():
+    kept = [
+        {"topic": 2, "keywords": "river, boat", "count": 40.0},
+        {"topic": 0, "keywords": "bread", "count": 24.6},
+    ]
+    lost = [{"topic": 1, "keywords": "<b>", "count": -3.0}]
+    counted = {"topics": kept, "left_out": lost, "noise_multiplier": 10.0, "least_count": 20.0}
+    counted |= {"commands": [["python", "-m", "topics.histogram", "--assigned", "data/mine"]]}
+    topics = Topics(Path("topics"), counted, "hash")
+    manifest = {"prompt_style": "topic_generation", "num_samples": 9, "model_name": "m"}
+    manifest |= {"adapter_path": "a", "versions": {}}
+    drawn = [{"topic": 2 * (n % 3 > 0), "prompt": "", "text": "x", "finish_reason": "stop"}
+             for n in range(9)]  # fmt: skip
+    of_topics = Samples(Path("by topics"), manifest | {"topic_histogram_sha256": "hash"}, drawn)
+    others = Samples(Path("others"), manifest | {"topic_histogram_sha256": "else"}, drawn)
+    material = Material(
+        True, {"guarantee": False}, [], [], [], samples=[of_topics, others], topics=topics
+    )
+    page = sections.Page(material, 0)
+    assert "close" in page.sections
+    assert "close" in page.cards
+    assert any("topics.histogram --assigned data/mine" in line for line in page.commands)
+    assert page.shown_topics == [
+        ("river, boat", "40", "6"), ("bread", "25", "3"), ("<b>", "-3", "lost"),
+    ]  # fmt: skip
+    for suffix in report.ESCAPED:
+        made = report.environment(page, suffix, report.ESCAPED[suffix])
+        templates = made.get_template("sections.j2").module
+        said = (
+            "Of 3 topics 2 are kept and 1 lost, since the noise may be all that they are (a noisy "
+            "count below 20)", "2 of them have a text among the 9 that were drawn",
+        )  # fmt: skip
+        for text in (templates.in_short("close"), templates.body("close")):
+            assert all(part in one_line(text).replace("\\", "") for part in said)
+        assert "Topics of private rows and of samples" in templates.body("close")
+        assert "<b>" not in templates.body("close").replace("<b></b>", "")
+        assert "2 topics kept, 1 left out" in one_line(templates.body("pipeline"))
+    lines = sections.asked_chart(topics, page.of_topics).words
+    assert "sampled" in lines
+    assert "private, noise of deviation 10" in lines
+
+
+def test_where_every_topic_is_lost_it_is_said_without_a_chart():
+    lost = [{"topic": 0, "keywords": "bread", "count": 3.0}]
+    counted = {"topics": [], "left_out": lost, "noise_multiplier": 10.0, "least_count": 20.0}
+    material = Material(
+        True, {"guarantee": False}, [], [], [], topics=Topics(Path("topics"), counted, "")
+    )
+    page = sections.Page(material, 0)
+    assert page.closeness == []
+    templates = report.environment(page, ".md", Markup).get_template("sections.j2").module
+    assert "Of 1 topics 0 are kept and 1 lost" in one_line(templates.in_short("close"))

@@ -49,6 +49,9 @@ SMALLER = {
     # One step at the larger sampling rate costs more.
     "--noise_multiplier 0.48": "--noise_multiplier 0.7",
     "--noise_multiplier 0.41": "--noise_multiplier 0.7",
+    "--noise_multiplier 0.6": "--noise_multiplier 0.7",
+    "--num_samples 128 --job_sess topics": "--num_samples 8 --job_sess topics",
+    "topic_generation --max_seq_len 128 --top_p": "topic_generation --max_seq_len 300 --top_p",
     "--num_samples 128": "--num_samples 80",
     # Noise of deviation 10 would hide more topics of so few rows.
     "--num_topics 8": "--num_topics 1",

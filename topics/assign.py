@@ -1,6 +1,6 @@
 """Give each row of a private data set the topic of its own text.
 
-    python -m topics.assign --private data/mine --topics topics/mine --output data/mine_topics
+    python -m topics.assign --private data/mine --topics resampling/topics --output data/mine_topics
 
 Writes a data set that training takes with --prompt_style topic_generation: each split with
 `instruction`, `topic` (the keywords of the nearest topic) and the column of --unit_column. All of

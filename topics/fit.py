@@ -1,7 +1,7 @@
 """Find topics in public or synthetic texts, and name them.
 
     python -m topics.fit --synthetic synthetic/mine/instructions.jsonl --num_topics 50 \\
-        --output topics/mine
+        --output resampling/topics
 
 Embeds the texts, clusters the embeddings (unit length, PCA to 90% of the variance, k-means), and
 names each cluster by the words that set it apart and by the three texts nearest to its centre. No

@@ -1,6 +1,6 @@
 """How many private rows each topic has, with noise: a DP histogram to sample by.
 
-    python -m topics.histogram --assigned data/mine_topics --output topics/mine_histogram
+    python -m topics.histogram --assigned data/mine_topics --output resampling/topic_histogram
 
 Counts the topics of the train split and adds Gaussian noise to every count: one Gaussian mechanism
 of noise multiplier --histogram_sigma for adding or removing one row, or with the --unit_column of

@@ -36,6 +36,8 @@ from utils.texts.prompts import INSTRUCTION_STYLES, UNCONDITIONAL
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 METRICS = Path("private") / "metrics.jsonl"
+# The style of texts whose prompts are topics.
+BY_TOPIC = "topic_generation"
 # Rates of false alarms at which it is told how many rows an attack finds.
 FALSE_ALARMS = (0.001, 0.01)
 HISTOGRAMS = ("private_noisy", "private", "synthetic", "selected")
@@ -426,7 +428,10 @@ def read_sampled(folder: Path, adapters: set[str] | None) -> Samples:
             if not all(isinstance(sample[key], str) for key in ("prompt", "text", "finish_reason")):
                 raise TypeError
             int(sample["num_tokens"])
-    return Samples(folder, manifest, samples)
+        found = Samples(folder, manifest, samples)
+        if histogram_of(found) is not None and not all(type(s["topic"]) is int for s in samples):
+            raise TypeError
+    return found
 
 
 def with_known_prompts(samples: Samples, synthetic: set[str]) -> Samples:
@@ -434,8 +439,12 @@ def with_known_prompts(samples: Samples, synthetic: set[str]) -> Samples:
 
     Those of a histogram of topics are: `require_topics` has seen to it that it is paid for.
     """
-    own = samples.manifest["prompt_style"] == UNCONDITIONAL or histogram_of(samples)
-    if own or {each["prompt"].strip() for each in samples.shown} <= synthetic:
+    asked = samples.prompted or samples.manifest["prompt_style"] == BY_TOPIC
+    if (
+        not asked
+        or histogram_of(samples)
+        or {each["prompt"].strip() for each in samples.shown} <= synthetic
+    ):
         return samples
     return replace(samples, shown=[], hidden=True)
 
