@@ -41,8 +41,8 @@ def study(tiny_model_dir, tmp_path_factory):
     flags = [
         f"--instructions={folder / 'texts.json'}", f"--work_dir={folder / 'work'}",
         f"--json={folder / 'found.json'}", f"--model_name={tiny_model_dir}",
-        f"--embedder={save_tiny_encoder(folder)}", f"--arms={folder / 'arms.yaml'}", "--dtype=float32",
-        "--epsilons", "8",
+        f"--embedder={save_tiny_encoder(folder)}", f"--arms={folder / 'arms.yaml'}",
+        "--dtype=float32", "--epsilons", "8",
         "--num_generators=2", "--max_seq_len=100", "--num_test=24", "--num_public=40",
         "--total_bs=16", "--num_epochs=1", "--delta=1e-3", "--num_samples=90", "--num_selected=8",
         "--num_bins=3", f"--histogram_sigma={SIGMA}", "--num_topics=3", "--num_other_topics=4",
