@@ -105,6 +105,18 @@ def test_the_size_comes_from_the_data(generate, tmp_path, tiny_model_dir):
         generate(*flags(tiny_model_dir, data, tmp_path, "--num_train_examples=99"))
 
 
+def test_a_topic_for_every_row_is_asked_for_where_the_data_is(generate, tmp_path, tiny_model_dir):
+    by_topic = (tmp_path, "--prompt_style=topic_generation")
+    with_topics, without = save_dataset(tmp_path, topics=True), save_dataset(tmp_path)
+    line, _ = generate(*flags(tiny_model_dir, with_topics, *by_topic, dp=False))
+    assert understood(line).prompt_style == "topic_generation"
+    with pytest.raises(UsageError, match=r"lacks column 'topic'.* python -m topics.assign --priv"):
+        generate(*flags(tiny_model_dir, without, *by_topic, dp=False))
+    labelled = save_dataset(tmp_path, labelled=True)
+    with pytest.raises(UsageError, match="which --prompt_style topic_generation does not fit"):
+        generate(*flags(tiny_model_dir, labelled, *by_topic, dp=False))
+
+
 def test_canaries_count_in_n_beside_the_rows_of_the_data_set(generate, tmp_path, tiny_model_dir):
     """The line means the plan that `train.py` makes of it; a stated size is the data set's own."""
     data = save_dataset(tmp_path, rows=100)

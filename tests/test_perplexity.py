@@ -130,6 +130,19 @@ def test_the_answer_alone_carries_loss_in_pairs(tiny_model_dir, tmp_path):
     assert result["notes"][0].startswith("2 held-out examples, 10 tokens with loss")
 
 
+def test_the_instruction_alone_carries_loss_after_a_topic(tiny_model_dir, tmp_path):
+    rows = [{"topic": "beds, food", "instruction": text} for text in ("cab", "a")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    by_topic = ["--prompt_style=topic_generation", "--max_seq_len=100"]
+    command = arguments(tiny_model_dir, tmp_path / "rows", tmp_path / "out", *by_topic)
+    perplexity.main(command)
+    (result,) = read_results(tmp_path / "out", True)
+    assert result["notes"][0].startswith("2 held-out examples, 6 tokens with loss")
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "cab"}]))
+    with pytest.raises(UsageError, match="lacks column 'topic', which --prompt_style topic_gen"):
+        perplexity.main([*command, f"--output={tmp_path / 'other'}"])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
