@@ -32,7 +32,7 @@ from utils.privacy.accounting import ADD_REMOVE, catch_rates, compute_delta
 from utils.privacy.ledger import read_ledger
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 from utils.sampling.shards import read_samples, shards_of
-from utils.texts.prompts import INSTRUCTION_STYLES, UNCONDITIONAL
+from utils.texts.prompts import INSTRUCTION_STYLES
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 METRICS = Path("private") / "metrics.jsonl"
