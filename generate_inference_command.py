@@ -7,7 +7,8 @@
 Checks the instruction file and the adapter's prompt style, and prints an `accelerate launch` line
 on stdout; what it means goes to stderr. Paste the line, or run it at once with --run, which passes
 its exit code on. With --elsewhere, files that are not on this machine are warnings: the line may
-run on another one.
+run on another one. An adapter that learnt by topics takes --prompt_style topic_generation, and
+--topic_histogram FILE in place of --instruction_file.
 """
 
 from dataclasses import dataclass
