@@ -9,6 +9,7 @@ prints an `accelerate launch` line on stdout; what it means goes to stderr. Past
 run it at once with --run, which passes its exit code on.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,7 +32,7 @@ from utils.command_line.training_flags import (
 )
 from utils.models.base_folder import read_config
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
-from utils.privacy.banded import BANDED
+from utils.privacy.banded import BANDED, WHITE, deviations
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
 from utils.privacy.recipe import batch_sizes, promise, recipe_warnings, signal_to_noise
 from utils.runs.preflight import check_here
@@ -319,6 +320,11 @@ def say_summary(
         ]  # fmt: skip
         if plan.bands > 1:
             rows.append(("correlated noise", of_bands(plan, trained)))
+            white, _ = plan_of(
+                replace(settings, noise=WHITE, bands="auto", noise_multiplier=None), num_examples
+            )
+            assert white is not None
+            rows.append(("against white noise", against_white(plan, white)))
         if trained:
             of_a_step, of_all = signal_to_noise(plan, trained, settings.max_seq_len)
             rows.append(
@@ -347,6 +353,16 @@ def of_bands(plan: PrivacyPlan, trained: int | None) -> str:
     return (
         f"{plan.bands} bands: a {'row' if plan.unit_column is None else 'unit'} takes part in at "
         f"most {times} steps; {kept} past noises{memory} in the main process's memory"
+    )
+
+
+def against_white(plan: PrivacyPlan, white: PrivacyPlan) -> str:
+    """What correlated noise is to white noise of the same guarantee, and what AdamW makes of it."""
+    of_a_step, of_all = deviations(plan.coefficients, plan.steps)
+    ratio = plan.noise_multiplier / white.noise_multiplier
+    return (
+        f"{ratio * of_a_step:.2g} times in a step, {ratio * of_all / math.sqrt(plan.steps):.2g} "
+        "times in the sum of all steps; AdamW divides by a step's noise, so raise --lr by the first"
     )
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import generate_train_command
@@ -398,6 +399,12 @@ def test_advice_that_cannot_be_given_is_a_line(generate, more, why):
         advised(generate, *more)
 
 
+def toeplitz(column):
+    """A lower-triangular matrix whose columns are this one, shifted."""
+    size = len(column)
+    return np.array([[column[i - j] if i >= j else 0 for j in range(size)] for i in range(size)])
+
+
 def test_the_number_of_bands_is_settled_in_the_line(
     generate, tmp_path, tiny_model_dir, monkeypatch
 ):
@@ -411,6 +418,14 @@ def test_the_number_of_bands_is_settled_in_the_line(
     # All of one group of eight in a step; the tiny model's adapter has 3,584 numbers.
     kept = f"7 past noises, {7 * 8 * 3584 / 2**30:.2g} GiB in the main process's memory"
     assert f"8 bands: a row takes part in at most 1 steps; {kept}" in summary
+    white = understood(generate(*command, "--noise=white")[0]).noise_multiplier
+    inverse = np.linalg.inv(toeplitz([*plan.coefficients, *[0] * plan.steps][: plan.steps]))
+    of_a_step, of_all = (
+        plan.noise_multiplier / white * np.linalg.norm(vector)
+        for vector in (inverse[-1], inverse.sum(axis=0) / np.sqrt(plan.steps))
+    )
+    assert f"{of_a_step:.2g} times in a step, {of_all:.2g} times in the sum" in summary
+    assert of_all < 1 < of_a_step
 
 
 def test_many_machines_get_one_line_each_which_differ_in_the_rank(generate, tmp_path):
