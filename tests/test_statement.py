@@ -341,6 +341,13 @@ def test_a_run_that_was_stopped_is_told_of_first(tmp_path):
     assert found["epsilon"] == spent
 
 
+@pytest.mark.parametrize("arguments", [3, {}, {"eps": 2.0}])
+def test_flags_that_were_damaged_are_refused_in_one_line(run, tmp_path, arguments):
+    write_json(run / "run_config.json", {"arguments": arguments})
+    with pytest.raises(UsageError, match="run_config.json has no '.*'; restore it from a backup"):
+        made(tmp_path, run)
+
+
 def test_a_signed_statement_is_verified_and_a_changed_one_is_not(run, ledger, tmp_path, capsys):
     secret, public = write_keys(tmp_path)
     words = [run, "--histogram", ledger]
