@@ -320,8 +320,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         total_bs, normalization = settings.total_bs, settings.loss_normalization
         mechanism = plain(parameters, num_examples, total_bs, normalization, settings.seed)
     steps = num_steps(settings.num_epochs, num_examples, settings.total_bs)
-    deviation = plan.noise_multiplier * plan.clip_norm / mechanism.divisor if plan else 0.0
-    optimizer = make_optimizer(settings, parameters.values(), deviation)
+    optimizer = make_optimizer(settings, parameters.values(), plan)
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, steps)
     memory = row_memory(base, parameters, settings, dtype) if plan else RowMemory()
     token_budget = tokens_at_once(mechanism, language_model, settings, memory)
@@ -610,18 +609,15 @@ def adapt(base: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
 
 
 def make_optimizer(
-    settings: TrainingSettings, parameters: Iterable[nn.Parameter], noise_deviation: float
+    settings: TrainingSettings, parameters: Iterable[nn.Parameter], plan: PrivacyPlan | None
 ) -> torch.optim.Optimizer:
-    """The optimizer that the flags ask for.
-
-    Args:
-        noise_deviation: of every number of the gradient that it is given, public.
-    """
+    """The optimizer that the flags ask for; what it knows of the noise is public."""
     lr, wd = settings.lr, settings.wd
     if settings.optimizer == SGD:
         return torch.optim.SGD(parameters, lr=lr, weight_decay=wd, momentum=MOMENTUM)
-    if settings.optimizer == CORRECTED:
-        return CorrectedAdamW(parameters, lr, wd, noise_deviation)
+    if settings.optimizer == CORRECTED and plan:
+        deviation = plan.noise_multiplier * plan.clip_norm / plan.expected_batch_size
+        return CorrectedAdamW(parameters, lr, wd, deviation)
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd)
 
 
