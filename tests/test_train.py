@@ -11,7 +11,6 @@ import time
 from itertools import islice
 from pathlib import Path
 from unittest import mock
-from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -591,10 +590,10 @@ def test_another_optimizer_learns_otherwise_and_goes_on_after_a_crash(run, flags
 
 
 def test_the_corrected_optimizer_knows_the_noise_of_the_divided_sum(monkeypatch):
-    made = Mock()
+    made = mock.Mock()
     monkeypatch.setattr(train, "CorrectedAdamW", made)
-    plan = Mock(noise_multiplier=3.0, clip_norm=0.5, expected_batch_size=12)
-    train.make_optimizer(Mock(optimizer="adamw_corrected", lr=0.1, wd=0.2), ["tensor"], plan)
+    plan = mock.Mock(noise_multiplier=3.0, clip_norm=0.5, expected_batch_size=12)
+    train.make_optimizer(mock.Mock(optimizer="adamw_corrected", lr=0.1, wd=0.2), ["tensor"], plan)
     made.assert_called_once_with(["tensor"], 0.1, 0.2, 3.0 * 0.5 / 12)
 
 
