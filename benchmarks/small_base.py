@@ -41,13 +41,37 @@ def small_base(folder: Path, texts: list[str], num_tokens: int) -> Path:
     if base.exists():
         return base
     torch.manual_seed(0)
-    tokenizer = _tokenizer(texts)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    _make(base, _tokenizer(texts), LlamaForCausalLM(LlamaConfig(**SHAPE)), texts, num_tokens)
+    return base
+
+
+def taught(base: Path, texts: list[str], num_tokens: int) -> Path:
+    """The folder of a small base whose pre-training went on with other texts, next to it.
+
+    Args:
+        texts, num_tokens: as those of `small_base`.
+    """
+    recipe = [base.name, texts, num_tokens, WINDOW, BATCH, LEARNING_RATE]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    other = base.with_name(f"taught-{digest}")
+    if not other.exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+        _make(other, tokenizer, LlamaForCausalLM.from_pretrained(base), texts, num_tokens)
+    return other
+
+
+def _make(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    model: LlamaForCausalLM,
+    texts: list[str],
+    num_tokens: int,
+) -> None:
+    """Pre-train the model on texts, and write both."""
     _pretrain(model, _stream(tokenizer, texts), num_tokens)
-    with whole_folder(base) as partial:
+    with whole_folder(folder) as partial:
         tokenizer.save_pretrained(partial)
         model.eval().save_pretrained(partial)
-    return base
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -58,6 +58,10 @@ class Settings(studies.Settings):
     model_name: str = flag("base model; a small one, made on the spot, if left out", "")
     dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
     pretraining_tokens: int = flag("of the small base", 4_000_000)
+    prompted_tokens: int = flag(
+        "of the small base's pre-training on public instructions after their topics, where an arm "
+        "has topics: a base that reads no prompts has none to learn by", 1_000_000,
+    )  # fmt: skip
     max_seq_len: int = flag("tokens; longer instructions are left out", 40)
     row_tokens: int | None = flag(
         "cut private and held-out instructions at a word, so that none has more than these; none "
@@ -99,7 +103,7 @@ from scipy.optimize import brentq
 
 from benchmarks.figures import markdown
 from benchmarks.next_tokens import FILE as ACCURACY_FILE
-from benchmarks.small_base import small_base
+from benchmarks.small_base import small_base, taught
 from benchmarks.studies import (
     Generator,
     cut_at_words,
@@ -121,13 +125,14 @@ from resample_with_dp_histogram.clusters import fit_clusters
 from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
 from resample_with_dp_histogram.selection import total_variation
+from topics.folder import read_topics
 from utils.cli import UsageError, run_cli
 from utils.files import json_lines, read_jsonl, write_atomic, write_json
 from utils.folders import save_dataset
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
 from utils.privacy.plan import num_steps
 from utils.sampling.shards import FINISHED, read_samples
-from utils.texts.prompts import TOPIC, UNCONDITIONAL
+from utils.texts.prompts import TOPIC, TOPIC_TEMPLATE, UNCONDITIONAL
 from utils.versions import versions_of
 
 BEFORE, AFTER = "before", "after"
@@ -292,10 +297,25 @@ class Study:
                 f"--model={self.settings.embedder}", f"--num_topics={self.settings.num_topics}",
                 f"--output={topics}",
             )  # fmt: skip
+            if not self._given.model_name:
+                self._teach_prompts(topics)
             self.run(
                 "assign topics", "-m", "topics.assign", f"--private={data / 'rows'}",
                 f"--topics={topics}", f"--output={data / 'rows_with_topics'}",
             )  # fmt: skip
+
+    def _teach_prompts(self, folder: Path) -> None:
+        """Have the small base read public instructions after the keywords of their topics."""
+        data, topics = self.folder / "data" / "public.json", read_topics(folder)
+        self._embed("public", data, "--synthetic")
+        vectors = open_embeddings(self.folder / "embeddings" / "public", private=False).vectors
+        numbers = topics.clusters.assign(vectors, str(data))
+        prompted = [
+            TOPIC_TEMPLATE.format(topic=topics.keywords[number]) + text
+            for number, text in zip(numbers, self._texts("public"))
+        ]
+        base = taught(Path(self.settings.model_name), prompted, self.settings.prompted_tokens)
+        self.settings = replace(self.settings, model_name=str(base))
 
     def sample(self, source: Source) -> None:
         """Train a generator, and sample from it."""
