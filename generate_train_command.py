@@ -27,6 +27,7 @@ from utils.command_line.parser import (
 from utils.command_line.training_flags import (
     TrainingSettings,
     check_training_settings,
+    default_settings,
     plan_of,
     settle_delta,
 )
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.advise:
         print(advice(settings, num_examples))
         return EXIT_OK
-    require_usable(settings.folder, settings.run_settings, settings.resume)
+    require_usable(settings.folder, settings.run_settings, settings.resume, default_settings())
     plan, plan_warnings = plan_of(settings, num_examples)
     settings = replace(
         settings,

@@ -19,6 +19,7 @@ from utils.command_line.training_flags import (
     SGD,
     TrainingSettings,
     check_training_settings,
+    default_settings,
     module_settings,
     plan_of,
     settle_delta,
@@ -250,7 +251,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     splits, units = read_splits(settings)
     num_examples = len(splits["train"]) + settings.audit_canaries if units is None else len(units)
     settings = settle_delta(settings, num_examples)
-    require_usable(folder, settings.run_settings, settings.resume)
+    require_usable(folder, settings.run_settings, settings.resume, default_settings())
     plan, plan_notices = plan_to_follow(settings, num_examples)
     largest = largest_units(settings.dataset_name) if plan and not settings.unit_column else {}
     notices += plan_notices + [several_rows_notice(column) for column in largest]

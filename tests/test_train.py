@@ -518,14 +518,18 @@ def test_a_run_with_canaries_goes_on_and_refuses_other_ones_by_name(run):
 
 
 @pytest.mark.parametrize("dp", [True, False])
-def test_a_run_of_before_there_were_canaries_goes_on_without_them_alone(run, dp):
+def test_a_run_of_before_there_was_a_flag_goes_on_with_its_default_alone(run, dp):
     config = run("--max_seq_len=64", dp=dp, crash_in_step=5) / "run_config.json"
     begun_with = json.loads(config.read_text())
-    for name in ("num_canaries", "canary_repeats"):
+    for name in ("num_canaries", "canary_repeats", "optimizer"):
         del begun_with["arguments"][name]
     config.write_text(json.dumps(begun_with))
-    with pytest.raises(UsageError, match="num_examples 64, not 69" if dp else "training data"):
-        run("--max_seq_len=64", "--num_canaries=5", "--resume=auto", dp=dp)
+    for flag, message in (
+        ("--num_canaries=5", "--num_canaries 0, not 5"),
+        ("--optimizer=sgd", "--optimizer adamw, not sgd"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run("--max_seq_len=64", flag, "--resume=auto", dp=dp)
     assert report(run("--max_seq_len=64", "--resume=auto", dp=dp))["guarantee"] is dp
 
 

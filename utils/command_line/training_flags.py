@@ -16,6 +16,7 @@ from utils.command_line.parser import (
     flag,
     job_name,
     natural_int,
+    parser_of,
     positive_float,
     positive_int,
     probability,
@@ -401,6 +402,13 @@ class TrainingSettings(JobSettings):
         for name in REHEARSALS:
             del given[name]
         return given | {"lora_dropout": self.dropout}
+
+
+def default_settings() -> dict:
+    """The flags of `run_settings` as they are where they are left out; None if they may not be."""
+    names = {field.name for field in fields(TrainingSettings)} - {*REHEARSALS}
+    parser = parser_of(TrainingSettings, "")
+    return {name: parser.get_default(name) for name in names}
 
 
 def check_training_settings(settings: TrainingSettings) -> list[str]:

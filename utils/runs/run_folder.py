@@ -76,11 +76,12 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def require_usable(folder: Path, settings: dict, resume: str) -> None:
+def require_usable(folder: Path, settings: dict, resume: str, defaults: dict) -> None:
     """Refuse a folder with a run in it unless `--resume auto` may continue that run.
 
     Args:
         settings: the flags of this run by their names, see `TrainingSettings.run_settings`.
+        defaults: of flags that the version which began the run may not have had.
 
     Raises:
         UsageError: names every setting that differs, or the flag that continues the run.
@@ -91,7 +92,7 @@ def require_usable(folder: Path, settings: dict, resume: str) -> None:
         if foreign:
             raise UsageError(f"{folder} holds no run of this tool; use another --job_sess")
         return
-    begun_with = json.loads((folder / CONFIG_FILE).read_text())["arguments"]
+    begun_with = defaults | json.loads((folder / CONFIG_FILE).read_text())["arguments"]
     fixed = begun_with.keys() - FREE_ON_RESUME
     require_same_settings(
         {f"--{name}": begun_with[name] for name in begun_with if name in fixed},
