@@ -60,8 +60,8 @@ from benchmarks.small_base import small_base
 from benchmarks.studies import (
     Generator,
     cut_at_words,
-    interval,
     losses_by_model,
+    mean_of,
     model_flags,
     read_generators,
     require_same_settings,
@@ -208,8 +208,8 @@ def table(found: dict) -> str:
         sigma = f"{arm['noise_multiplier']:.3f}" if private else ""
         rows.append([
             arm["arm"], f"{arm['epsilon'] or 'infinite'}", f"{arm['steps']:,}", sigma,
-            f"{np.median(arm['seconds']):.0f}", f"{mean:.3f} +- {interval(arm['loss']):.3f}",
-            "" if is_first else f"{np.mean(pairs):+.3f} +- {interval(pairs):.3f}",
+            f"{np.median(arm['seconds']):.0f}", mean_of(arm["loss"]),
+            "" if is_first else mean_of(pairs, "+"),
             f"{(float(np.mean(reference['loss'])) - mean) / gap:.0%}"
             if private and not is_first and gap > 0 else "",
         ])  # fmt: skip

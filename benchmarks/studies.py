@@ -175,6 +175,16 @@ def interval(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
+def mean_of(values: Sequence[float], sign: str = "") -> str:
+    """A mean, with half of its 95% interval where there are several values.
+
+    Args:
+        sign: "+" for differences.
+    """
+    width = f" +- {interval(values):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.3f}{width}"
+
+
 def model_flags(settings: Settings, style: str = UNCONDITIONAL) -> list[str]:
     """Flags of training, sampling and scoring alike."""
     return [

@@ -107,8 +107,8 @@ from benchmarks.small_base import small_base, taught
 from benchmarks.studies import (
     Generator,
     cut_at_words,
-    interval,
     losses_by_model,
+    mean_of,
     model_flags,
     read_generators,
     require_same_settings,
@@ -686,16 +686,13 @@ def table(found: dict) -> str:
         cells = [arm, f"{kind} selection", f"{max(costs):.3f}" if costs else ""]
         for measure in MEASURES:
             values = list(by_generator(sets, measure).values())
-            width = f" +- {interval(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{width}" if values else "")
+            cells.append(mean_of(values) if values else "")
         first, own = firsts.get(target, {}), by_generator(sets, "mauve")
         pairs = [own[seed] - first[seed] for seed in own if seed in first]
         is_first = own == first or arm in (BASE.name, REAL.name)
         more = sum(pair > 0 for pair in pairs)
         cells.append(
-            ""
-            if is_first or not pairs
-            else f"{np.mean(pairs):+.3f} +- {interval(pairs):.3f}, {more} of {len(pairs)}"
+            "" if is_first or not pairs else f"{mean_of(pairs, '+')}, {more} of {len(pairs)}"
         )
         rows.append(cells)
     headings = [

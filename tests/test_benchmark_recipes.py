@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import recipes, small_base
+from benchmarks.studies import interval, mean_of
 from tests.studies import TEXTS, one_by_one, run_here_once
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
@@ -73,13 +74,14 @@ def test_a_study_goes_on_where_it_stopped_and_grows(study):
     assert len(lines) == 2 + 1 + 3
     # Pairs of one seed, with an interval over generators.
     pairs = [one - other for one, other in zip(fast["loss"], slow["loss"])]
-    assert f"{sum(pairs) / 2:+.3f} +- {recipes.interval(pairs):.3f}" in lines[4]
+    assert f"{sum(pairs) / 2:+.3f} +- {interval(pairs):.3f}" in lines[4]
 
 
 def test_an_interval_is_students():
     # t of two degrees of freedom at 97.5% is 4.303.
-    assert recipes.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    assert recipes.interval([1.0]) == float("inf")
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert interval([1.0]) == float("inf")
+    assert (mean_of([1.0, 2.0, 3.0]), mean_of([1.0], "+")) == ("2.000 +- 2.484", "+1.000")
 
 
 def test_arms_that_cannot_be_read_are_a_line(study, tmp_path):
