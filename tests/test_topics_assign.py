@@ -2,15 +2,30 @@
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
+from resample_with_dp_histogram.clusters import Clusters
 from resample_with_dp_histogram.embed import embed_in_memory, load_model
+from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
-from tests.topics import assigned, fitted, save_private, texts_of, write_rows
+from tests.topics import (
+    assigned,
+    fitted,
+    save_private,
+    stop_embedding,
+    texts_of,
+    write_rows,
+)
+from tests.training import run_process
 from topics import assign
 from topics.folder import read_assignment, read_topics
 from utils.cli import UsageError
@@ -34,6 +49,17 @@ def topics(encoder, tmp_path_factory):
 
 def rows_of(folder, split="train"):
     return list(read_jsonl(folder / f"{split}.jsonl"))
+
+
+def noted_forward(shapes):
+    """The encoder's forward pass, which notes how many texts each call has."""
+    forward = SentenceTransformer.forward
+
+    def noted(self, features, **kwargs):
+        shapes.append(features["input_ids"].shape[0])
+        return forward(self, features, **kwargs)
+
+    return noted
 
 
 def test_every_split_has_its_rows_in_order_with_the_keywords_of_the_nearest_topic(
@@ -60,26 +86,20 @@ def test_every_split_has_its_rows_in_order_with_the_keywords_of_the_nearest_topi
 def test_each_text_passes_through_the_encoder_by_itself(topics, tmp_path):
     """In company, padding and kernels would decide the last bits of its embedding."""
     shapes = []
-    forward = SentenceTransformer.forward
-
-    def noted(self, features, **kwargs):
-        shapes.append(features["input_ids"].shape[0])
-        return forward(self, features, **kwargs)
-
     data = save_private(tmp_path / "mine", TEXTS)
-    with mock.patch.object(SentenceTransformer, "forward", noted):
+    with mock.patch.object(SentenceTransformer, "forward", noted_forward(shapes)):
         assigned(topics, data, tmp_path / "out")
     assert shapes == [1] * (len(TEXTS) + 3)
 
 
 def test_a_row_that_leaves_changes_no_other_embedding_in_a_bit(topics, tmp_path, monkeypatch):
-    embedded = []
+    embedded, nearest = [], Clusters.assign
 
-    def noted(*args, **kwargs):
-        embedded.append(embed_in_memory(*args, **kwargs))
-        return embedded[-1]
+    def noted(self, vectors, where):
+        embedded.append(np.array(vectors))
+        return nearest(self, vectors, where)
 
-    monkeypatch.setattr(assign, "embed_in_memory", noted)
+    monkeypatch.setattr(Clusters, "assign", noted)
     rows = []
     longest = max(range(30), key=lambda row: len(TEXTS[row]))
     for name, left_out in (("whole", []), ("first", [0]), ("longest", [longest])):
@@ -122,15 +142,119 @@ def test_units_stay_whose_they_are(topics, tmp_path):
     assert found.record["unit_column"] == "person"
 
 
-def test_a_kill_leaves_nothing_and_the_same_command_goes_on(topics, tmp_path):
+KILLED = """
+import os, signal, sys
+from tests.topics import stop_embedding
+from topics import assign
+stop_embedding(setattr, lambda: os.kill(os.getpid(), signal.SIGKILL))
+assign.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on_to_the_same_topics_and_leaves_nothing(
+    topics, tmp_path, monkeypatch, kill
+):
+    data, out = save_private(tmp_path / "mine", TEXTS), tmp_path / "it's mine"
+    flags = [f"--private={data}", f"--topics={topics}", f"--output={out}", "--devices", "cpu"]
+    if kill:
+        killed = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=ROOT)
+        assert killed.returncode == -signal.SIGKILL
+    else:
+        with monkeypatch.context() as patch:
+            stop_embedding(patch.setattr, mock.Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                assign.main(flags)
+    assert not out.exists()
+    work = tmp_path / ".it's mine.embeddings"
+    assert work.stat().st_mode & 0o777 == 0o700
+    shapes = []
+    with mock.patch.object(SentenceTransformer, "forward", noted_forward(shapes)):
+        assign.main(flags)
+    assert shapes == [1] * (len(TEXTS) - 24 + 3)
+    # Its claim may outlive a kill, held by nobody, until the next run ends.
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "it's mine"}
+    whole = assigned(topics, data, tmp_path / "whole", "--devices", "cpu")
+    for name in ("train.jsonl", "val.jsonl", "private/topics.npz"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_stop_while_it_writes_embeds_nothing_again(topics, tmp_path):
     private = save_private(tmp_path / "mine", TEXTS)
     with (
         mock.patch.object(assign, "write_arrays", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         assigned(topics, private, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"mine"}
-    assert len(rows_of(assigned(topics, private, tmp_path / "out"))) == 30
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", ".out.embeddings"}
+    with mock.patch.object(SentenceTransformer, "forward", side_effect=AssertionError):
+        assert len(rows_of(assigned(topics, private, tmp_path / "out"))) == 30
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "out"}
+
+
+def test_a_kill_before_the_embeddings_go_leaves_them_to_the_next_command(topics, tmp_path):
+    private = save_private(tmp_path / "mine", TEXTS)
+    with (
+        mock.patch.object(
+            assign, "shutil", mock.Mock(rmtree=mock.Mock(side_effect=KeyboardInterrupt))
+        ),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        assigned(topics, private, tmp_path / "out")
+    assert (tmp_path / ".out.embeddings").exists()
+    with pytest.raises(UsageError, match="exists; name another"):
+        assigned(topics, private, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "out"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fact"),
+    [
+        ("rows", "texts_sha256"),
+        ("topics", "topics_sha256"),
+        ("threads", "kind_of_device"),
+        ("flag", "unit_column, and another units_sha256"),
+    ],
+)
+def test_other_data_topics_devices_or_flags_do_not_mix(
+    topics, tmp_path, monkeypatch, changed, fact
+):
+    """On a CPU with other threads, how a row's topic is rounded would depend on its place."""
+    private = save_private(tmp_path / "mine", TEXTS, PERSONS)
+    with (
+        mock.patch.object(assign, "write_arrays", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        assigned(topics, private, tmp_path / "out")
+    flags = []
+    if changed == "rows":
+        save_private(tmp_path / "mine", TEXTS[::-1], PERSONS)
+    elif changed == "topics":
+        shutil.copytree(topics, tmp_path / "topics")
+        topics = tmp_path / "topics"
+        record = (topics / "topics.json").read_text()
+        (topics / "topics.json").write_text(record.replace("river", "stream"))
+    elif changed == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    else:
+        flags = ["--unit_column=person"]
+    with pytest.raises(
+        UsageError, match=rf"with another {fact}; go on with .* or remove .*\.out\."
+    ):
+        assigned(topics, private, tmp_path / "out", *flags)
+
+
+@pytest.mark.slow
+def test_two_devices_give_the_topics_of_one(topics, tmp_path):
+    data = save_private(tmp_path / "mine", TEXTS)
+    one = assigned(topics, data, tmp_path / "one", "--devices", "cpu")
+    done = run_process(
+        "-m", "topics.assign", f"--private={data}", f"--topics={topics}",
+        f"--output={tmp_path / 'two'}", "--devices", "cpu", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in ("train.jsonl", "val.jsonl", "private/topics.npz"):
+        assert (one / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -140,6 +264,9 @@ def test_a_kill_leaves_nothing_and_the_same_command_goes_on(topics, tmp_path):
         ("topics_there", [], "exists; name another"),
         ("out", ["--private=nowhere"], "no data set 'nowhere'"),
         ("out", ["--unit_column=user"], "--unit_column user: .*entry 1 has no such column"),
+        ("out", ["--devices=nowhere"], "--devices nowhere: not here; .*'c"),
+        ("out", ["--devices=cpu,cpu"], "--devices cpu,cpu: not here"),
+        ("out", ["--devices", "cpu", "meta"], "of several kinds .cpu, meta."),
         ("out", ["--unit_column=topic"], "--unit_column topic: the output has another column"),
     ],
 )

@@ -8,9 +8,12 @@ OUTPUT is private, and its owner alone may enter it; a row's topic is a part of 
 private/ has what `python -m topics.histogram` counts.
 
 A row's topic depends on the row and on the topics alone, to the last bit: each text is embedded
-by itself, not in a batch with others, and the nearest centre is found in exact arithmetic. The rows
-of the train split and their order stay, so that a run on OUTPUT, a run on the data set that it was
-made of, and histograms of either are known to have read the same rows.
+by itself, not in a batch with others, on devices of one kind, and the nearest centre is found in
+exact arithmetic. The rows of the train split and their order stay, so that a run on OUTPUT, a run
+on the data set that it was made of, and histograms of either are known to have read the same rows.
+
+A stopped run goes on with the same command, on any number of devices; until then the embeddings,
+which are private, lie next to OUTPUT in .OUTPUT.embeddings.
 """
 
 from dataclasses import dataclass
@@ -41,18 +44,41 @@ class Settings:
         "rows without a value in --unit_column are units of their own; they are refused otherwise",
         False,
     )
+    devices: list[str] | None = flag(
+        "one process each, all of one kind, such as cuda:0 cuda:1; all GPUs if left out, or else "
+        "the CPU",
+        nargs="+",
+        metavar="DEVICE",
+    )
 
 
 answer_early(__name__, Settings, __doc__)
 
+import shutil
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from resample_with_dp_histogram.embed import embed_in_memory, load_model
-from resample_with_dp_histogram.embeddings import PRIVATE_FOLDER, write_identity
+from resample_with_dp_histogram.embed import (
+    begin,
+    common_kind,
+    default_devices,
+    embed,
+    load_model,
+    manifest_of,
+)
+from resample_with_dp_histogram.embeddings import (
+    PRIVATE_FOLDER,
+    location,
+    open_vectors,
+    units_digest,
+    write_identity,
+)
 from topics.folder import (
     ASSIGNMENT_FILE,
     NUMBERS_FILE,
     TOPIC_COLUMN,
+    TOPICS_FILE,
     TRAIN_FILE,
     Topics,
     read_topics,
@@ -66,6 +92,9 @@ from utils.texts.data_sets import find_dataset, is_labelled, rows_fingerprint, t
 from utils.texts.rows import pick, raw_rows, row_of, split_files
 from utils.texts.units import read_units
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, argv)
@@ -76,13 +105,20 @@ def main(argv: list[str] | None = None) -> None:
 def assign(settings: Settings) -> None:
     """Read, embed each row by itself, and write."""
     output = settings.output
+    whole = output.resolve()
+    work = whole.with_name(f".{whole.name}.embeddings")
     if output.exists():
+        if (output / PRIVATE_FOLDER / ASSIGNMENT_FILE).exists():
+            # A kill between the last two steps left them.
+            shutil.rmtree(work, ignore_errors=True)
         raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
     if is_labelled(str(output)):
         raise UsageError(
             f"--output {str(output)!r}: a name that starts with 'labelled' is for pairs, and "
             "topics are for instructions; choose another name"
         )
+    devices = settings.devices or default_devices()
+    kind = common_kind(devices)
     topics = read_topics(settings.topics)
     splits = read_splits(settings.private, settings.unit_column)
     texts = {name: [row["instruction"] for row in rows] for name, rows in splits.items()}
@@ -101,12 +137,20 @@ def assign(settings: Settings) -> None:
             f"{topics.folder} was fitted with another model than the {topics.record['model']} that "
             "is here now; fit the topics anew"
         )
+    facts = {
+        "topics_sha256": sha256_of(settings.topics / TOPICS_FILE),
+        "model": topics.record["model"],
+        "model_fingerprint": topics.record["model_fingerprint"],
+        "kind_of_device": kind,
+        "unit_column": settings.unit_column,
+        "owner": settings.owner,
+        "units_sha256": None if units is None else units_digest(units),
+    }
+    private_folder(work, explained=False)
     numbers = {}
     for name, those in texts.items():
-        place = f"{settings.private}, {name}"
-        # One text at a time: in a batch, its company would decide the last bits of its embedding.
-        vectors = embed_in_memory(those, np.arange(len(those)), model, place, batch_size=1)
-        numbers[name] = topics.clusters.assign(vectors, place)
+        vectors = embedded(those, model, work, name, facts, devices)
+        numbers[name] = topics.clusters.assign(vectors, f"{settings.private}, {name}")
     own = command_line("topics.assign", Settings, settings)
     with whole_folder(output) as folder:
         private_folder(folder)
@@ -139,9 +183,41 @@ def assign(settings: Settings) -> None:
             },
         }
         write_json(hidden / ASSIGNMENT_FILE, assignment)
+    shutil.rmtree(work)
     sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items())
     say(f"wrote {output} (private): {sizes}")
     say(f"next: python -m topics.histogram --assigned {output} --output DIR")
+
+
+def embedded(
+    texts: list[str],
+    model: "SentenceTransformer",
+    work: Path,
+    split: str,
+    facts: dict,
+    devices: list[str],
+) -> np.ndarray:
+    """Embed each text of a split by itself, or go on where an earlier run was stopped.
+
+    Args:
+        work: the embeddings of all splits.
+        facts: what they follow from but for the texts, see `manifest_of`.
+
+    Returns:
+        float16 [texts, dimensions], unit vectors.
+    """
+    manifest = manifest_of(
+        work / split,
+        True,
+        facts | {"texts_sha256": rows_fingerprint(texts)},
+        {"num_texts": len(texts), "dimensions": model.get_embedding_dimension()},
+        f"go on with what it was begun with, or remove {work} to begin anew",
+    )
+    folder = location(work / split, True)
+    begin(folder, True, manifest)
+    # One text at a time: in a batch, its company would decide the last bits of its embedding.
+    embed(texts, model, folder, manifest, 1, devices)
+    return open_vectors(folder, manifest, "r")
 
 
 def read_splits(data: str, unit_column: str | None) -> dict[str, list[dict]]:
