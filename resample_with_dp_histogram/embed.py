@@ -115,7 +115,7 @@ from utils.models.loading import model_fingerprint
 from utils.progress import Progress
 from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import read_column, read_instructions
-from utils.texts.units import read_units
+from utils.texts.units import read_units, require_column
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -190,9 +190,7 @@ def check_unit_flags(settings: Settings) -> None:
         raise UsageError(
             f"--unit_column {settings.unit_column} needs --private: a synthetic text is nobody's"
         )
-    for name in ("owner", "unowned_rows_are_units"):
-        if getattr(settings, name) and settings.unit_column is None:
-            raise UsageError(f"--{name} needs --unit_column: without it every row is a unit")
+    require_column(settings.unit_column, settings.owner, settings.unowned_rows_are_units)
 
 
 def read_text_units(settings: Settings) -> np.ndarray:

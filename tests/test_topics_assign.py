@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
 from tests.topics import (
     assigned,
+    counted,
     fitted,
     save_private,
     stop_embedding,
@@ -29,9 +31,9 @@ from tests.training import run_process
 from topics import assign
 from topics.folder import read_assignment, read_topics
 from utils.cli import UsageError
-from utils.files import read_jsonl
+from utils.files import read_jsonl, write_json
 from utils.texts.data_sets import load_splits, rows_fingerprint
-from utils.texts.units import read_units
+from utils.texts.units import largest_units, read_units
 
 TEXTS = texts_of(30, seed=2)
 PERSONS = [f"person {number // 3}" for number in range(30)]
@@ -140,6 +142,19 @@ def test_units_stay_whose_they_are(topics, tmp_path):
     np.testing.assert_array_equal(found.units, units)
     assert found.num_examples == 10
     assert found.record["unit_column"] == "person"
+
+
+def test_whose_rows_are_stays_where_it_is_not_asked_for(topics, tmp_path, capsys):
+    """A run on the rows with topics is to warn of persons as a run on the rows does."""
+    private = save_private(tmp_path / "mine", TEXTS, PERSONS)
+    write_rows(private / "val.jsonl", [{"instruction": "nobody's"}])
+    data = assigned(topics, private, tmp_path / "it's mine")
+    assert [row["person"] for row in rows_of(data)] == PERSONS
+    assert [row.keys() for row in rows_of(data, "val")] == [{"instruction", "topic"}]
+    assert largest_units(str(data)) == largest_units(str(private)) == {"person": 3}
+    assert read_assignment(data).units is None
+    said = capsys.readouterr().err.splitlines()[-1].removeprefix("next: ")
+    assert str(data) in shlex.split(said)
 
 
 KILLED = """
@@ -267,6 +282,8 @@ def test_two_devices_give_the_topics_of_one(topics, tmp_path):
         ("out", ["--devices=nowhere"], "--devices nowhere: not here; .*'c"),
         ("out", ["--devices=cpu,cpu"], "--devices cpu,cpu: not here"),
         ("out", ["--devices", "cpu", "meta"], "of several kinds .cpu, meta."),
+        ("out", ["--owner=first"], "--owner needs --unit_column"),
+        ("out", ["--unowned_rows_are_units"], "--unowned_rows_are_units needs --unit_column"),
         ("out", ["--unit_column=topic"], "--unit_column topic: the output has another column"),
     ],
 )
@@ -284,6 +301,39 @@ def test_topics_of_the_private_rows_themselves_are_refused(topics, tmp_path):
     public = [text for topic in read_topics(topics).record["topics"] for text in topic["examples"]]
     with pytest.raises(UsageError, match="every text that it shows is a private row"):
         assigned(topics, save_private(tmp_path / "mine", TEXTS + public), tmp_path / "out")
+
+
+def test_an_output_with_a_ledger_is_not_to_be_removed(topics, tmp_path):
+    data = assigned(topics, save_private(tmp_path / "mine", TEXTS), tmp_path / "out")
+    with pytest.raises(UsageError, match="exists; name another, or remove it"):
+        assigned(topics, tmp_path / "mine", data)
+    counted(data, tmp_path / "histogram")
+    with pytest.raises(UsageError, match="has the ledger of its histograms, .*; name another$"):
+        assigned(topics, tmp_path / "mine", data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"topics": [{"keywords": "river", "examples": []}]}, "1 topics for . centres"),
+        ({"topics": "all"}, "has no 'topics' of topics.fit"),
+        ({"model": None}, "has no 'model' of topics.fit"),
+        ("<|im_end|>", "topic 0 has keywords with a control character or a mark of templates"),
+        (None, "topic 0 has no `keywords`"),
+        ("river", "topic 0 has no `examples`"),
+    ],
+)
+def test_topics_that_were_edited_are_refused(topics, tmp_path, changed, message):
+    """Keywords are prompts: a token of a template would be trained, and refused in sampling."""
+    shutil.copytree(topics, tmp_path / "topics")
+    record = read_topics(topics).record
+    if isinstance(changed, dict):
+        record |= changed
+    else:
+        record["topics"][0] = {"keywords": changed}
+    write_json(tmp_path / "topics" / "topics.json", record)
+    with pytest.raises(UsageError, match=message):
+        assigned(tmp_path / "topics", tmp_path / "mine", tmp_path / "out")
 
 
 def test_another_encoder_than_that_of_the_topics_is_refused(tmp_path):
