@@ -55,6 +55,9 @@ def with_left_out(
     given = [path for path in histograms if not found.issuperset(_chains(path))]
     every_run, every_histogram = [*runs, *other_runs], [*given, *other_histograms]
     try:
+        for path in other_histograms:
+            if path.name in RECORDS:
+                raise UsageError(f"{path} is in no ledger that is here; restore it from a backup")
         together = composed_report(every_run, every_histogram, report["delta"], relations=relations)
         epsilon, unknown = together.get("epsilon"), together.get("why")
     except UsageError as error:
@@ -96,12 +99,14 @@ def without_guarantee(runs: Sequence[Path], histograms: Sequence[Path]) -> list[
 def left_out(runs: Sequence[Path], histograms: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Folders of other DP runs, and other ledgers of histograms, of the data of the given ones.
 
-    A copy of a known run or ledger, or one that holds nothing more, is not another one.
+    A copy of a known run or ledger, or one that holds nothing more, is not another one. A histogram
+    that is in no ledger that was found stands for it with its own record: one was removed.
     """
     known_runs = {chain for run in runs for chain in _chains(run / LEDGER_FILE)[:1]}
     known_histograms = {chain for path in histograms for chain in _chains(path)}
     found: tuple[list[Path], list[Path]] = ([], [])
-    for folder in _of_the_same_data(runs, histograms):
+    same = [*_of_the_same_data(runs, histograms)]
+    for folder in same:
         # The first line of a run's ledger is its plan alone.
         if (chains := _chains(folder / LEDGER_FILE))[1:] and not known_runs.issuperset(chains[:1]):
             known_runs.add(chains[0])
@@ -111,6 +116,10 @@ def left_out(runs: Sequence[Path], histograms: Sequence[Path]) -> tuple[list[Pat
             if not known_histograms.issuperset(chains := _chains(histogram)):
                 found[1].append(histogram)
                 known_histograms.update(chains)
+    for folder in same:
+        for record, ledger in _records(folder):
+            if ledger["chain"] not in {"", *known_histograms}:
+                found[1].append(record)
     return found
 
 
@@ -130,9 +139,16 @@ def _histogram_ledgers(folder: Path) -> Iterator[Path]:
     """
     yield folder / HISTOGRAM_LEDGER_FILE
     yield folder / "ledger" / HISTOGRAM_LEDGER_FILE
+    for _, ledger in _records(folder):
+        yield Path(ledger["path"])
+
+
+def _records(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """What a folder's histogram says of itself: the file, and the path and chain of its ledger."""
     for name in RECORDS:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            yield Path(json.loads((folder / name).read_text())["ledger"]["path"])
+            known = json.loads((folder / name).read_text())["ledger"]
+            yield folder / name, {each: str(known.get(each, "")) for each in ("path", "chain")}
 
 
 def _folders_with_private(runs: Sequence[Path]) -> Iterator[Path]:
@@ -158,4 +174,6 @@ def _fingerprints(folder: Path) -> Iterable[str]:
 
 def _chains(ledger: Path) -> list[str]:
     """The chain values of a ledger's lines, which tell it from others; none where there is none."""
-    return [record.get("chain", "") for record in read_jsonl(ledger)] if ledger.is_file() else []
+    if not ledger.is_file() or ledger.name in RECORDS:
+        return []
+    return [record.get("chain", "") for record in read_jsonl(ledger)]

@@ -115,7 +115,7 @@ from utils.models.loading import model_fingerprint
 from utils.progress import Progress
 from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import read_column, read_instructions
-from utils.texts.units import read_units
+from utils.texts.units import read_units, require_column
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -139,10 +139,6 @@ def main(argv: list[str] | None = None) -> None:
     units = read_text_units(settings) if settings.unit_column is not None else None
     folder = location(settings.output, settings.private)
     with locked(settings.output, "use another --output", sibling_lock(settings.output)):
-        begun = read_manifest(settings.output, settings.private)
-        # A run that was killed while it began has left these and nothing else.
-        if begun is None and names_in(folder) - {"README.md", IDENTITY_FILE, UNITS_FILE}:
-            raise UsageError(f"{folder} holds something else than embeddings; use another --output")
         model = load_model(settings.model)
         facts = {
             "texts_sha256": rows_fingerprint(texts),
@@ -151,23 +147,15 @@ def main(argv: list[str] | None = None) -> None:
             "owner": settings.owner,
             "units_sha256": None if units is None else units_digest(units),
         }
-        if begun is not None:
-            require_same_settings(
-                {name: begun.get(name) for name in facts},
-                facts,
-                f"{settings.output} holds embeddings ({begun['num_texts']:,} texts, "
-                f"{begun['model']}) with",
-                "use another --output",
-                shown=False,
-            )
-        manifest = begun or {
-            **facts,
+        noted = {
             "model": settings.model,
             "num_texts": len(texts),
             "dimensions": model.get_embedding_dimension(),
-            "num_embedded": 0,
             "commands": [command_of(settings)],
         }
+        manifest = manifest_of(
+            settings.output, settings.private, facts, noted, "use another --output"
+        )
         begin(folder, settings.private, manifest, units)
         devices = settings.devices or default_devices()
         embed(texts, model, folder, manifest, settings.batch_size, devices)
@@ -202,9 +190,7 @@ def check_unit_flags(settings: Settings) -> None:
         raise UsageError(
             f"--unit_column {settings.unit_column} needs --private: a synthetic text is nobody's"
         )
-    for name in ("owner", "unowned_rows_are_units"):
-        if getattr(settings, name) and settings.unit_column is None:
-            raise UsageError(f"--{name} needs --unit_column: without it every row is a unit")
+    require_column(settings.unit_column, settings.owner, settings.unowned_rows_are_units)
 
 
 def read_text_units(settings: Settings) -> np.ndarray:
@@ -232,6 +218,34 @@ def read_text_units(settings: Settings) -> np.ndarray:
         owner=settings.owner,
         unowned_rows_are_units=settings.unowned_rows_are_units,
     )
+
+
+def manifest_of(output: Path, private: bool, facts: dict, noted: dict, remedy: str) -> dict:
+    """The manifest to go on with, or a new one where nothing has begun.
+
+    Args:
+        output: see `location`.
+        facts: what an embedding, or what is made of it, follows from; all must be as they were.
+        noted: what else a new one says: `model`, `num_texts`, `dimensions`.
+        remedy: what a refused user can do, see `require_same_settings`.
+
+    Raises:
+        UsageError: other facts, or a folder that is none of embeddings.
+    """
+    begun, folder = read_manifest(output, private), location(output, private)
+    # A run that was killed while it began has left these and nothing else.
+    if begun is None and names_in(folder) - {"README.md", IDENTITY_FILE, UNITS_FILE}:
+        raise UsageError(f"{folder} holds something else than embeddings; {remedy}")
+    if begun is None:
+        return {**facts, **noted, "num_embedded": 0}
+    require_same_settings(
+        {name: begun.get(name) for name in facts},
+        facts,
+        f"{output} holds embeddings ({begun['num_texts']:,} texts, {begun['model']}) with",
+        remedy,
+        shown=False,
+    )
+    return begun
 
 
 def begin(folder: Path, private: bool, manifest: dict, units: np.ndarray | None = None) -> None:
@@ -271,7 +285,8 @@ def embed(
     """Embed what is missing, the longest text first, and note after each save how far it came.
 
     Args:
-        batch_size: texts in a batch on one device.
+        batch_size: texts in a batch on one device; with 1, a vector depends on its text, the model
+            and the kind of device alone, to the last bit.
         devices: one process each.
 
     Raises:
@@ -330,13 +345,11 @@ def embed_in_memory(
     rows: np.ndarray,
     model: "SentenceTransformer",
     where: str,
-    batch_size: int = 32,
 ) -> np.ndarray:
     """Embed some texts on one device, and write nothing.
 
     Args:
         rows, where: see `unit_vectors`.
-        batch_size: texts in a batch; with 1, a vector depends on its text alone to the last bit.
 
     Returns:
         float16 [texts, dimensions], unit vectors.
@@ -349,7 +362,6 @@ def embed_in_memory(
     embeddings = [
         model.encode(
             [texts[place] for place in order[start : start + IN_MEMORY_AT_ONCE]],
-            batch_size=batch_size,
             show_progress_bar=False,
             device=default_devices()[0],
         )
@@ -361,6 +373,33 @@ def embed_in_memory(
 def default_devices() -> list[str]:
     """Every GPU, or else the CPU."""
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def common_kind(devices: list[str]) -> str:
+    """The kind of all devices, which decides the last bits of what they compute.
+
+    Returns:
+        The name of the GPU; of a CPU, the number of threads, too.
+
+    Raises:
+        UsageError: one is not here, or they are of several kinds.
+    """
+    kinds = set()
+    for device in devices:
+        try:
+            kind = torch.device(device).type
+            kinds.add(torch.cuda.get_device_name(device) if kind == "cuda" else kind)
+        except (RuntimeError, AssertionError):  # not a device; no such GPU
+            raise UsageError(
+                f"--devices {device}: not here; leave the flag out for {default_devices()}"
+            ) from None
+    if len(kinds) > 1:
+        raise UsageError(
+            f"--devices {' '.join(devices)}: of several kinds ({', '.join(sorted(kinds))}), which "
+            "round in other ways; name devices of one kind"
+        )
+    (kind,) = kinds
+    return f"{kind}, {torch.get_num_threads()} threads" if kind == "cpu" else kind
 
 
 if __name__ == "__main__":

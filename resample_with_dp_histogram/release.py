@@ -1,5 +1,6 @@
 """A DP histogram for release: its flags, its line in the ledger, and what a report says of it."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -193,10 +194,11 @@ def say_spent(report: dict) -> None:
         report: with `Release.facts`.
     """
     if report["guarantee"]:
+        ledger = shlex.quote(report["ledger"]["path"])
         say(
             f"spent: one Gaussian histogram of sigma {report['noise_multiplier']:g}, N "
             f"{report['num_examples']:,}; with training it costs what\n"
-            f"  python -m privacy_checks.report RUN --histogram {report['ledger']['path']}\nsays"
+            f"  python -m privacy_checks.report RUN --histogram {ledger}\nsays"
         )
     else:
         say(f"NO GUARANTEE: {report['why']}")

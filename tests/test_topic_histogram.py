@@ -52,6 +52,8 @@ def test_hostile_keywords_are_refused_in_a_line_that_shows_them_escaped(read, ke
         ({"keywords": None}, "topic 0 has no `keywords`"),
         ({"count": -1}, "topic 0 has no `count` of 0 or more, found '-1'"),
         ({"count": float("nan")}, "found 'nan'"),
+        ({"count": 10**400}, "found .10{39}., or one beyond"),
+        ({"count": 1e308}, "topic 0 has no `count`"),
         ({"count": "5"}, "topic 0 has no `count`"),
         ({"count": 0}, "no topic with a count above 0"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from privacy_checks.composition import composed_report
-from privacy_checks.registry import left_out
+from privacy_checks.registry import left_out, with_left_out
 from resample_with_dp_histogram import histogram as mechanism
 from tests.resampling import save_tiny_encoder
 from tests.test_report import PLAN, make_run
@@ -180,6 +180,13 @@ def test_it_composes_with_training_and_nobody_can_forget_it(topics, tmp_path, mo
     # And of one with a ledger elsewhere, its output says where.
     counted(data, Path("resampling/second"), "--ledger=kept.jsonl")
     assert left_out([run], [ledger]) == ([], [Path("kept.jsonl")])
+    # A data set that is removed takes its ledger away, but not what was released by it.
+    report = Path("resampling/second") / histogram.HISTOGRAM_FILE
+    Path("kept.jsonl").unlink()
+    assert left_out([run], [ledger]) == ([], [report])
+    composed = with_left_out(composed_report(run, [ledger]), [run], [ledger], [ADD_REMOVE])
+    assert composed["epsilon_with_left_out"] is None
+    assert f"{report} is in no ledger that is here; restore it" in composed["not_covered"][-1]
 
 
 def test_a_histogram_of_another_size_than_the_runs_does_not_compose(data, tmp_path):

@@ -45,7 +45,14 @@ def test_a_word_that_occurs_once_is_taken_where_there_are_few_others():
     assert len(named[1]) == 3
 
 
-@pytest.mark.parametrize("texts", [["?!", "the of"], ["river boat", "123 the"]])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["?!", "the of"],
+        ["river boat", "123 the"],
+        ["river boat", "\u3164\u3164\u3164 \u1160\u115f"],
+    ],
+)
 def test_a_topic_without_a_word_is_named_by_its_number(texts):
     assert name_topics(texts, np.array([0, 1]), 2)[1] == ["topic 1"]
 

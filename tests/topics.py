@@ -1,10 +1,12 @@
 """Small topics and a small private data set, for tests of `topics`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from resample_with_dp_histogram import embed
 from topics import assign, fit, histogram
 from utils.files import json_lines
 
@@ -52,6 +54,20 @@ def fitted(folder: Path, encoder: str, *more: str) -> Path:
 def assigned(topics: Path, data: Path, output: Path, *more: str) -> Path:
     assign.main([f"--private={data}", f"--topics={topics}", f"--output={output}", *more])
     return output
+
+
+def stop_embedding(set_attribute: Callable, stop: Callable) -> None:
+    """Have `stop` called once 24 texts of a batch of 1 each are embedded and saved."""
+    unit_vectors, calls = embed.unit_vectors, []
+
+    def stopping(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            stop()
+        return unit_vectors(*given)
+
+    set_attribute(embed, "unit_vectors", stopping)
+    set_attribute(embed, "SAVE_SECONDS", 0)
 
 
 def counted(data: Path, output: Path, *more: str) -> dict:

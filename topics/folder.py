@@ -18,6 +18,7 @@ import numpy as np
 from resample_with_dp_histogram.clusters import Clusters
 from utils.cli import UsageError
 from utils.files import required_object, sha256_of, write_atomic
+from utils.texts.topic_histogram import require_keywords
 
 TOPICS_FILE, CLUSTERS_FILE = "topics.json", "clusters.npz"
 NUMBERS_FILE, ASSIGNMENT_FILE = "topics.npz", "assignment.json"
@@ -80,9 +81,23 @@ def read_topics(folder: Path) -> Topics:
     Raises:
         UsageError: there is none, or it is damaged.
     """
-    record = _read_record(folder / TOPICS_FILE, "topics.fit", {CLUSTERS_FILE: folder})
+    path = folder / TOPICS_FILE
+    record = _read_record(
+        path, "topics.fit", {CLUSTERS_FILE: folder},
+        topics=list, model=str, model_fingerprint=str, fitted_on=str, commands=list,
+    )  # fmt: skip
     with np.load(folder / CLUSTERS_FILE) as file:
         clusters = Clusters(file["weights"], file["offsets"], int(file["num_components"]))
+    found, needed = len(record["topics"]), len(clusters.offsets)
+    if found != needed:
+        raise UsageError(
+            f"{path} has {found:,} topics for {needed:,} centres; restore it, or make it anew"
+        )
+    for number, topic in enumerate(record["topics"]):
+        place, topic = f"{path}, topic {number}", topic if isinstance(topic, dict) else {}
+        require_keywords(topic.get("keywords"), place)
+        if not isinstance(topic.get("examples"), list):
+            raise UsageError(f"{place} has no `examples`: a list; restore it, or make it anew")
     return Topics(folder, record, clusters)
 
 
@@ -94,17 +109,21 @@ def read_assignment(folder: Path) -> Assignment:
     """
     private = folder / "private"
     files = {NUMBERS_FILE: private, TRAIN_FILE: folder}
-    record = _read_record(private / ASSIGNMENT_FILE, "topics.assign", files)
+    record = _read_record(
+        private / ASSIGNMENT_FILE, "topics.assign", files,
+        keywords=list, fitted_on=str, rows_fingerprint=str, commands=list,
+    )  # fmt: skip
     with np.load(private / NUMBERS_FILE) as file:
         return Assignment(folder, record, file["topics"], file.get("units"))
 
 
-def _read_record(path: Path, writer: str, files: dict[str, Path]) -> dict[str, Any]:
+def _read_record(path: Path, writer: str, files: dict[str, Path], **kinds: type) -> dict[str, Any]:
     """A record, once the files that it is of are as it says.
 
     Args:
         writer: the command that wrote it.
         files: their folders, by name.
+        kinds: the type of each entry that is needed.
     """
     if not path.is_file():
         raise UsageError(f"no {path}; make it with python -m {writer}")
@@ -115,4 +134,7 @@ def _read_record(path: Path, writer: str, files: dict[str, Path]) -> dict[str, A
             raise UsageError(
                 f"{file} is not what {path} says that {writer} wrote; restore it, or make it anew"
             )
+    for entry, kind in kinds.items():
+        if not isinstance(record.get(entry), kind):
+            raise UsageError(f"{path} has no {entry!r} of {writer}; restore it, or make it anew")
     return record

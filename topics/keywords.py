@@ -10,8 +10,9 @@ MOST_KEYWORDS, LEAST_KEYWORDS = 5, 3
 MOST_WORDS = 20_000
 # Letters and digits that begin with a letter, so that no keyword can be, or hold, a control
 # character, a mark that turns lines round, punctuation, or a token of a chat template. A word next
-# to an underscore is part of a name, and one of more than 30 letters is no word.
-WORD = r"\b[^\W\d_][^\W_]{1,29}\b"
+# to an underscore is part of a name, and one of more than 30 letters is no word. The fillers of
+# Hangul are letters that nobody sees.
+WORD = r"\b[^\W\d_\u115f\u1160][^\W_\u115f\u1160]{1,29}\b"
 # <|im_start|>, </s>, <start_of_turn>, <<SYS>>; [INST], [/INST]; ### BOI ###, ### Instruction:
 TEMPLATE_TOKENS = re.compile(
     r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,40}\]|#{2,}\s*[^#\n]{1,40}?\s*(?:#{2,}|:)"

@@ -1,6 +1,5 @@
 """The histogram of topics that sampling follows, as `topics.histogram` writes it. No torch."""
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from utils.files import required_object
 # What keywords are never made of: marks of chat templates, of code, and of instruction files.
 _MARKS = re.compile(r"[<>\[\]{}|\\]|###")
 LONGEST_KEYWORDS = 300  # characters
+MOST_COUNTED = 2**53  # above it floats lose rows, and sums of them may have no end
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,23 @@ def _topic(entry: object, place: str) -> Topic:
     number, keywords, count = (entry.get(name) for name in ("topic", "keywords", "count"))
     if type(number) is not int or number < 0:
         raise UsageError(f"{place} has no number of 0 or more as `topic`")
-    if not isinstance(count, int | float) or not 0 <= count < math.inf:
-        raise UsageError(f"{place} has no `count` of 0 or more, found {str(count)[:40]!r}")
+    if not isinstance(count, int | float) or not 0 <= count < MOST_COUNTED:
+        raise UsageError(
+            f"{place} has no `count` of 0 or more, found {str(count)[:40]!r}, or one beyond 2^53; "
+            "make the file again"
+        )
+    return Topic(number, require_keywords(keywords, place), float(count))
+
+
+def require_keywords(keywords: object, place: str) -> str:
+    """Keywords that may be a prompt, as they are.
+
+    Args:
+        place: of their topic, for a message.
+
+    Raises:
+        UsageError: they are none, or have what no keyword of `topics.fit` has.
+    """
     if not isinstance(keywords, str) or not 0 < len(keywords.strip()) <= LONGEST_KEYWORDS:
         raise UsageError(f"{place} has no `keywords`: a text of 1 to {LONGEST_KEYWORDS} characters")
     if not keywords.isprintable() or _MARKS.search(keywords):
@@ -67,4 +82,4 @@ def _topic(entry: object, place: str) -> Topic:
             f"{place} has keywords with a control character or a mark of templates such as '<|' or "
             f"'###', which topics.fit never writes: {keywords[:60]!r}; make the file again"
         )
-    return Topic(number, keywords, float(count))
+    return keywords

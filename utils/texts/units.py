@@ -71,6 +71,18 @@ def read_units(
     return np.array(units, dtype=np.int64)
 
 
+def require_column(column: str | None, owner: str | None, unowned_rows_are_units: bool) -> None:
+    """Refuse flags of a unit that have nothing to say.
+
+    Raises:
+        UsageError: one is set, and there is no column.
+    """
+    flags = {"owner": owner, "unowned_rows_are_units": unowned_rows_are_units}
+    for name, value in flags.items():
+        if value and column is None:
+            raise UsageError(f"--{name} needs --unit_column: without it every row is a unit")
+
+
 def owner_of(value: object, owner: str | None, place: str) -> str | int | None:
     """Whom a value of a column of units names; None for nobody.
 
