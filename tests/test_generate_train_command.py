@@ -128,7 +128,7 @@ def test_canaries_count_in_n_beside_the_rows_of_the_data_set(generate, tmp_path,
     assert generate(*command, "--num_train_examples=100") == (line, summary)
     args = understood(line)
     assert (args.num_train_examples, args.num_canaries, args.canary_repeats) == (100, 10, 3)
-    trained_on = args.canaries.added_to(load_splits(data)["train"], data)
+    trained_on = args.canaries.added_to(load_splits(data)["train"], data, args.prompt_style)
     # The noise multiplier that the line gives is held against --eps here.
     plan, _ = plan_of(args, len(trained_on))
     assert plan == plan_of(read_flags(generate_train_command.Settings, None, command), 130)[0]

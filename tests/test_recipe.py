@@ -61,12 +61,14 @@ def test_recipes_that_were_seen_to_learn_pass():
         assert recipe_warnings(plan, SMOLLM2, 128) == []
 
 
-@pytest.mark.parametrize("file", ["README.md", "quickstart.sh"])
-def test_recipes_that_are_taught_pass(file):
+@pytest.mark.parametrize(
+    ("file", "sizes"), [("README.md", ["128", "128", "64"]), ("quickstart.sh", ["128", "64"])]
+)
+def test_recipes_that_are_taught_pass(file, sizes):
     commands = (ROOT / file).read_text().replace("\\\n", " ").splitlines()
     taught = [dict(re.findall(r"--(\w+) ([\d.]+)", line)) for line in commands]
     taught = [flags for flags in taught if "noise_multiplier" in flags]
-    assert [flags["total_bs"] for flags in taught] == ["128", "64"]
+    assert [flags["total_bs"] for flags in taught] == sizes
     for flags in taught:
         batch, rows = int(flags["total_bs"]), 4576
         plan = replace(

@@ -125,7 +125,8 @@ def test_the_noise_is_fresh_and_of_the_deviation_asked_for(data, tmp_path):
         vector(counted(data, tmp_path / f"{number}", "--histogram_sigma=3")) - whole
         for number in range(8)
     ]
-    assert len({float(value) for each in noise for value in each}) == 8 * len(whole)
+    # On a grid of 1/128 some are equal in more than half of all runs, 8 of 48 in one of a million.
+    assert len({float(value) for each in noise for value in each}) > 8 * len(whole) - 8
     # Their squares over 9 are a chi-square: in these bounds but for a chance of 1e-6.
     low, high = scipy.stats.chi2(8 * len(whole)).ppf([5e-7, 1 - 5e-7])
     assert low < np.sum(np.square(noise)) / 9 < high
