@@ -616,7 +616,8 @@ def make_optimizer(
     lr, wd = settings.lr, settings.wd
     if settings.optimizer == SGD:
         return torch.optim.SGD(parameters, lr=lr, weight_decay=wd, momentum=MOMENTUM)
-    if settings.optimizer == CORRECTED and plan:
+    if settings.optimizer == CORRECTED:
+        assert plan is not None  # which the flags require
         deviation = plan.noise_multiplier * plan.clip_norm / plan.expected_batch_size
         return CorrectedAdamW(parameters, lr, wd, deviation)
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=wd)

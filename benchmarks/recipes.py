@@ -22,25 +22,15 @@ ARMS = Path(__file__).with_suffix(".yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(studies.Settings):
+class Settings(studies.ArmsSettings):
     """The flags."""
 
     arms: Path = flag(
         "YAML of the arms; this folder's recipes.yaml has an example", ARMS, type=Path
     )
-    only: list[str] | None = flag(
-        "names of the arms to train now; all of them if left out", nargs="+"
-    )
-    model_name: str = flag("base model; a small one, made on the spot, if left out", "")
-    dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
     epsilons: list[float] = flag("targets", [5.94], type=positive_float, nargs="+")
-    delta: float = flag("of the guarantee", 1e-5)
     num_seeds: int = flag("generators of each arm", 3, type=positive_int)
     num_public: int = flag("public instructions, for the small base", 4000, type=positive_int)
-    pretraining_tokens: int = flag("of the small base", 4_000_000, type=positive_int)
-    num_private: int | None = flag(
-        "private instructions; all that are left if left out", type=positive_int
-    )
     max_seq_len: int = flag("tokens", 256)
     perdevice_bs: int = flag("sequences of max_seq_len on a device at once", 8)
     row_tokens: int = flag(

@@ -35,9 +35,7 @@ def small_base(folder: Path, texts: list[str], num_tokens: int) -> Path:
         texts: public ones; nothing private may have gone into them.
         num_tokens: of pre-training, over as many passes as that takes.
     """
-    recipe = [texts, num_tokens, SHAPE, WINDOW, BATCH, LEARNING_RATE]
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    base = folder / f"small-{digest}"
+    base = folder / f"small-{_digest(texts, num_tokens, SHAPE)}"
     if base.exists():
         return base
     torch.manual_seed(0)
@@ -51,13 +49,17 @@ def taught(base: Path, texts: list[str], num_tokens: int) -> Path:
     Args:
         texts, num_tokens: as those of `small_base`.
     """
-    recipe = [base.name, texts, num_tokens, WINDOW, BATCH, LEARNING_RATE]
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-    other = base.with_name(f"taught-{digest}")
+    other = base.with_name(f"taught-{_digest(base.name, texts, num_tokens)}")
     if not other.exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
         _make(other, tokenizer, LlamaForCausalLM.from_pretrained(base), texts, num_tokens)
     return other
+
+
+def _digest(*recipe: object) -> str:
+    """Of what a base is made of, and of how."""
+    whole = [*recipe, WINDOW, BATCH, LEARNING_RATE]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:12]
 
 
 def _make(

@@ -25,7 +25,7 @@ from benchmarks.environments import ROOT
 from evaluation.results import read_results
 from resample_with_dp_histogram.extract import distinct_instructions
 from utils.cli import UsageError, say
-from utils.command_line.parser import flag
+from utils.command_line.parser import flag, positive_int
 from utils.files import write_json
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 from utils.texts.text_inputs import FORMATS, read_entries
@@ -46,6 +46,20 @@ class Settings(figures.Settings):
     perdevice_bs: int = flag("sequences of max_seq_len on a device at once", 32)
     max_seq_len: int = flag("tokens; longer instructions are left out", 64)
     num_test: int = flag("held-out instructions", 600)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmsSettings(Settings):
+    """The flags of a study of arms, on a base that it makes itself."""
+
+    only: list[str] | None = flag("names of the arms to take; all of them if left out", nargs="+")
+    model_name: str = flag("base model; a small one, made on the spot, if left out", "")
+    dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
+    pretraining_tokens: int = flag("of the small base", 4_000_000)
+    delta: float = flag("of the guarantee", 1e-5)
+    num_private: int | None = flag(
+        "private instructions; all that are left if left out", type=positive_int
+    )
 
 
 def distinct(settings: Settings) -> list[str]:

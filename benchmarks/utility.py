@@ -36,14 +36,11 @@ ARMS = Path(__file__).with_suffix(".yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(studies.Settings):
+class Settings(studies.ArmsSettings):
     """The flags."""
 
     arms: Path = flag(
         "YAML of the arms; this folder's utility.yaml has an example", ARMS, type=Path
-    )
-    only: list[str] | None = flag(
-        "names of the arms to compare; all of them if left out", nargs="+"
     )
     embedder: str = flag("sentence-transformers model", "data/quickstart_embedder")
     epsilons: list[float] = flag(
@@ -55,9 +52,6 @@ class Settings(studies.Settings):
         "what the flags below are where they are left out; quick is shown",
         "quick", choices=("quick", "small", "paper"),
     )  # fmt: skip
-    model_name: str = flag("base model; a small one, made on the spot, if left out", "")
-    dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
-    pretraining_tokens: int = flag("of the small base", 4_000_000)
     prompted_tokens: int = flag(
         "of the small base's pre-training on public instructions after their topics, where an arm "
         "has topics: a base that reads no prompts has none to learn by", 1_000_000,
@@ -71,12 +65,8 @@ class Settings(studies.Settings):
     num_public: int = flag(
         "public instructions, for the small base and for topics", 4000, type=natural_int
     )
-    num_private: int | None = flag(
-        "private instructions; all that are left if left out", type=positive_int
-    )
     total_bs: int = flag("expected logical batch of DP training", 256)
     num_epochs: float = flag("of DP training", 1.0)
-    delta: float = flag("of the guarantee", 1e-5)
     clip: float = flag("clip norm", 0.5)
     lr: float = flag("learning rate of DP training; tuning has half of it", 1e-2)
     num_samples: int = flag("texts sampled from each generator", 1500)
@@ -125,7 +115,7 @@ from resample_with_dp_histogram.clusters import fit_clusters
 from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
 from resample_with_dp_histogram.selection import total_variation
-from topics.folder import read_topics
+from topics.folder import HISTOGRAM_FILE, read_topics
 from utils.cli import UsageError, run_cli
 from utils.files import json_lines, read_jsonl, write_atomic, write_json
 from utils.folders import save_dataset
@@ -328,7 +318,7 @@ class Study:
                 f"--assigned={self._dataset(source)}", f"--ledger={self._topic_ledger(source)}",
                 f"--histogram_sigma={settings.histogram_sigma}",
             )  # fmt: skip
-            wanted = [f"--topic_histogram={histogram / 'topic_histogram.json'}"]
+            wanted = [f"--topic_histogram={histogram / HISTOGRAM_FILE}"]
         if source.generator:
             self._train(source, source.generator)
             wanted.append(f"--adapter_path={self._adapter(name)}")
@@ -523,7 +513,7 @@ class Study:
         folder, found = self.folder / "topic_histograms", {}
         for source in self.sources:
             if source.by_topic:
-                record = json.loads((folder / source.name / "topic_histogram.json").read_text())
+                record = json.loads((folder / source.name / HISTOGRAM_FILE).read_text())
                 found[source.name] = len(record["topics"])
         return found
 

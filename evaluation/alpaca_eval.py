@@ -13,6 +13,7 @@ from pathlib import Path
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import flag, read_flags
 from utils.files import read_jsonl, write_json
+from utils.folders import require_new
 from utils.texts.rows import raw_rows
 
 ANSWER_FORMATS = "a folder of shard-*.jsonl from inference.py, or AlpacaEval's .json"
@@ -44,8 +45,7 @@ class Settings:
 def main(argv: list[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, argv)
     output = settings.output
-    if output.exists():
-        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    require_new(output)
     answers = read_answers(settings.answers)
     rows = [
         {"instruction": instruction, "output": text, "generator": answers.name}

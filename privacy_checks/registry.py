@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from privacy_checks.composition import composed_report, why_no_guarantee
+from topics.folder import HISTOGRAM_FILE, LEDGER_FOLDER
 from utils.cli import UsageError
 from utils.files import read_jsonl
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE
@@ -19,7 +20,7 @@ from utils.runs.run_folder import holds_run
 # Where the documentation's commands write; the folders that hold the given runs are searched, too.
 OUTPUT_FOLDERS = ("outputs", "resampling", "embeddings", "data")
 # In which `resample` and `topics.histogram` name the ledger that their histogram is in.
-RECORDS = ("resampling_report.json", "topic_histogram.json")
+RECORDS = ("resampling_report.json", HISTOGRAM_FILE)
 # Of what is in a private/ folder, the fingerprints of its data set, by file.
 FINGERPRINTS = {
     "identity.json": ("training_data", "rows_fingerprint"),
@@ -138,7 +139,7 @@ def _histogram_ledgers(folder: Path) -> Iterator[Path]:
     A place is as the command was given it, from the folder where it ran.
     """
     yield folder / HISTOGRAM_LEDGER_FILE
-    yield folder / "ledger" / HISTOGRAM_LEDGER_FILE
+    yield folder / LEDGER_FOLDER / HISTOGRAM_LEDGER_FILE
     for _, ledger in _records(folder):
         yield Path(ledger["path"])
 

@@ -62,7 +62,7 @@ from query_gpt35_for_annotation.client import OK
 from query_gpt35_for_annotation.job import answers_file, placed_answers
 from utils.cli import UsageError, run_cli, say
 from utils.files import record_at
-from utils.folders import claimed, save_dataset
+from utils.folders import claimed, require_new, save_dataset
 from utils.texts.data_sets import is_labelled
 
 
@@ -105,8 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build(settings: Settings, folder: Path, output: Path) -> None:
     """Make `output` of the answers in `folder`; what lies in memory is where they are."""
-    if output.exists():
-        raise UsageError(f"--output {settings.output!r} exists; name another, or remove it first")
+    require_new(output)
     if not answers_file(folder).exists():
         raise UsageError(f"--answers {settings.answers!r} has no answers.jsonl; annotate writes it")
     # The last record of an instruction counts.

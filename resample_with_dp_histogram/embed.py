@@ -341,10 +341,7 @@ def unit_vectors(embeddings: np.ndarray, rows: np.ndarray, where: str) -> np.nda
 
 
 def embed_in_memory(
-    texts: list[str],
-    rows: np.ndarray,
-    model: "SentenceTransformer",
-    where: str,
+    texts: list[str], rows: np.ndarray, model: "SentenceTransformer", where: str
 ) -> np.ndarray:
     """Embed some texts on one device, and write nothing.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import command_line, flag, read_flags
 from utils.files import hashes_of, sha256_of, write_json
-from utils.folders import PREPARATION_FILE, claimed, whole_folder
+from utils.folders import PREPARATION_FILE, claimed, require_new, whole_folder
 from utils.sampling.shards import Origin, origins
 from utils.texts.text_filters import comparison_form
 from utils.texts.text_inputs import FORMATS, files_of, read_entries
@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 def extract(settings: Settings) -> None:
     """Read, tell apart, and write what is to be kept."""
     output = settings.output
-    if output.exists():
-        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    require_new(output)
     entries: list[str | None] = []
     samples: list[Origin] = []
     hashes: dict[str, str] = {}

@@ -106,7 +106,7 @@ from resample_with_dp_histogram.selection import (
 )
 from utils.cli import UsageError, run_cli, say
 from utils.files import hashes_of, sha256_of, write_json
-from utils.folders import claimed, private_folder, whole_folder
+from utils.folders import claimed, private_folder, require_new, whole_folder
 from utils.progress import Progress
 from utils.sampling.shards import Origin, origins
 from utils.texts.data_sets import rows_fingerprint
@@ -138,8 +138,7 @@ def select(settings: Settings) -> None:
     """The selection: clusters, the DP histogram, rows."""
     # ------------------------------------------------------------------ what is asked for
     output, num_bins = settings.output, settings.num_bins
-    if output.exists():
-        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    require_new(output)
     private = open_embeddings(settings.private_embeddings, private=True)
     synthetic = open_embeddings(settings.synthetic_embeddings, private=False)
     require_same_model(private, synthetic)

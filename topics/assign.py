@@ -89,7 +89,7 @@ from topics.folder import (
 )
 from utils.cli import UsageError, run_cli, say
 from utils.files import json_lines, sha256_of, write_atomic, write_json
-from utils.folders import PREPARATION_FILE, claimed, private_folder, whole_folder
+from utils.folders import PREPARATION_FILE, claimed, private_folder, require_new, whole_folder
 from utils.models.loading import model_fingerprint
 from utils.texts.data_sets import find_dataset, is_labelled, rows_fingerprint, tried_places
 from utils.texts.rows import pick, raw_rows, row_of, split_files
@@ -110,16 +110,15 @@ def assign(settings: Settings) -> None:
     output = settings.output
     whole = output.resolve()
     work = whole.with_name(f".{whole.name}.embeddings")
-    if output.exists():
-        if (output / PRIVATE_FOLDER / ASSIGNMENT_FILE).exists():
-            # A kill between the last two steps left them.
-            shutil.rmtree(work, ignore_errors=True)
-        if (output / LEDGER_FOLDER).exists():
-            raise UsageError(
-                f"--output {str(output)!r} exists and has the ledger of its histograms, without "
-                "which nobody knows that they were paid for; name another"
-            )
-        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    if (output / PRIVATE_FOLDER / ASSIGNMENT_FILE).exists():
+        # A kill between the last two steps left them.
+        shutil.rmtree(work, ignore_errors=True)
+    if (output / LEDGER_FOLDER).exists():
+        raise UsageError(
+            f"--output {str(output)!r} exists and has the ledger of its histograms, without which "
+            "nobody knows that they were paid for; name another"
+        )
+    require_new(output)
     if is_labelled(str(output)):
         raise UsageError(
             f"--output {str(output)!r}: a name that starts with 'labelled' is for pairs, and "

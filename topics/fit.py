@@ -73,7 +73,7 @@ from topics.folder import CLUSTERS_FILE, TOPICS_FILE, write_arrays
 from topics.keywords import name_topics
 from utils.cli import UsageError, run_cli, say
 from utils.files import hashes_of, sha256_of, write_json
-from utils.folders import claimed, whole_folder
+from utils.folders import claimed, require_new, whole_folder
 from utils.models.loading import model_fingerprint
 from utils.printable import printable
 from utils.texts.text_inputs import files_of, read_instructions
@@ -94,8 +94,7 @@ def command_of(settings: Settings) -> list[str]:
 def fit(settings: Settings) -> None:
     """Embed, cluster, name and write."""
     output, source = settings.output, settings.source
-    if output.exists():
-        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    require_new(output)
     texts = read_instructions(source, settings.split)
     if len(texts) < settings.num_topics:
         raise UsageError(

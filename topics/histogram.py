@@ -43,9 +43,9 @@ import numpy as np
 from resample_with_dp_histogram.embeddings import PRIVATE_FOLDER, write_identity
 from resample_with_dp_histogram.release import prepare_release, say_spent
 from topics.folder import HISTOGRAM_FILE, LEDGER_FOLDER, read_assignment
-from utils.cli import UsageError, run_cli, say
+from utils.cli import run_cli, say
 from utils.files import write_json
-from utils.folders import claimed, private_folder, whole_folder
+from utils.folders import claimed, private_folder, require_new, whole_folder
 
 COVERED = [
     "the noisy counts of topics, and whatever is computed from them and from what else is covered: "
@@ -71,8 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 def count(settings: Settings) -> None:
     """Count with noise, leave out what the noise hides, and write."""
     output = settings.output
-    if output.exists():
-        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+    require_new(output)
     assigned = read_assignment(settings.assigned)
     known = assigned.record
     release = prepare_release(

@@ -98,6 +98,12 @@ def require_folder(output: Path) -> None:
         raise UsageError(f"{output} is a file; --output names a folder, use another")
 
 
+def require_new(output: Path) -> None:
+    """Raise a UsageError for an output that exists."""
+    if output.exists():
+        raise UsageError(f"--output {str(output)!r} exists; name another, or remove it first")
+
+
 def require_absent(output: Path, names: Iterable[str]) -> None:
     """Raise a UsageError for an output folder that has one of the files to make, or is a file."""
     require_folder(output)

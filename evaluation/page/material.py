@@ -32,12 +32,10 @@ from utils.privacy.accounting import ADD_REMOVE, catch_rates, compute_delta
 from utils.privacy.ledger import read_ledger
 from utils.runs.run_folder import CONFIG_FILE, holds_run
 from utils.sampling.shards import read_samples, shards_of
-from utils.texts.prompts import INSTRUCTION_STYLES
+from utils.texts.prompts import INSTRUCTION_STYLES, UNCONDITIONAL
 from utils.texts.text_inputs import FORMATS, read_instructions
 
 METRICS = Path("private") / "metrics.jsonl"
-# The style of texts whose prompts are topics.
-BY_TOPIC = "topic_generation"
 # Rates of false alarms at which it is told how many rows an attack finds.
 FALSE_ALARMS = (0.001, 0.01)
 HISTOGRAMS = ("private_noisy", "private", "synthetic", "selected")
@@ -439,9 +437,8 @@ def with_known_prompts(samples: Samples, synthetic: set[str]) -> Samples:
 
     Those of a histogram of topics are: `require_topics` has seen to it that it is paid for.
     """
-    asked = samples.prompted or samples.manifest["prompt_style"] == BY_TOPIC
     if (
-        not asked
+        samples.manifest["prompt_style"] == UNCONDITIONAL
         or histogram_of(samples)
         or {each["prompt"].strip() for each in samples.shown} <= synthetic
     ):
