@@ -86,7 +86,15 @@ from utils.privacy.unit_sums import Units
 from utils.progress import Progress
 from utils.row_dropout import RowMasks
 from utils.runs.averaging import Average
-from utils.runs.batching import Halving, Microbatch, Shapes, cut_microbatches, deal_parts
+from utils.runs.batching import (
+    Halving,
+    Microbatch,
+    Shapes,
+    cheapest_shapes,
+    cut_microbatches,
+    deal_parts,
+    overhead_tokens,
+)
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
     is_loss_of_a_rank,
@@ -328,8 +336,8 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     parts = compiled_parts(model, gradients, language_model) if settings.compile else []
     shapes = None
     if plan:
-        fixed = fixed_shapes(settings, token_budget, device, memory)
-        shapes = probed_with(parts, mechanism, language_model, gradients, masks, fixed)
+        to_try = shapes_to_try(settings, token_budget, base, memory)
+        shapes = probed_with(parts, mechanism, language_model, gradients, masks, *to_try)
     run = Run(
         settings=settings,
         accelerator=accelerator,
@@ -725,19 +733,25 @@ def tokens_at_once(
     return sequences * max_seq_len
 
 
-def fixed_shapes(
-    settings: TrainingSettings, token_budget: int, device: torch.device, memory: RowMemory
-) -> Shapes:
-    """Shapes with a fixed number of rows, from public constants.
+def shapes_to_try(
+    settings: TrainingSettings, token_budget: int, model: PreTrainedModel, memory: RowMemory
+) -> tuple[Shapes, Shapes]:
+    """Shapes with any number of rows and with a fixed one, from public constants.
 
-    The rows that fill up cost at most half of a microbatch for each padded length, so a microbatch
-    may be the larger the larger the logical batch is; 3% of the tokens of 4,096 instructions.
+    On a CPU, where a microbatch costs little besides its tokens, lengths are padded by an eighth at
+    most, and the rows that fill up cost at most half of a microbatch for each padded length: 3% of
+    the tokens of 4,096 instructions. On a GPU both follow from what a microbatch costs.
     """
-    least = LEAST_TOKENS_ON_A_CPU if device.type == "cpu" else LEAST_TOKENS
     together = settings.total_bs
     if settings.draws_units and settings.max_rows_per_unit:
         together = min(together, UNITS_AT_ONCE) * settings.max_rows_per_unit
-    return Shapes(settings.max_seq_len, token_budget, max(least, together // 4), memory)
+    free = Shapes(settings.max_seq_len, token_budget, None, memory)
+    if PartialState().device.type == "cpu":
+        return free, replace(free, tokens=max(LEAST_TOKENS_ON_A_CPU, together // 4))
+    num_layers = model.config.get_text_config().num_hidden_layers
+    overhead = overhead_tokens(num_layers, model.num_parameters())
+    fixed = replace(free, tokens=LEAST_TOKENS)
+    return cheapest_shapes(free, together, overhead), cheapest_shapes(fixed, together, overhead)
 
 
 def rehearse(run: Run) -> None:
@@ -809,10 +823,11 @@ def probed_with(
     language_model: LanguageModel,
     gradients: PerExampleGradients,
     masks: RowMasks,
+    free: Shapes,
     fixed: Shapes,
 ) -> Shapes:
     """The shapes that a probe finds, with compiled parts if these are exact, else without them."""
-    probe = partial(probed, language_model, gradients, masks, fixed, largest_of_all)
+    probe = partial(probed, language_model, gradients, masks, free, fixed, largest_of_all)
     try:
         shapes, numerics = probe()
         reason = str(numerics) if numerics.difference else ""

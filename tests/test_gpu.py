@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,9 +32,11 @@ from tests.helpers import (
 )
 from tests.training import flags, in_process, run_process, save_dataset
 from utils.cli import EXIT_OK, UsageError
+from utils.command_line.parser import read_flags
 from utils.dp_utils import PerExampleGradients, add_noise
+from utils.models.footprint import RowMemory
 from utils.models.language_model import LanguageModel
-from utils.models.loading import load_quantised_model, resolve_dtype
+from utils.models.loading import load_base_model, load_quantised_model, resolve_dtype
 from utils.models.lora import default_target_modules, load_adapted
 from utils.models.memory import MOST_SEQUENCES, PeakMemory, fitting_sequences
 from utils.privacy.ledger import LEDGER_FILE
@@ -162,6 +165,16 @@ def test_a_run_in_bfloat16_trains_on_the_gpu(trained):
     assert "cuda in bfloat16" in (folder / "privacy_report.json").read_text()
 
 
+def test_microbatches_are_large_where_launches_take_the_time(trained, one_layer):
+    """Sixteen times the rows of a CPU's, in lengths that are powers of two."""
+    argv = [*trained[0], "--max_seq_len=1024", "--total_bs=256"]
+    settings = read_flags(train.TrainingSettings, "", argv)
+    base = load_base_model(one_layer, torch.float32)
+    shapes = train.shapes_to_try(settings, 4096, base, RowMemory())
+    assert [each.tokens for each in shapes] == [None, 4096]
+    assert shapes[1].padded(np.arange(1, 200)).max() == 256
+
+
 def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(trained, tmp_path):
     argv, whole = trained
     folder = tmp_path / "job"
@@ -284,10 +297,11 @@ def test_a_row_that_is_left_out_moves_no_other(dtype):
 def probe_on_gpu(base, targets=("q_proj",), tokens=48):
     """What the probe finds of an adapted base; its company passes in one shape."""
     model = adapted_model(list(targets), base=base.to(torch.bfloat16)).to(GPU)
-    shapes = Shapes(max_seq_len=tokens, token_budget=4 * tokens, tokens=2 * tokens)
+    free = Shapes(max_seq_len=tokens, token_budget=4 * tokens, tokens=None)
+    fixed = replace(free, tokens=2 * tokens)
     gradients, language_model = PerExampleGradients(model), LanguageModel(model.get_base_model())
     full_precision()
-    return probed(language_model, gradients, RowMasks(b"k"), shapes, lambda number: number)
+    return probed(language_model, gradients, RowMasks(b"k"), free, fixed, lambda number: number)
 
 
 @pytest.fixture

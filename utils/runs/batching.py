@@ -1,7 +1,7 @@
 """Microbatches: what of a logical batch is computed at once, in which shape, on which process."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -13,12 +13,15 @@ from utils.models.footprint import RowMemory
 Result = TypeVar("Result")
 
 # What a microbatch costs besides its padded tokens (reading the weights, launching kernels), as a
-# number of tokens.
+# number of tokens, on a CPU.
 MICROBATCH_TOKENS = 128
+# On a GPU it is the time in which the CPU launches kernels, in which the GPU could have computed so
+# much for each layer: 6.5 ms were measured (an H200, LLaMA of 22 layers), at 200 TFLOP/s.
+LAUNCH_FLOPS = 1.3e12
 # At least so many microbatches a rank, that they can be dealt out evenly.
 MICROBATCHES_PER_RANK = 8
-# Lengths of the grid lie so far apart at least, and up to this share of themselves.
-GRID_STEP, GRID_SHARE = 8, 1 / 8
+# Lengths of the grid lie so far apart at least, and up to one of these shares of themselves.
+GRID_STEP, GRID_SHARES = 8, (1 / 8, 1 / 4, 1 / 2, 1.0)
 OUT_OF_MEMORY = (
     "out of memory in the middle of a step: such microbatches pass in halves from now on; nothing "
     "is lost or counted twice, and a lower --perdevice_bs saves the time"
@@ -54,6 +57,8 @@ class Shapes:
         token_budget: padded tokens of a microbatch, at most.
         tokens: padded tokens of a microbatch with a fixed number of rows, which empty ones fill
             up; None where any number of rows computes the same.
+        share: of itself by which a length is padded at most, from `GRID_SHARES`; below 65 tokens it
+            is by less than `GRID_STEP` where that is more.
         memory: of a row. No microbatch takes more than one of the greatest length does; of short
             rows, whose gradients take more for each token than long ones' do, fewer pass together.
     """
@@ -62,12 +67,13 @@ class Shapes:
     token_budget: int
     tokens: int | None
     memory: RowMemory = RowMemory()
+    share: float = GRID_SHARES[0]
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         """The padded length of examples of so many tokens, int64 of the same shape."""
         lengths = np.maximum(lengths, 1).astype(np.int64)
         # The largest power of two that is at most the share of the length below.
-        exponents = np.floor(np.log2(np.maximum(lengths - 1, 1) * GRID_SHARE)).astype(np.int64)
+        exponents = np.floor(np.log2(np.maximum(lengths - 1, 1) * self.share)).astype(np.int64)
         steps = np.maximum(GRID_STEP, 1 << np.maximum(exponents, 0))
         return np.minimum(-(-lengths // steps) * steps, self.max_seq_len)
 
@@ -86,6 +92,52 @@ class Shapes:
         """Padded lengths to try: the shortest, one between, and the longest."""
         between = round(self.max_seq_len**0.5) + GRID_STEP
         return self.padded(np.array([1, between, self.max_seq_len])).tolist()
+
+
+def overhead_tokens(num_layers: int, num_parameters: int) -> int:
+    """What a microbatch costs a GPU besides its padded tokens, as a number of tokens.
+
+    Args:
+        num_parameters: of the whole model; a token takes 6 FLOPs for each of them.
+    """
+    return max(MICROBATCH_TOKENS, round(LAUNCH_FLOPS * num_layers / (6 * num_parameters)))
+
+
+def cheapest_shapes(shapes: Shapes, num_rows: int, overhead: int) -> Shapes:
+    """Of all grids, and of all numbers of rows where `shapes` fix one, those that cost least.
+
+    A fine grid pads little, and takes a microbatch for each of its lengths; a large microbatch
+    amortises its overhead, and empty rows fill up one for each length. How long texts are is
+    private, so rows are taken to be as many in every octave of lengths.
+
+    Args:
+        shapes: `tokens` is the least that may be fixed.
+        num_rows: expected in a logical batch, public.
+        overhead: see `overhead_tokens`.
+    """
+    every = np.arange(1, shapes.max_seq_len + 1)
+
+    def cost(candidate: Shapes) -> float:
+        grid, first = np.unique(candidate.padded(every), return_index=True)
+        octaves = np.log2(np.maximum(np.append(every[first], every[-1] + 1), GRID_STEP))
+        rows = num_rows * np.diff(octaves) / max(octaves[-1] - octaves[0], 1e-9)
+        if candidate.tokens:
+            most = np.array([candidate.rows(int(tokens)) for tokens in grid])
+        else:
+            most = np.array([max(1, candidate.most_rows(int(tokens))) for tokens in grid])
+        # Half a microbatch more than the rows fill; one at least, of lengths that a batch has.
+        microbatches = np.maximum(rows / most + 0.5, np.minimum(rows, 1))
+        computed = microbatches * most if candidate.tokens else rows
+        return float((computed * grid + microbatches * overhead).sum())
+
+    sizes: list[int | None] = [None]
+    if least := shapes.tokens:
+        doublings = max(0, (shapes.token_budget // least).bit_length() - 1)
+        sizes = [least << doubling for doubling in range(doublings + 1)]
+    return min(
+        (replace(shapes, share=share, tokens=size) for share in GRID_SHARES for size in sizes),
+        key=cost,
+    )
 
 
 def cut_microbatches(

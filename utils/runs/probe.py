@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -100,16 +100,17 @@ def probed(
     language_model: LanguageModel,
     gradients: PerExampleGradients,
     masks: RowMasks,
-    shapes: Shapes,
+    free: Shapes,
+    fixed: Shapes,
     largest_of_all: Callable[[float], float],
 ) -> tuple[Shapes, Numerics]:
     """The shapes in which the training of this model is to pass examples, and how exact it is.
 
-    If any number of rows computes the same, it is free; else the padded length fixes it, as
-    `shapes` say.
+    If any number of rows computes the same, it is free; else the padded length fixes it.
 
     Args:
-        shapes: with a fixed number of rows.
+        free: with any number of rows.
+        fixed: with a fixed one.
         largest_of_all: the largest of a number over all processes, which decide alike.
 
     Raises:
@@ -120,12 +121,12 @@ def probed(
     weight = next(model.parameters())
     place = f"{weight.device.type} in {str(weight.dtype).removeprefix('torch.')}"
     probe = _Probe(language_model, gradients, masks, place)
-    free, lengths = replace(shapes, tokens=None), shapes.samples()
     model.train()
     with _public_weights(gradients.parameters):
-        _deterministic(lambda: probe.disturb(lengths[1]))
         # Few rows of one length first: most devices show it at once.
+        lengths = free.samples()
         middle = lengths[1]
+        _deterministic(lambda: probe.disturb(middle))
         found = largest_of_all(probe.difference(middle, _in_any_number(free, middle)[:3]))
         if not found:
             found = largest_of_all(
@@ -133,14 +134,15 @@ def probed(
             )
         if not found:
             return free, Numerics(0.0, place)
-        found = largest_of_all(max(probe.difference(n, _in_one_number(shapes, n)) for n in lengths))
+        lengths = fixed.samples()
+        found = largest_of_all(max(probe.difference(n, _in_one_number(fixed, n)) for n in lengths))
     if not found <= LARGEST_DIFFERENCE:
         raise UsageError(
             f"an example's gradient changes by {found:.1%} with the examples next to it, on "
             f"{place}, which privacy does not survive (at most {LARGEST_DIFFERENCE:.0%}); use "
             "another base, --dtype float32, or another device"
         )
-    return shapes, Numerics(found, place)
+    return fixed, Numerics(found, place)
 
 
 def _in_any_number(shapes: Shapes, tokens: int) -> list[Pass]:
