@@ -107,7 +107,7 @@ results=evaluation_outputs/quickstart
     --embedding_model data/quickstart_embedder --max_embedded 1000 --output $results
 audit=reports/quickstart/audit
 [ -f $audit/audit_run.json ] || python -m privacy_checks.audit_run outputs/quickstart_instructions \
-    --output $audit >&2
+    --max_checkpoints 3 --output $audit >&2
 
 say "8/8  report"
 page="outputs/quickstart_instructions outputs/quickstart_answers --overwrite --output reports/quickstart

@@ -18,7 +18,7 @@ are made up and nobody's, so they may be shown to anyone; --output gets them as 
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.command_line.parser import answer_early, flag, read_flags
+from utils.command_line.parser import answer_early, flag, positive_int, read_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,11 @@ class Settings:
     run: Path = flag("folder of a finished run, outputs/JOB_SESS", name="run", type=Path)
     model_name: str | None = flag("its base model; the one that the run names if left out")
     perdevice_bs: int = flag("sequences of max_seq_len tokens on the device at once", 16)
+    max_checkpoints: int | None = flag(
+        "so many checkpoints at most, from the first to the last one: each but the last takes a "
+        "backward pass of every canary; all of them if left out",
+        type=positive_int,
+    )
     output: Path | None = flag("folder for JSON and picture", type=Path, metavar="DIR")
 
 
@@ -58,6 +63,7 @@ from utils.models.loading import load_base_model, quiet_libraries, resolve_dtype
 from utils.models.lora import attach_saved
 from utils.privacy.accounting import ADD_REMOVE
 from utils.privacy.ledger import LEDGER_FILE
+from utils.progress import Progress
 from utils.runs.batching import cut_microbatches
 from utils.runs.checkpointing import Checkpoint, restore_adapter, whole_checkpoints
 from utils.runs.run_folder import COINS, model_name_of, private_identity_of
@@ -98,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         if settings.output:
             require_absent(settings.output, FILES)
         audited = read_run(settings.run, settings.model_name)
-        result = judged(audited, scores_of(audited, settings.perdevice_bs))
+        scores = scores_of(audited, settings.perdevice_bs, settings.max_checkpoints)
+        result = judged(audited, scores)
         print(as_text(result))
         if settings.output:
             write_json(settings.output / FILES[0], result)
@@ -171,7 +178,9 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
 # ------------------------------------------------------------------------ the scores
 
 
-def scores_of(run: AuditedRun, perdevice_bs: int) -> dict[str, np.ndarray]:
+def scores_of(
+    run: AuditedRun, perdevice_bs: int, max_checkpoints: int | None = None
+) -> dict[str, np.ndarray]:
     """A score for each canary by each attack, float64 [canaries]; high for one that was in."""
     quiet_libraries()
     adapter, max_seq_len = str(run.folder / "adapter"), run.arguments["max_seq_len"]
@@ -183,6 +192,9 @@ def scores_of(run: AuditedRun, perdevice_bs: int) -> dict[str, np.ndarray]:
     # Before the first step there is no moment.
     found = whole_checkpoints(run.folder / "checkpoints")
     checkpoints = [each for each in found if each.state["step"]][::-1]
+    if max_checkpoints and max_checkpoints < len(checkpoints):
+        places = np.linspace(0, len(checkpoints) - 1, max_checkpoints).round().astype(int)
+        checkpoints = [checkpoints[place] for place in places]
     if len(checkpoints) > 1:
         scores[OF_CHECKPOINTS] = checkpoint_scores(run, checkpoints, data, budget)
     for name, values in scores.items():
@@ -217,6 +229,8 @@ def checkpoint_scores(
     sketch = Sketch(gradients.num_parameters, device)
     (microbatches,) = cut_microbatches(np.arange(len(data)), data.lengths, budget)
     scores = np.zeros(len(data))
+    total = len(microbatches) * (len(checkpoints) - 1)
+    passes = Progress(None, "gradients of canaries", unit="microbatch", total=total)
     for before, after in pairwise(checkpoints):
         restore_adapter(gradients.parameters, before.adapter)
         rows = torch.zeros(len(data), sketch.size, device=device)
@@ -226,6 +240,7 @@ def checkpoint_scores(
                 language_model.example_losses(batch)[0].sum().backward()
             for place, example in enumerate(part.examples):
                 rows[example] = sketch(gradients.of_example(place)[: gradients.num_parameters])
+            passes.update()
         rows = torch.nn.functional.normalize(rows).double()
         (first, beta), (last, _) = moment_of(before), moment_of(after)
         steps = after.state["step"] - before.state["step"]
@@ -234,6 +249,7 @@ def checkpoint_scores(
         )
         overlaps = rows @ rows.T + RIDGE * torch.eye(len(rows), device=device)
         scores += torch.linalg.solve(overlaps, rows @ released).cpu().numpy()
+    passes.close()
     return scores
 
 

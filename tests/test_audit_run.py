@@ -16,6 +16,7 @@ from privacy_checks.observed_run import save_tiny_model
 from tests.training import in_process, save_dataset
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError
 from utils.privacy.mechanism import Private
+from utils.runs.checkpointing import whole_checkpoints
 from utils.texts.audit_canaries import TOKENS, AuditCanaries
 
 
@@ -102,6 +103,26 @@ def test_a_run_without_noise_is_flagged_and_nothing_of_a_canary_leaves(parts, tm
     assert (tmp_path / "audit" / "audit_run.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="use another --output"):
         audited(parts, run, f"--output={tmp_path / 'audit'}")
+
+
+def test_as_many_checkpoints_are_looked_at_as_are_asked_for(parts, tmp_path, monkeypatch, capsys):
+    run = trained(parts, tmp_path, 1, 64, NoNoise, "--num_epochs=4", "--noise_multiplier=40")
+    restore, steps = audit_run.restore_adapter, []
+
+    def watched(parameters, adapter):
+        steps.append(adapter)
+        restore(parameters, adapter)
+
+    monkeypatch.setattr(audit_run, "restore_adapter", watched)
+    assert audited(parts, run, "--max_checkpoints=3") == EXIT_FAILED
+    saved = [each.adapter for each in whole_checkpoints(run / "checkpoints")][::-1]
+    assert len(saved) == 4
+    name = next(name for name in steps[0] if "lora_B" in name)
+    looked_at = [
+        [torch.equal(adapter[name], each[name]) for each in saved].index(True) for adapter in steps
+    ]
+    assert looked_at == [0, 2]
+    assert "gradients of canaries: " in capsys.readouterr().err
 
 
 def run_of(inside, claimed=1.0, drawn=1.0) -> audit_run.AuditedRun:
