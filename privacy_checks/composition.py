@@ -385,7 +385,10 @@ def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int,
         # After a crash, steps beyond those of the model are on record.
         if step not in (0, *known) or counted != len(known):
             raise UsageError(f"{file} counts {step} steps, which {ledger} does not; restore it")
-        checks.append(f"{ledger.name} continues what {file.relative_to(run)} knew of it")
+    if own_report:
+        checks.append(f"{ledger.name} continues what {report.name} knew of it")
+    if count := len(heads) - bool(own_report):
+        checks.append(f"{ledger.name} continues what {count} checkpoint(s) knew of it")
     if not heads:
         checks.append(
             f"nothing to compare {ledger.name} with: lines cut off its end would not be noticed, "

@@ -196,6 +196,15 @@ def test_a_run_that_crashed_counts_the_steps_of_its_last_checkpoint(tmp_path):
     assert "14 of 20 planned steps are not taken" in report.render(composed, report.as_text)
 
 
+def test_what_checkpoints_knew_is_checked_and_said_once(tmp_path):
+    run = make_run(tmp_path / "job", range(1, 10), checkpoints=(3, 6, 9))
+    checks = report.composed_report(run)["checks"]
+    assert [each for each in checks if "checkpoint" in each] == [
+        "privacy_ledger.jsonl continues what 3 checkpoint(s) knew of it"
+    ]
+    assert "privacy_ledger.jsonl continues what privacy_report.json knew of it" in checks
+
+
 def test_without_anything_to_compare_with_every_step_counts_as_released(tmp_path):
     run = make_run(tmp_path / "job", range(1, 10), checkpoints=(), own_report=False)
     composed = report.composed_report(run)
