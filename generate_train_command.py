@@ -35,7 +35,13 @@ from utils.models.base_folder import read_config
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
 from utils.privacy.banded import BANDED, WHITE, deviations
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
-from utils.privacy.recipe import batch_sizes, promise, recipe_warnings, signal_to_noise
+from utils.privacy.recipe import (
+    batch_sizes,
+    learning_rate,
+    promise,
+    recipe_warnings,
+    signal_to_noise,
+)
 from utils.runs.preflight import check_here
 from utils.runs.run_folder import require_usable
 from utils.texts.data_sets import count_train_examples, tried_places
@@ -44,7 +50,7 @@ from utils.texts.units import read_units, rows_to_keep
 # Numbers in an adapter of which nothing is known.
 TYPICAL_ADAPTER = 1_000_000
 # What goes with every size.
-RECIPE = "--loss_normalization tokens --clip 1 --lr 4e-3 --lr_scheduler cosine"
+RECIPE = "--loss_normalization tokens --clip 1 --lr_scheduler cosine"
 
 _launch = partial(flag, group="launch")
 _advice = partial(flag, group="advice")
@@ -192,7 +198,8 @@ def advice(settings: Settings, num_examples: int) -> str:
         f"The marked line promises most of what could be learnt: steps enough to get anywhere, at "
         f"the least noise. All are ({plan.target_epsilon:g}, {plan.delta:g})-DP; from public "
         "numbers alone.",
-        f"--total_bs {plan.expected_batch_size} --num_epochs {epochs} {RECIPE}",
+        f"--total_bs {plan.expected_batch_size} --num_epochs {epochs} {RECIPE} "
+        f"--lr {learning_rate(plan, settings.optimizer):g}",
     ])  # fmt: skip
 
 

@@ -340,6 +340,7 @@ def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
     (best,) = [line for line in lines if line[-1] == "<-"]
     assert max(lines, key=lambda line: float(line[6])) is best
     assert flags_of_best[:4] == ["--total_bs", best[0], "--num_epochs", best[1]]
+    assert flags_of_best[-2:] == ["--lr", "0.01"]
     # What is pasted is what the line says: 22 steps at the noise that the accountant asks for.
     line, _ = generate(
         "--model_name=m", "--dataset_name=elsewhere", "--num_train_examples=5824", "--eps=5.94",
