@@ -199,6 +199,10 @@ class Run:
         return self.accelerator.device
 
     @property
+    def base(self) -> PreTrainedModel:
+        return self.language_model.model
+
+    @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
@@ -336,7 +340,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     parts = compiled_parts(model, gradients, language_model) if settings.compile else []
     shapes = None
     if plan:
-        to_try = shapes_to_try(settings, token_budget, base, memory)
+        to_try = shapes_to_try(settings, token_budget, overhead_of(base), memory)
         shapes = probed_with(parts, mechanism, language_model, gradients, masks, *to_try)
     run = Run(
         settings=settings,
@@ -733,14 +737,23 @@ def tokens_at_once(
     return sequences * max_seq_len
 
 
+def overhead_of(base: PreTrainedModel) -> int:
+    """What a microbatch costs on this device besides its tokens, see `overhead_tokens`."""
+    num_layers = base.config.get_text_config().num_hidden_layers
+    return overhead_tokens(PartialState().device.type, num_layers, base.num_parameters())
+
+
 def shapes_to_try(
-    settings: TrainingSettings, token_budget: int, model: PreTrainedModel, memory: RowMemory
+    settings: TrainingSettings, token_budget: int, overhead: int, memory: RowMemory
 ) -> tuple[Shapes, Shapes]:
     """Shapes with any number of rows and with a fixed one, from public constants.
 
     On a CPU, where a microbatch costs little besides its tokens, lengths are padded by an eighth at
     most, and the rows that fill up cost at most half of a microbatch for each padded length: 3% of
     the tokens of 4,096 instructions. On a GPU both follow from what a microbatch costs.
+
+    Args:
+        overhead: see `overhead_tokens`.
     """
     together = settings.total_bs
     if settings.draws_units and settings.max_rows_per_unit:
@@ -748,8 +761,6 @@ def shapes_to_try(
     free = Shapes(settings.max_seq_len, token_budget, None, memory)
     if PartialState().device.type == "cpu":
         return free, replace(free, tokens=max(LEAST_TOKENS_ON_A_CPU, together // 4))
-    num_layers = model.config.get_text_config().num_hidden_layers
-    overhead = overhead_tokens(num_layers, model.num_parameters())
     fixed = replace(free, tokens=LEAST_TOKENS)
     return cheapest_shapes(free, together, overhead), cheapest_shapes(fixed, together, overhead)
 
@@ -1018,7 +1029,9 @@ def own_microbatches(
     """This rank's share of a batch; with a sharded base all ranks have equally many, some None."""
     num_ranks = run.accelerator.num_processes
     if parts is None:
-        ranks = cut_microbatches(indices, lengths, run.token_budget, num_ranks, shapes)
+        ranks = cut_microbatches(
+            indices, lengths, run.token_budget, num_ranks, shapes, overhead_of(run.base)
+        )
     else:
         ranks = deal_parts(parts, lengths, run.token_budget, num_ranks, shapes)
     own = ranks[run.accelerator.process_index]

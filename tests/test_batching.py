@@ -36,14 +36,15 @@ def padded_tokens(batches, lengths):
     return sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
 
-def test_no_other_cut_costs_less():
+@pytest.mark.parametrize("overhead", [MICROBATCH_TOKENS, 10 * MICROBATCH_TOKENS])
+def test_no_other_cut_costs_less(overhead):
     def least(sizes, budget):
         """By trying every way to cut."""
         costs = [0]
         for end in range(1, len(sizes) + 1):
             costs.append(
                 min(
-                    costs[start] + sizes[start] * (end - start) + MICROBATCH_TOKENS
+                    costs[start] + sizes[start] * (end - start) + overhead
                     for start in range(end)
                     if sizes[start] * (end - start) <= budget
                 )
@@ -53,8 +54,8 @@ def test_no_other_cut_costs_less():
     random = np.random.default_rng(0)
     for budget in (300, 700, 2000):
         lengths = random.integers(1, 300, 60)
-        (batches,) = cut_microbatches(np.arange(60), lengths, budget)
-        cost = padded_tokens(batches, lengths) + MICROBATCH_TOKENS * len(batches)
+        (batches,) = cut_microbatches(np.arange(60), lengths, budget, 1, None, overhead)
+        cost = padded_tokens(batches, lengths) + overhead * len(batches)
         assert cost == least(sorted(lengths, reverse=True), budget)
 
 
@@ -184,13 +185,14 @@ def test_the_cheapest_shapes_are_about_the_cheapest(tokens, overhead, num_rows):
 def test_the_cheapest_shapes_are_coarse_where_launches_take_the_time():
     """Of an H200 it was measured: 83 microbatches of 256 instructions took six times as long as 20
     without privacy."""
-    overhead = batching.overhead_tokens(22, 1_200_000_000)
+    overhead = batching.overhead_tokens("cuda", 22, 1_200_000_000)
     assert 3000 < overhead < 5000
     lengths = lognormal_lengths(256)
     chosen = batching.cheapest_shapes(FIXED, 256, overhead)
     assert cost(chosen, lengths, overhead) < 0.5 * cost(FIXED, lengths, overhead)
-    assert batching.overhead_tokens(80, 70_000_000_000) < 500
-    assert batching.overhead_tokens(1, 10**12) == MICROBATCH_TOKENS
+    assert batching.overhead_tokens("cuda", 80, 70_000_000_000) < 500
+    assert batching.overhead_tokens("cuda", 1, 10**12) == MICROBATCH_TOKENS
+    assert batching.overhead_tokens("cpu", 22, 1_200_000_000) == MICROBATCH_TOKENS
 
 
 # ---------------------------------------------------------------- empty rows

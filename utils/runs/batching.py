@@ -94,12 +94,14 @@ class Shapes:
         return self.padded(np.array([1, between, self.max_seq_len])).tolist()
 
 
-def overhead_tokens(num_layers: int, num_parameters: int) -> int:
-    """What a microbatch costs a GPU besides its padded tokens, as a number of tokens.
+def overhead_tokens(device_type: str, num_layers: int, num_parameters: int) -> int:
+    """What a microbatch costs besides its padded tokens, as a number of tokens.
 
     Args:
         num_parameters: of the whole model; a token takes 6 FLOPs for each of them.
     """
+    if device_type == "cpu":
+        return MICROBATCH_TOKENS
     return max(MICROBATCH_TOKENS, round(LAUNCH_FLOPS * num_layers / (6 * num_parameters)))
 
 
@@ -146,6 +148,7 @@ def cut_microbatches(
     token_budget: int,
     num_ranks: int = 1,
     shapes: Shapes | None = None,
+    overhead: int = MICROBATCH_TOKENS,
 ) -> list[list[Microbatch]]:
     """Cut a logical batch into microbatches of similar lengths, and deal them to ranks.
 
@@ -160,6 +163,7 @@ def cut_microbatches(
         indices: int64, the logical batch.
         lengths: int [num_examples], tokens of every example of the data set.
         token_budget: padded tokens per microbatch; at least the longest example's.
+        overhead: see `overhead_tokens`.
 
     Returns:
         For each rank its microbatches; an empty list for a rank without examples.
@@ -180,7 +184,7 @@ def cut_microbatches(
     else:
         cuts = [
             (start, end, end - start, int(sizes[start]))
-            for start, end in _cheapest_cuts(sizes, token_budget)
+            for start, end in _cheapest_cuts(sizes, token_budget, overhead)
         ]
     loads = [0] * num_ranks
     for start, end, rows, tokens in cuts:
@@ -226,11 +230,11 @@ def _cuts_of_shapes(
     return cuts
 
 
-def _cheapest_cuts(sizes: np.ndarray, token_budget: int) -> list[tuple[int, int]]:
+def _cheapest_cuts(sizes: np.ndarray, token_budget: int, overhead: int) -> list[tuple[int, int]]:
     """Start and end of each microbatch of a descending sequence of lengths.
 
     The least cost of all from example i on is, over the j that the budget allows, the least of
-    sizes[i] · (j - i) + MICROBATCH_TOKENS + the least cost from j on.
+    sizes[i] · (j - i) + overhead + the least cost from j on.
     """
     costs = np.zeros(len(sizes) + 1, dtype=np.int64)
     ends = np.zeros(len(sizes), dtype=np.int64)
@@ -240,7 +244,7 @@ def _cheapest_cuts(sizes: np.ndarray, token_budget: int) -> list[tuple[int, int]
         most = min(len(sizes) - start, token_budget // size)
         candidates = costs[start + 1 : start + 1 + most] + size * counts[:most]
         best = int(candidates.argmin())
-        costs[start] = candidates[best] + MICROBATCH_TOKENS
+        costs[start] = candidates[best] + overhead
         ends[start] = start + 1 + best
     cuts, start = [], 0
     while start < len(sizes):
