@@ -110,8 +110,11 @@ def test_endings_alone_are_scored(kind, tiny_model_dir):
     else:
         every = audit_texts.rows_of(canaries.examples(tokenizer, "vicuna", 100))
         rows = [row for row, is_in in zip(every, inside) if is_in]
-    model = NGrams(rows, len(tokenizer))
-    scores = audit_texts.row_scores(model, audit_texts.canaries_of(canaries, tokenizer))
+    data = audit_texts.canaries_of(canaries, tokenizer)
+    if kind == NATURAL:
+        scored = data.ids[data.offsets[0] + data.loss_starts[0] : data.offsets[1] - 1]
+        assert tokenizer.decode(scored).strip() == canaries.ending(0)
+    scores = audit_texts.row_scores(NGrams(rows, len(tokenizer)), data)
     assert audit_texts.ranked_right(scores[inside], scores[~inside]) > 0.99
 
 
