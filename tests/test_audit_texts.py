@@ -188,7 +188,7 @@ def audited_run(fluent, folder, eps, mechanism, *more) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_texts_of_runs_without_noise_are_flagged(fluent, tmp_path):
-    """At least 9 of 10, though no text repeats a canary."""
+    """At least 9 of 10, by a model that is tuned on them."""
     flagged = 0
     for number in range(10):
         folder = tmp_path / str(number)
