@@ -39,7 +39,7 @@ def small_base(folder: Path, texts: list[str], num_tokens: int) -> Path:
     if base.exists():
         return base
     torch.manual_seed(0)
-    _make(base, _tokenizer(texts), LlamaForCausalLM(LlamaConfig(**SHAPE)), texts, num_tokens)
+    _make(base, bpe_tokenizer(texts), LlamaForCausalLM(LlamaConfig(**SHAPE)), texts, num_tokens)
     return base
 
 
@@ -76,15 +76,15 @@ def _make(
         model.eval().save_pretrained(partial)
 
 
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of these texts."""
+def bpe_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of these texts, of up to so many tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             special_tokens=[PAD, BOS, EOS],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

@@ -6,9 +6,11 @@
 A small model, of runs of up to five tokens, is fitted on the synthetic texts and nothing else. With
 the canaries of --audit_canaries, best with --audit_canary_kind natural (an opening as users write
 it, an ending that nobody expects), it scores the endings of those that were in and of those that
-were out: lower bounds on epsilon at 95% and 99% follow as in privacy_checks.audit_run, next to what
-a set that repeats every canary would show. The control is the same with coins that are tossed anew.
-Exit code 1 if a bound at 99% is above the claim.
+were out. It sees what the texts repeat. What they only make likelier shows in an adapter that
+train.py tuned on them without privacy, on the base that the run began with: --tuned scores the same
+endings by how much it lowered their loss. Lower bounds on epsilon at 95% and 99% follow as in
+privacy_checks.audit_run, next to what a set that repeats every canary would show. The control is
+the same with coins that are tossed anew. Exit code 1 if a bound at 99% is above the claim.
 
 With --private and --held_out it also asks whether private rows score higher than rows of the same
 source that were not trained on, which needs no canaries. That is computed from private rows without
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.command_line.parser import answer_early, flag, read_flags
+from utils.texts.prompts import UNCONDITIONAL
 from utils.texts.text_inputs import FORMATS
 
 
@@ -29,6 +32,13 @@ class Settings:
     synthetic: str = flag(f"synthetic texts: {FORMATS}", required=True, metavar="PATH")
     run: Path = flag("folder of the run that they come from", type=Path, required=True)
     model_name: str | None = flag("its base model; the one that the run names if left out")
+    tuned: Path | None = flag(
+        "an adapter that train.py tuned on --synthetic, with --prompt_style "
+        f"{UNCONDITIONAL} --eps -1",
+        type=Path,
+        metavar="DIR",
+    )
+    perdevice_bs: int = flag("sequences of max_seq_len tokens on the device at once", 16)
     histogram: list[Path] = flag(
         "ledgers of histograms that the texts were selected by, which the claim is for as well",
         [],
@@ -52,6 +62,7 @@ from transformers import PreTrainedTokenizerBase
 
 from evaluation.measures.intervals import BOOTSTRAP, bootstrap
 from evaluation.measures.ngrams import NGrams
+from evaluation.perplexity import losses_of_models
 from evaluation.results import Result, Score, require_new_result, table, write_result
 from privacy_checks.audit_run import AuditedRun, as_text, judged, plot, read_run
 from privacy_checks.composition import arguments_of
@@ -59,15 +70,15 @@ from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.files import write_atomic, write_json
 from utils.folders import claimed
 from utils.models.loading import load_tokenizer, quiet_libraries
-from utils.runs.run_folder import model_name_of
+from utils.runs.run_folder import model_name_of, private_identity_of
 from utils.secure_random import SecureRandom
-from utils.texts.audit_canaries import NATURAL
-from utils.texts.prompts import UNCONDITIONAL
+from utils.texts.audit_canaries import NATURAL, AuditCanaries
+from utils.texts.data_sets import rows_fingerprint
 from utils.texts.text_inputs import read_instructions
 from utils.texts.tokens import TokenisedExamples, tokenised
 
 TOOL = "audit_texts"
-ATTACK = "texts of the synthetic set"
+OF_RUNS, OF_TUNING = "runs of tokens in the texts", "losses of a model tuned on the texts"
 # Canaries are guessed in alone: that texts lack one says nothing of its coin.
 SIDES = (1,)
 FILES = (f"{TOOL}.json", f"{TOOL}.png")
@@ -89,18 +100,25 @@ def main(argv: list[str] | None = None) -> int:
         require_new_result(settings.output, TOOL)
         quiet_libraries()
         tokenizer = load_tokenizer(settings.model_name or model_name_of(settings.run))
-        model = NGrams(
-            rows_of(tokens_of(read_instructions(settings.synthetic, settings.split), tokenizer)),
-            len(tokenizer),
-        )
+        texts = read_instructions(settings.synthetic, settings.split)
+        if settings.tuned:
+            require_tuned_on(texts, settings.tuned)
+        model = NGrams(rows_of(tokens_of(texts, tokenizer)), len(tokenizer))
         refuted = False
         if has_canaries:
             audited = read_run(settings.run, settings.model_name, settings.histogram)
-            result = audited_texts(audited, model, tokenizer)
+            canaries = canaries_of(audited.canaries, tokenizer)
+            scores = {OF_RUNS: row_scores(model, canaries)}
+            if settings.tuned:
+                scores[OF_TUNING] = lowered_losses(
+                    audited, settings.tuned, canaries, settings.perdevice_bs
+                )
+            result = audited_texts(audited, scores)
             refuted = result["refuted"]
             print(as_text(result))
             print(f"control, with coins tossed anew: at least {result['control_best']:.3f}")
-            print(f"of pairs, one in and one out, ranked right: {result['ranked_right']:.1%}")
+            for attack, share in result["ranked_right"].items():
+                print(f"of pairs, one in and one out, ranked right by {attack}: {share:.1%}")
             write_json(settings.output / FILES[0], result)
             write_atomic(settings.output / FILES[1], plot(result))
             say(f"written to {settings.output}")
@@ -127,31 +145,66 @@ def rows_of(data: TokenisedExamples) -> list[list[int]]:
     return [data.ids[start:end].tolist() for start, end in ends]
 
 
-def row_scores(
-    model: NGrams, data: TokenisedExamples, firsts: np.ndarray | None = None
+def require_tuned_on(texts: list[str], adapter: Path) -> None:
+    """Refuse an adapter that saw anything but the texts: the run's own would tell more than they.
+
+    Raises:
+        UsageError: its run was trained on other rows, or is not here to tell.
+    """
+    known = private_identity_of(adapter.resolve().parent)
+    if known.get("rows_fingerprint") != rows_fingerprint(texts):
+        raise UsageError(
+            f"--tuned {adapter} was not tuned on these {len(texts):,} texts, or its run's private/ "
+            "is not here; train one on --synthetic with --eps -1"
+        )
+
+
+def canaries_of(canaries: AuditCanaries, tokenizer: PreTrainedTokenizerBase) -> TokenisedExamples:
+    """All canaries as texts, with loss on the endings of natural ones alone."""
+    data = canaries.examples(tokenizer, UNCONDITIONAL, MOST_TOKENS)
+    if canaries.kind != NATURAL:
+        return data
+    openings = [canaries.opening(number) for number in range(canaries.count)]
+    ends = tokens_of(openings, tokenizer).lengths - 1  # less the token at the end of a text
+    return replace(data, loss_starts=ends.astype(np.int32))
+
+
+def row_scores(model: NGrams, data: TokenisedExamples) -> np.ndarray:
+    """How well the model knows each example's tokens with loss, float64 [examples]."""
+    rows = zip(rows_of(data), data.loss_starts.tolist())
+    return np.array([model.gain(row, first) for row, first in rows])
+
+
+def lowered_losses(
+    run: AuditedRun, adapter: Path, data: TokenisedExamples, perdevice_bs: int
 ) -> np.ndarray:
-    """How well the model knows each example's tokens, float64 [examples].
+    """By how many nats an adapter lowers each example's loss below the base's, float64 [examples].
+
+    Raises:
+        UsageError: it is of another base, or its losses are not finite.
+    """
+    budget = perdevice_bs * run.arguments["max_seq_len"]
+    losses = losses_of_models(run.model_name, [str(adapter)], data, run.arguments["dtype"], budget)
+    lowered = losses[run.model_name][0] - losses[str(adapter)][0]
+    if not np.isfinite(lowered).all():
+        raise UsageError(f"--tuned {adapter} gives losses that are not finite; tune it more slowly")
+    return lowered
+
+
+def audited_texts(run: AuditedRun, scores: dict[str, np.ndarray]) -> dict:
+    """Bounds from the canaries, and the same with coins that nobody trained by; JSON-able.
 
     Args:
-        firsts: int [examples], the first token of each that counts; the first with loss if None.
+        scores: by attack, float64 [canaries]; high for one that was in.
     """
-    firsts = data.loss_starts if firsts is None else firsts
-    return np.array([model.gain(row, first) for row, first in zip(rows_of(data), firsts.tolist())])
-
-
-def audited_texts(run: AuditedRun, model: NGrams, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Bounds from the canaries, and the same with coins that nobody trained by; JSON-able."""
-    canaries, ends = run.canaries, None
-    if canaries.kind == NATURAL:
-        openings = [canaries.opening(number) for number in range(canaries.count)]
-        ends = tokens_of(openings, tokenizer).lengths - 1  # less the token at the end of a text
-    data = canaries.examples(tokenizer, UNCONDITIONAL, MOST_TOKENS)
-    scores = {ATTACK: row_scores(model, data, ends)}
     anew = np.zeros(len(run.inside), dtype=bool)
     anew[SecureRandom().bernoulli_indices(1, 2, len(anew))] = True
     return judged(run, scores, SIDES) | {
         "control_best": judged(replace(run, inside=anew), scores, SIDES)["best"],
-        "ranked_right": ranked_right(scores[ATTACK][run.inside], scores[ATTACK][~run.inside]),
+        "ranked_right": {
+            attack: ranked_right(each[run.inside], each[~run.inside])
+            for attack, each in scores.items()
+        },
     }
 
 
