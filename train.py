@@ -35,7 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -198,9 +198,10 @@ class Run:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    @property
-    def base(self) -> PreTrainedModel:
-        return self.language_model.model
+    @cached_property
+    def overhead(self) -> int:
+        """What a microbatch costs besides its tokens, as a number of them."""
+        return overhead_of(self.language_model.model)
 
     @property
     def is_main(self) -> bool:
@@ -739,7 +740,7 @@ def tokens_at_once(
 
 def overhead_of(base: PreTrainedModel) -> int:
     """What a microbatch costs on this device besides its tokens, see `overhead_tokens`."""
-    num_layers = base.config.get_text_config().num_hidden_layers
+    num_layers = getattr(base.config.get_text_config(), "num_hidden_layers", 1)
     return overhead_tokens(PartialState().device.type, num_layers, base.num_parameters())
 
 
@@ -1030,7 +1031,7 @@ def own_microbatches(
     num_ranks = run.accelerator.num_processes
     if parts is None:
         ranks = cut_microbatches(
-            indices, lengths, run.token_budget, num_ranks, shapes, overhead_of(run.base)
+            indices, lengths, run.token_budget, num_ranks, shapes, run.overhead
         )
     else:
         ranks = deal_parts(parts, lengths, run.token_budget, num_ranks, shapes)

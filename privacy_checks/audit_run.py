@@ -29,8 +29,9 @@ class Settings:
     model_name: str | None = flag("its base model; the one that the run names if left out")
     perdevice_bs: int = flag("sequences of max_seq_len tokens on the device at once", 16)
     max_checkpoints: int | None = flag(
-        "so many checkpoints at most, from the first to the last one: each but the last takes a "
-        "backward pass of every canary; all of them if left out",
+        "so many checkpoints, 2 or more, from the first to the last one: each but the last takes a "
+        "backward pass of every canary, and what was released long before the next one is seen "
+        "less of; all of them if left out",
         type=positive_int,
     )
     output: Path | None = flag("folder for JSON and picture", type=Path, metavar="DIR")
@@ -100,12 +101,17 @@ FILES = ("audit_run.json", "audit_run.png")
 
 def main(argv: list[str] | None = None) -> int:
     settings = read_flags(Settings, __doc__, argv)
+    if settings.max_checkpoints == 1:
+        raise UsageError(
+            "--max_checkpoints 1: what is seen was released between two; give 2 or more"
+        )
     with claimed(settings.output) if settings.output else nullcontext():
         if settings.output:
             require_absent(settings.output, FILES)
         audited = read_run(settings.run, settings.model_name)
-        scores = scores_of(audited, settings.perdevice_bs, settings.max_checkpoints)
-        result = judged(audited, scores)
+        checkpoints = checkpoints_of(audited, settings.max_checkpoints)
+        scores = scores_of(audited, settings.perdevice_bs, checkpoints)
+        result = judged(audited, scores) | {"checkpoints": len(checkpoints)}
         print(as_text(result))
         if settings.output:
             write_json(settings.output / FILES[0], result)
@@ -178,8 +184,18 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
 # ------------------------------------------------------------------------ the scores
 
 
+def checkpoints_of(run: AuditedRun, most: int | None) -> list[Checkpoint]:
+    """The whole ones, the oldest first, or so many of them, from the first to the last."""
+    # Before the first step there is no moment.
+    found = [each for each in whole_checkpoints(run.folder / "checkpoints") if each.state["step"]]
+    places = np.arange(len(found))
+    if most and most < len(found):
+        places = np.linspace(0, len(found) - 1, most).round().astype(int)
+    return [found[::-1][place] for place in places]
+
+
 def scores_of(
-    run: AuditedRun, perdevice_bs: int, max_checkpoints: int | None = None
+    run: AuditedRun, perdevice_bs: int, checkpoints: Sequence[Checkpoint]
 ) -> dict[str, np.ndarray]:
     """A score for each canary by each attack, float64 [canaries]; high for one that was in."""
     quiet_libraries()
@@ -189,12 +205,6 @@ def scores_of(
     budget = perdevice_bs * max_seq_len
     losses = losses_of_models(run.model_name, [adapter], data, run.arguments["dtype"], budget)
     scores = {OF_LOSSES: losses[run.model_name][0] - losses[adapter][0]}
-    # Before the first step there is no moment.
-    found = whole_checkpoints(run.folder / "checkpoints")
-    checkpoints = [each for each in found if each.state["step"]][::-1]
-    if max_checkpoints and max_checkpoints < len(checkpoints):
-        places = np.linspace(0, len(checkpoints) - 1, max_checkpoints).round().astype(int)
-        checkpoints = [checkpoints[place] for place in places]
     if len(checkpoints) > 1:
         scores[OF_CHECKPOINTS] = checkpoint_scores(run, checkpoints, data, budget)
     for name, values in scores.items():

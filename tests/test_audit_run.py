@@ -78,6 +78,7 @@ def test_a_run_without_noise_is_flagged_and_nothing_of_a_canary_leaves(parts, tm
     shown = capsys.readouterr().out
     result = json.loads((tmp_path / "audit" / "audit_run.json").read_text())
     assert result["refuted"]
+    assert result["checkpoints"] == 4
     assert 0 < result["claimed_epsilon"] < 1
     assert "REFUTED: epsilon is at least" in shown
     assert {each["attack"] for each in result["bounds"]} == {
@@ -122,6 +123,8 @@ def test_as_many_checkpoints_are_looked_at_as_are_asked_for(parts, tmp_path, mon
         [torch.equal(adapter[name], each[name]) for each in saved].index(True) for adapter in steps
     ]
     assert looked_at == [0, 2]
+    with pytest.raises(UsageError, match="--max_checkpoints 1"):
+        audited(parts, run, "--max_checkpoints=1")
     assert "gradients of canaries: " in capsys.readouterr().err
 
 

@@ -206,7 +206,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_step_changes_nothing(
         return result
 
     monkeypatch.setattr(train, "pass_microbatch", pass_microbatch)
-    monkeypatch.setattr(train, "probed", lambda *given: (given[3], Numerics(0.0, "nothing")))
+    monkeypatch.setattr(train, "probed", lambda *given: (given[4], Numerics(0.0, "nothing")))
     adapters = []
     for stingy in (False, True):
         folder = tmp_path / str(stingy)
@@ -239,7 +239,7 @@ def test_a_microbatch_waits_three_times_for_the_gpu_however_many_layers(
 
     monkeypatch.setattr(train, "pass_microbatch", pass_microbatch)
     monkeypatch.setattr(train, "assign_gradient", assign_gradient)
-    monkeypatch.setattr(train, "probed", lambda *given: (given[3], Numerics(0.0, "nothing")))
+    monkeypatch.setattr(train, "probed", lambda *given: (given[4], Numerics(0.0, "nothing")))
     more = ("--target_modules=all-linear", "--lora_r=64", *SHORT)
     with waiting_noticed(seen):
         argv = flags(str(tmp_path / "model"), data, tmp_path, "--no_eval_at_start", *more)

@@ -16,8 +16,10 @@ Result = TypeVar("Result")
 # number of tokens, on a CPU.
 MICROBATCH_TOKENS = 128
 # On a GPU it is the time in which the CPU launches kernels, in which the GPU could have computed so
-# much for each layer: 6.5 ms were measured (an H200, LLaMA of 22 layers), at 200 TFLOP/s.
+# much for each layer: 6.5 ms were measured (DP on an H200, LLaMA of 22 layers), at 200 TFLOP/s.
 LAUNCH_FLOPS = 1.3e12
+# Of a token for each weight, which is frozen: forward, and back to its input.
+FLOPS_OF_A_WEIGHT = 4
 # At least so many microbatches a rank, that they can be dealt out evenly.
 MICROBATCHES_PER_RANK = 8
 # Lengths of the grid lie so far apart at least, and up to one of these shares of themselves.
@@ -98,11 +100,15 @@ def overhead_tokens(device_type: str, num_layers: int, num_parameters: int) -> i
     """What a microbatch costs besides its padded tokens, as a number of tokens.
 
     Args:
-        num_parameters: of the whole model; a token takes 6 FLOPs for each of them.
+        num_parameters: of the whole model.
+
+    Returns:
+        The tokens that the device could have computed in that time.
     """
     if device_type == "cpu":
         return MICROBATCH_TOKENS
-    return max(MICROBATCH_TOKENS, round(LAUNCH_FLOPS * num_layers / (6 * num_parameters)))
+    launches = LAUNCH_FLOPS * num_layers / (FLOPS_OF_A_WEIGHT * num_parameters)
+    return max(MICROBATCH_TOKENS, round(launches))
 
 
 def cheapest_shapes(shapes: Shapes, num_rows: int, overhead: int) -> Shapes:
@@ -116,13 +122,17 @@ def cheapest_shapes(shapes: Shapes, num_rows: int, overhead: int) -> Shapes:
         shapes: `tokens` is the least that may be fixed.
         num_rows: expected in a logical batch, public.
         overhead: see `overhead_tokens`.
+
+    Returns:
+        `shapes` with another `share` and, where they fix one, another number of `tokens`.
     """
     every = np.arange(1, shapes.max_seq_len + 1)
 
     def cost(candidate: Shapes) -> float:
         grid, first = np.unique(candidate.padded(every), return_index=True)
-        octaves = np.log2(np.maximum(np.append(every[first], every[-1] + 1), GRID_STEP))
-        rows = num_rows * np.diff(octaves) / max(octaves[-1] - octaves[0], 1e-9)
+        # Shifted, so that the lengths up to the first one are rows too.
+        octaves = np.log2(np.append(every[first], every[-1] + 1) + GRID_STEP)
+        rows = num_rows * np.diff(octaves) / (octaves[-1] - octaves[0])
         if candidate.tokens:
             most = np.array([candidate.rows(int(tokens)) for tokens in grid])
         else:
@@ -136,6 +146,7 @@ def cheapest_shapes(shapes: Shapes, num_rows: int, overhead: int) -> Shapes:
     if least := shapes.tokens:
         doublings = max(0, (shapes.token_budget // least).bit_length() - 1)
         sizes = [least << doubling for doubling in range(doublings + 1)]
+        sizes.append(max(least, shapes.token_budget))
     return min(
         (replace(shapes, share=share, tokens=size) for share in GRID_SHARES for size in sizes),
         key=cost,
@@ -178,7 +189,8 @@ def cut_microbatches(
         raise ValueError(f"an example of {longest} tokens exceeds the budget {token_budget}")
     if num_ranks > 1:
         share = int(sizes.sum()) // (num_ranks * MICROBATCHES_PER_RANK)
-        token_budget = min(token_budget, max(longest, share))
+        least = int(shapes.padded(sizes[:1])[0]) if shapes else longest
+        token_budget = min(token_budget, max(least, share, overhead))
     if shapes:
         cuts = _cuts_of_shapes(shapes.padded(sizes), token_budget, shapes)
     else:
