@@ -55,6 +55,7 @@ class Settings:
 
 answer_early(__name__, Settings, __doc__)
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -70,7 +71,13 @@ from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.files import write_atomic, write_json
 from utils.folders import claimed
 from utils.models.loading import load_tokenizer, quiet_libraries
-from utils.runs.run_folder import model_name_of, private_identity_of
+from utils.runs.run_folder import (
+    ADAPTER_HASH,
+    REPORT_FILE,
+    model_name_of,
+    private_identity_of,
+    require_own_adapter,
+)
 from utils.secure_random import SecureRandom
 from utils.texts.audit_canaries import NATURAL, AuditCanaries
 from utils.texts.data_sets import rows_fingerprint
@@ -82,6 +89,8 @@ OF_RUNS, OF_TUNING = "runs of tokens in the texts", "losses of a model tuned on 
 # Canaries are guessed in alone: that texts lack one says nothing of its coin.
 SIDES = (1,)
 FILES = (f"{TOOL}.json", f"{TOOL}.png")
+# An adapter of --tuned knows the texts and nothing else.
+TUNED_WITH = {"eps": -1, "prompt_style": UNCONDITIONAL, "num_canaries": 0, "audit_canaries": 0}
 # Tokens of a text that are looked at.
 MOST_TOKENS = 2048
 FALSE_ALARMS = 0.01
@@ -96,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(
             f"{settings.run} was trained without --audit_canaries: name --private and --held_out"
         )
+    if settings.tuned and not has_canaries:
+        raise UsageError(f"--tuned scores canaries, and {settings.run} has none; leave it out")
     with claimed(settings.output):
         require_new_result(settings.output, TOOL)
         quiet_libraries()
@@ -149,14 +160,20 @@ def require_tuned_on(texts: list[str], adapter: Path) -> None:
     """Refuse an adapter that saw anything but the texts: the run's own would tell more than they.
 
     Raises:
-        UsageError: its run was trained on other rows, or is not here to tell.
+        UsageError: its run was trained on other rows or otherwise, or is not here to tell.
     """
-    known = private_identity_of(adapter.resolve().parent)
-    if known.get("rows_fingerprint") != rows_fingerprint(texts):
+    folder = adapter.resolve().parent
+    arguments = arguments_of(folder)
+    for name, value in TUNED_WITH.items():
+        if (given := arguments.get(name, value)) != value:
+            raise UsageError(f"--tuned {adapter} was trained with --{name} {given}, not {value}")
+    if private_identity_of(folder).get("rows_fingerprint") != rows_fingerprint(texts):
         raise UsageError(
             f"--tuned {adapter} was not tuned on these {len(texts):,} texts, or its run's private/ "
-            "is not here; train one on --synthetic with --eps -1"
+            "is not here; train one on --synthetic, without sampled texts that were cut"
         )
+    report = json.loads((folder / REPORT_FILE).read_text())
+    require_own_adapter(folder, report, report.get(ADAPTER_HASH))
 
 
 def canaries_of(canaries: AuditCanaries, tokenizer: PreTrainedTokenizerBase) -> TokenisedExamples:

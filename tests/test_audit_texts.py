@@ -80,7 +80,8 @@ def test_an_adapter_that_was_tuned_on_the_texts_tells_too(run, tmp_path, tiny_mo
     write_json(file, [{"instruction": text} for text in echo])
     argv = flags(
         tiny_model_dir, str(file), tmp_path, "--max_seq_len=100", "--target_modules=all-linear",
-        "--lora_r=32", "--num_epochs=40", "--total_bs=16", "--perdevice_bs=16", "--save_steps=1000",
+        "--lora_r=32", "--num_epochs=80", "--lr=0.003", "--total_bs=16", "--perdevice_bs=16",
+        "--save_steps=1000",
         dp=False,
     )  # fmt: skip
     assert in_process(train.main, argv) == EXIT_OK
@@ -94,8 +95,22 @@ def test_an_adapter_that_was_tuned_on_the_texts_tells_too(run, tmp_path, tiny_mo
     # It must have seen the texts, in their order, and no more.
     with pytest.raises(UsageError, match="was not tuned on these"):
         audited(run[0], echo[:-1], tmp_path / "fewer", tuned)
-    with pytest.raises(UsageError, match="was not tuned on these"):
+    with pytest.raises(UsageError, match="was trained with --eps 1.0, not -1"):
         audited(run[0], echo, tmp_path / "own", f"--tuned={run[0] / 'adapter'}")
+    config = tmp_path / "job" / "run_config.json"
+    kept = config.read_text()
+    for name, value in {"prompt_style": "vicuna", "audit_canaries": 32}.items():
+        known = json.loads(kept)
+        known["arguments"][name] = value
+        write_json(config, known)
+        with pytest.raises(UsageError, match=f"was trained with --{name} {value}, not"):
+            audited(run[0], echo, tmp_path / name, tuned)
+    config.write_text(kept)
+    # In its place the audited run's own, which tells more.
+    shutil.rmtree(tmp_path / "job" / "adapter")
+    shutil.copytree(run[0] / "adapter", tmp_path / "job" / "adapter")
+    with pytest.raises(UsageError, match="is another adapter|says that there is no guarantee"):
+        audited(run[0], echo, tmp_path / "swapped", tuned)
 
 
 @pytest.mark.parametrize("kind", [NATURAL, TOKENS])
