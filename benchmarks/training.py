@@ -158,7 +158,7 @@ def print_planning(lengths: np.ndarray, max_seq_len: int, token_budget: int) -> 
         f"{workload.padded_tokens(lengths, token_budget, shapes) / lengths.sum():.3f} {kind}"
         for kind, shapes in kinds.items()
     )
-    print(f"a logical batch of {len(lengths):,}: processed/real {ratios}; "
+    print(f"a logical batch of {len(lengths):,}, on a CPU: processed/real {ratios}; "
           f"cut in {1000 * seconds:.0f} ms")  # fmt: skip
 
 
