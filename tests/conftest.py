@@ -1,6 +1,7 @@
 """Fixtures that every test may use: a random two-layer LLaMA with a byte-level tokenizer."""
 
 import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from query_gpt35_for_annotation.rate_limits import backoff
 from tests.annotation_server import KEY
 
 datasets.disable_progress_bars()
+# Under nohup all that tests start would ignore it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
