@@ -55,7 +55,7 @@ class ArmsSettings(Settings):
     only: list[str] | None = flag("names of the arms to take; all of them if left out", nargs="+")
     model_name: str = flag("base model; a small one, made on the spot, if left out", "")
     dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
-    pretraining_tokens: int = flag("of the small base", 4_000_000)
+    pretraining_tokens: int = flag("of the small base", 4_000_000, type=positive_int)
     delta: float = flag("of the guarantee", 1e-5)
     num_private: int | None = flag(
         "private instructions; all that are left if left out", type=positive_int
