@@ -87,13 +87,14 @@ from utils.progress import Progress
 from utils.row_dropout import RowMasks
 from utils.runs.averaging import Average
 from utils.runs.batching import (
+    Cost,
     Halving,
     Microbatch,
     Shapes,
     cheapest_shapes,
+    cost_on,
     cut_microbatches,
     deal_parts,
-    overhead_tokens,
 )
 from utils.runs.checkpointing import Checkpoint, load_last_good, restore_adapter, save_checkpoint
 from utils.runs.distributed import (
@@ -199,9 +200,9 @@ class Run:
         return self.accelerator.device
 
     @cached_property
-    def overhead(self) -> int:
-        """What a microbatch costs besides its tokens, as a number of them."""
-        return overhead_of(self.language_model.model)
+    def cost(self) -> Cost:
+        """What a microbatch costs on this device."""
+        return cost_of(self.language_model.model)
 
     @property
     def is_main(self) -> bool:
@@ -341,7 +342,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
     parts = compiled_parts(model, gradients, language_model) if settings.compile else []
     shapes = None
     if plan:
-        to_try = shapes_to_try(settings, token_budget, overhead_of(base), memory)
+        to_try = shapes_to_try(settings, token_budget, cost_of(base), memory)
         shapes = probed_with(parts, mechanism, language_model, gradients, masks, *to_try)
     run = Run(
         settings=settings,
@@ -738,14 +739,14 @@ def tokens_at_once(
     return sequences * max_seq_len
 
 
-def overhead_of(base: PreTrainedModel) -> int:
-    """What a microbatch costs on this device besides its tokens, see `overhead_tokens`."""
+def cost_of(base: PreTrainedModel) -> Cost:
+    """What a microbatch costs on this device."""
     num_layers = getattr(base.config.get_text_config(), "num_hidden_layers", 1)
-    return overhead_tokens(PartialState().device.type, num_layers, base.num_parameters())
+    return cost_on(PartialState().device.type, base.dtype, num_layers, base.num_parameters())
 
 
 def shapes_to_try(
-    settings: TrainingSettings, token_budget: int, overhead: int, memory: RowMemory
+    settings: TrainingSettings, token_budget: int, cost: Cost, memory: RowMemory
 ) -> tuple[Shapes, Shapes]:
     """Shapes with any number of rows and with a fixed one, from public constants.
 
@@ -754,7 +755,7 @@ def shapes_to_try(
     the tokens of 4,096 instructions. On a GPU both follow from what a microbatch costs.
 
     Args:
-        overhead: see `overhead_tokens`.
+        cost: of a microbatch, see `cost_on`.
     """
     together = settings.total_bs
     if settings.draws_units and settings.max_rows_per_unit:
@@ -763,7 +764,7 @@ def shapes_to_try(
     if PartialState().device.type == "cpu":
         return free, replace(free, tokens=max(LEAST_TOKENS_ON_A_CPU, together // 4))
     fixed = replace(free, tokens=LEAST_TOKENS)
-    return cheapest_shapes(free, together, overhead), cheapest_shapes(fixed, together, overhead)
+    return cheapest_shapes(free, together, cost), cheapest_shapes(fixed, together, cost)
 
 
 def rehearse(run: Run) -> None:
@@ -1030,9 +1031,7 @@ def own_microbatches(
     """This rank's share of a batch; with a sharded base all ranks have equally many, some None."""
     num_ranks = run.accelerator.num_processes
     if parts is None:
-        ranks = cut_microbatches(
-            indices, lengths, run.token_budget, num_ranks, shapes, run.overhead
-        )
+        ranks = cut_microbatches(indices, lengths, run.token_budget, num_ranks, shapes, run.cost)
     else:
         ranks = deal_parts(parts, lengths, run.token_budget, num_ranks, shapes)
     own = ranks[run.accelerator.process_index]

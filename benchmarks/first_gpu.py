@@ -42,7 +42,7 @@ MODEL: dict[str, int] = {
 }  # fmt: skip
 # Tokens of rows that are all of one length; a letter is a token.
 ROW_LENGTHS = (16, 128, 1024)
-ROWS = 256
+ROWS = 1024
 MISSING = "-"
 
 

@@ -28,7 +28,7 @@ for dtype in bfloat16 float32; do
         --json "$work/exactness-$dtype.json"
 done
 step 120 "speed with and without privacy" "${training[@]}" --dataset_name "$work/mixed.jsonl" \
-    --num_examples 256 --engines ours-nondp ours-dp --json "$work/training.json"
+    --num_examples 1024 --engines ours-nondp ours-dp --json "$work/training.json"
 for tokens in 16 128 1024; do
     step 45 "memory of rows of $tokens tokens" "${training[@]}" --num_examples 64 \
         --dataset_name "$work/rows-$tokens.jsonl" --engines ours-dp --json "$work/memory-$tokens.json"

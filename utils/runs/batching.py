@@ -12,12 +12,14 @@ from utils.models.footprint import RowMemory
 
 Result = TypeVar("Result")
 
-# What a microbatch costs besides its padded tokens (reading the weights, launching kernels), as a
-# number of tokens, on a CPU.
+# What a microbatch costs besides its padded tokens on a CPU (reading the weights, above all), as a
+# number of tokens.
 MICROBATCH_TOKENS = 128
-# On a GPU it is the time in which the CPU launches kernels, in which the GPU could have computed so
-# much for each layer: 6.5 ms were measured (DP on an H200, LLaMA of 22 layers), at 200 TFLOP/s.
-LAUNCH_FLOPS = 1.3e12
+# On a GPU it is the time in which the CPU launches kernels, for each layer. Of an H200, with DP and
+# a LLaMA of 22 layers, it was measured: 153 ms for microbatches of 440 tokens and 163 ms for those
+# of 4,096, of which the GPU computed 75 ms, so at 260 TFLOP/s. That of float32 is not measured.
+LAUNCH_SECONDS = 7e-3
+HALF_FLOPS, SINGLE_FLOPS = 2.6e14, 4e13
 # Of a token for each weight, which is frozen: forward, and back to its input.
 FLOPS_OF_A_WEIGHT = 4
 # At least so many microbatches a rank, that they can be dealt out evenly.
@@ -96,22 +98,42 @@ class Shapes:
         return self.padded(np.array([1, between, self.max_seq_len])).tolist()
 
 
-def overhead_tokens(device_type: str, num_layers: int, num_parameters: int) -> int:
-    """What a microbatch costs besides its padded tokens, as a number of tokens.
+@dataclass(frozen=True)
+class Cost:
+    """What a microbatch costs, as a number of tokens that the device computes in that time.
+
+    Attributes:
+        launching: what it costs besides its padded tokens.
+        overlaps: whether the device computes meanwhile, so that the longer of the two counts, and
+            not their sum.
+    """
+
+    launching: int
+    overlaps: bool = False
+
+    def of(self, padded: np.ndarray) -> np.ndarray:
+        """Of microbatches of so many padded tokens."""
+        return np.maximum(padded, self.launching) if self.overlaps else padded + self.launching
+
+
+ON_A_CPU = Cost(MICROBATCH_TOKENS)
+
+
+def cost_on(device_type: str, dtype: torch.dtype, num_layers: int, num_parameters: int) -> Cost:
+    """The cost of microbatches on such a device.
 
     Args:
+        dtype: in which the model computes.
         num_parameters: of the whole model.
-
-    Returns:
-        The tokens that the device could have computed in that time.
     """
     if device_type == "cpu":
-        return MICROBATCH_TOKENS
-    launches = LAUNCH_FLOPS * num_layers / (FLOPS_OF_A_WEIGHT * num_parameters)
-    return max(MICROBATCH_TOKENS, round(launches))
+        return ON_A_CPU
+    flops = SINGLE_FLOPS if dtype == torch.float32 else HALF_FLOPS
+    launching = LAUNCH_SECONDS * num_layers * flops / (FLOPS_OF_A_WEIGHT * num_parameters)
+    return Cost(max(MICROBATCH_TOKENS, round(launching)), overlaps=True)
 
 
-def cheapest_shapes(shapes: Shapes, num_rows: int, overhead: int) -> Shapes:
+def cheapest_shapes(shapes: Shapes, num_rows: int, cost: Cost) -> Shapes:
     """Of all grids, and of all numbers of rows where `shapes` fix one, those that cost least.
 
     A fine grid pads little, and takes a microbatch for each of its lengths; a large microbatch
@@ -121,14 +143,14 @@ def cheapest_shapes(shapes: Shapes, num_rows: int, overhead: int) -> Shapes:
     Args:
         shapes: `tokens` is the least that may be fixed.
         num_rows: expected in a logical batch, public.
-        overhead: see `overhead_tokens`.
+        cost: of a microbatch, see `cost_on`.
 
     Returns:
         `shapes` with another `share` and, where they fix one, another number of `tokens`.
     """
     every = np.arange(1, shapes.max_seq_len + 1)
 
-    def cost(candidate: Shapes) -> float:
+    def of_all(candidate: Shapes) -> float:
         grid, first = np.unique(candidate.padded(every), return_index=True)
         # Shifted, so that the lengths up to the first one are rows too.
         octaves = np.log2(np.append(every[first], every[-1] + 1) + GRID_STEP)
@@ -140,7 +162,7 @@ def cheapest_shapes(shapes: Shapes, num_rows: int, overhead: int) -> Shapes:
         # Half a microbatch more than the rows fill; one at least, of lengths that a batch has.
         microbatches = np.maximum(rows / most + 0.5, np.minimum(rows, 1))
         computed = microbatches * most if candidate.tokens else rows
-        return float((computed * grid + microbatches * overhead).sum())
+        return float((microbatches * cost.of(computed * grid / microbatches)).sum())
 
     sizes: list[int | None] = [None]
     if least := shapes.tokens:
@@ -149,7 +171,7 @@ def cheapest_shapes(shapes: Shapes, num_rows: int, overhead: int) -> Shapes:
         sizes.append(max(least, shapes.token_budget))
     return min(
         (replace(shapes, share=share, tokens=size) for share in GRID_SHARES for size in sizes),
-        key=cost,
+        key=of_all,
     )
 
 
@@ -159,22 +181,22 @@ def cut_microbatches(
     token_budget: int,
     num_ranks: int = 1,
     shapes: Shapes | None = None,
-    overhead: int = MICROBATCH_TOKENS,
+    cost: Cost = ON_A_CPU,
 ) -> list[list[Microbatch]]:
     """Cut a logical batch into microbatches of similar lengths, and deal them to ranks.
 
     Examples are sorted by length, the longest first, so that a budget that does not fit shows at
-    once. Without `shapes` they are cut where that makes the sum of padded tokens
-    (examples · longest) and of what each microbatch costs besides them least; with them, examples
-    of one padded length pass together. No microbatch passes the budget, nor takes more memory than
-    `shapes` allow, but for one example that does alone. Each goes to the rank with the fewest
-    padded tokens so far.
+    once. Without `shapes` they are cut where that makes the cost of all of them least, a microbatch
+    having examples · longest padded tokens; with them, examples of one padded length pass
+    together. No microbatch passes the budget, nor takes more memory than
+    `shapes` allow, but for one example that does alone. Each goes to the rank with the least to do
+    so far.
 
     Args:
         indices: int64, the logical batch.
         lengths: int [num_examples], tokens of every example of the data set.
         token_budget: padded tokens per microbatch; at least the longest example's.
-        overhead: see `overhead_tokens`.
+        cost: of a microbatch, see `cost_on`.
 
     Returns:
         For each rank its microbatches; an empty list for a rank without examples.
@@ -190,19 +212,19 @@ def cut_microbatches(
     if num_ranks > 1:
         share = int(sizes.sum()) // (num_ranks * MICROBATCHES_PER_RANK)
         least = int(shapes.padded(sizes[:1])[0]) if shapes else longest
-        token_budget = min(token_budget, max(least, share, overhead))
+        token_budget = min(token_budget, max(least, share, cost.launching))
     if shapes:
         cuts = _cuts_of_shapes(shapes.padded(sizes), token_budget, shapes)
     else:
         cuts = [
             (start, end, end - start, int(sizes[start]))
-            for start, end in _cheapest_cuts(sizes, token_budget, overhead)
+            for start, end in _cheapest_cuts(sizes, token_budget, cost)
         ]
     loads = [0] * num_ranks
     for start, end, rows, tokens in cuts:
         rank = loads.index(min(loads))
         ranks[rank].append(Microbatch(order[start:end], rows, tokens))
-        loads[rank] += rows * tokens
+        loads[rank] += int(cost.of(np.array(rows * tokens)))
     return ranks
 
 
@@ -242,11 +264,11 @@ def _cuts_of_shapes(
     return cuts
 
 
-def _cheapest_cuts(sizes: np.ndarray, token_budget: int, overhead: int) -> list[tuple[int, int]]:
+def _cheapest_cuts(sizes: np.ndarray, token_budget: int, cost: Cost) -> list[tuple[int, int]]:
     """Start and end of each microbatch of a descending sequence of lengths.
 
     The least cost of all from example i on is, over the j that the budget allows, the least of
-    sizes[i] · (j - i) + overhead + the least cost from j on.
+    the cost of sizes[i] · (j - i) tokens + the least cost from j on.
     """
     costs = np.zeros(len(sizes) + 1, dtype=np.int64)
     ends = np.zeros(len(sizes), dtype=np.int64)
@@ -254,9 +276,9 @@ def _cheapest_cuts(sizes: np.ndarray, token_budget: int, overhead: int) -> list[
     for start in range(len(sizes) - 1, -1, -1):
         size = int(sizes[start])
         most = min(len(sizes) - start, token_budget // size)
-        candidates = costs[start + 1 : start + 1 + most] + size * counts[:most]
+        candidates = costs[start + 1 : start + 1 + most] + cost.of(size * counts[:most])
         best = int(candidates.argmin())
-        costs[start] = candidates[best] + overhead
+        costs[start] = candidates[best]
         ends[start] = start + 1 + best
     cuts, start = [], 0
     while start < len(sizes):
