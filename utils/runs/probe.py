@@ -71,8 +71,10 @@ def full_precision() -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # Autograd's thread finds the context for itself; nothing is to be done.
-        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no")
+        # Autograd's thread finds the context for itself, and whether attention may add in any order
+        # `_deterministic` decides, and says.
+        for message in ("Attempting to run cuBLAS, but there was no", "Flash Attention defaults"):
+            warnings.filterwarnings("ignore", message=message)
 
 
 def _deterministic(one_pass: Callable[[], None]) -> None:
