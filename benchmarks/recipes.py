@@ -127,7 +127,7 @@ def train(settings: Settings, folder: Path, generator: Generator) -> None:
         folder, f"train {generator.name}", "train.py", *model_flags(settings),
         f"--dataset_name={folder / 'data'}", f"--job_sess={generator.name}",
         f"--output_dir={folder / 'outputs'}", "--no_eval_at_start", "--resume=auto",
-        f"--seed={generator.seed}", *words_of(flags),
+        f"--perdevice_bs={settings.perdevice_bs}", f"--seed={generator.seed}", *words_of(flags),
     )  # fmt: skip
 
 

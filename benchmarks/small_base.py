@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.measuring import device
 from utils.folders import whole_folder
 from utils.progress import Progress
 
@@ -114,11 +115,12 @@ def _pretrain(model: LlamaForCausalLM, stream: np.ndarray, num_tokens: int) -> N
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     random, places = np.random.default_rng(0), np.arange(WINDOW)
-    model.train()
+    place = device()
+    model.to(place).train()
     for _ in Progress(range(steps), "pre-train the small base", unit="step"):
         starts = random.integers(0, len(stream), BATCH)
-        ids = torch.from_numpy(stream[(starts[:, None] + places) % len(stream)])
-        with torch.autocast("cpu", torch.bfloat16):
+        ids = torch.from_numpy(stream[(starts[:, None] + places) % len(stream)]).to(place)
+        with torch.autocast(place.type, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

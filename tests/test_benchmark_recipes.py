@@ -35,13 +35,14 @@ def study(tmp_path_factory):
             f"--instructions={folder / 'texts.json'}", f"--work_dir={folder / 'work'}",
             f"--arms={folder / 'arms.yaml'}", f"--json={folder / 'found.json'}",
             "--max_seq_len=24", "--num_test=10", "--num_public=40", "--num_private=50",
-            "--pretraining_tokens=64", "--delta=1e-3", *more,
+            "--pretraining_tokens=64", "--delta=1e-3", "--perdevice_bs=5", *more,
         ])  # fmt: skip
         return list(ran), json.loads((folder / "found.json").read_text())
 
     def run_once(place, name, *command):
         if not (place / "times" / f"{name.replace(' ', '-')}.json").exists():
             ran.append(name.split("-")[0])
+        assert "--perdevice_bs=5" in command
         run_here_once(place, name, *command)
 
     with pytest.MonkeyPatch.context() as patch:
