@@ -58,6 +58,7 @@ from benchmarks.studies import (
     run_once,
     shuffled_instructions,
     side_by_side,
+    unseen,
     words_of,
 )
 from utils.cli import UsageError, run_cli
@@ -112,9 +113,9 @@ def save_data(settings: Settings, folder: Path) -> str:
     )
     if not (folder / "data").exists():
         texts = cut_at_words(base, texts[public : public + test + private], settings.row_tokens)
-        rows = [{"instruction": text} for text in texts]
-        parts = {"train": rows[test:], "test": rows[:test]}
-        save_dataset(folder / "data", parts, ["instruction"], {"rows": "study"})
+        parts = {"train": texts[test:], "test": unseen(texts[:test], texts[test:])}
+        rows = {name: [{"instruction": text} for text in part] for name, part in parts.items()}
+        save_dataset(folder / "data", rows, ["instruction"], {"rows": "study"})
     return base
 
 

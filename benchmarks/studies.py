@@ -45,7 +45,7 @@ class Settings(figures.Settings):
     jobs: int = flag("commands at once; each gets its share of the cores", 1)
     perdevice_bs: int = flag("sequences of max_seq_len on a device at once", 32)
     max_seq_len: int = flag("tokens; longer instructions are left out", 64)
-    num_test: int = flag("held-out instructions", 600)
+    num_test: int = flag("held-out instructions, those included that a private one equals", 600)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,21 @@ def cut_at_words(model_name: str, texts: list[str], most: int) -> list[str]:
             text = kept.rsplit(maxsplit=1)[0] if len(kept.split()) > 1 else kept
         cut.append(text)
     return cut
+
+
+def unseen(texts: list[str], private: list[str]) -> list[str]:
+    """The texts that no private one equals; of those that are cut, some are left the same words.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = set(private)
+    if kept := [text for text in texts if text not in known]:
+        return kept
+    raise UsageError(
+        f"each of {len(texts):,} held-out instructions is a private one too once it is cut; raise "
+        "--row_tokens"
+    )
 
 
 def that_fit(settings: Settings, texts: list[str]) -> list[str]:

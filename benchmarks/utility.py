@@ -106,6 +106,7 @@ from benchmarks.studies import (
     shuffled_instructions,
     side_by_side,
     that_fit,
+    unseen,
     words_of,
 )
 from evaluation.measures.manifold import overlap
@@ -271,7 +272,7 @@ class Study:
             write_json(data / "public.json", public)
             last = len(fitting) if settings.num_private is None else test + settings.num_private
             write_json(data / "private.json", fitting[test:last])
-            write_json(data / "test.json", fitting[:test])
+            write_json(data / "test.json", unseen(fitting[:test], fitting[test:last]))
         return settings
 
     def _save_data(self) -> None:

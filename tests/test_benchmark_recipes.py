@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import load_from_disk
 
 from benchmarks import recipes, small_base
 from benchmarks.studies import interval, mean_of
@@ -101,6 +102,25 @@ def test_the_arms_that_come_with_it_are_flags_of_training():
     assert {"published", "no privacy"} <= names
     known = set(TrainingSettings.__dataclass_fields__)
     assert all(set(each.flags) <= known for each in recipes.generators_of(given))
+
+
+def test_no_held_out_text_is_a_private_one_that_was_cut_to_the_same_words(tmp_path, monkeypatch):
+    write_json(tmp_path / "texts.json", TEXTS)
+    given = read_flags(recipes.Settings, None, [
+        f"--instructions={tmp_path / 'texts.json'}", f"--work_dir={tmp_path}", "--num_test=10",
+        "--num_public=40", "--num_private=50", "--model_name=any",
+    ])  # fmt: skip
+    monkeypatch.setattr(recipes, "cut_at_words", lambda name, texts, most: [t[:2] for t in texts])
+    recipes.save_data(given, tmp_path)
+    splits = load_from_disk(tmp_path / "data")
+    train, test = (splits[name]["instruction"][:] for name in ("train", "test"))
+    assert len(train) == 50
+    assert len(set(train)) < 36
+    assert 0 < len(test) < 10
+    assert not set(test) & set(train)
+    monkeypatch.setattr(recipes, "cut_at_words", lambda name, texts, most: ["same" for _ in texts])
+    with pytest.raises(UsageError, match="raise --row_tokens"):
+        recipes.save_data(given, tmp_path / "other")
 
 
 def test_a_base_is_made_once_for_its_texts(tmp_path, monkeypatch):
