@@ -1162,11 +1162,15 @@ def validation_loss(
 
 def require_movement(before: list[torch.Tensor], parameters: dict[str, torch.Tensor]) -> None:
     """Raise unless the first step moved every trainable tensor that it had a gradient for."""
-    for old, (name, tensor) in zip(before, parameters.items()):
+    pairs = list(zip(before, parameters.values()))
+    # The device is asked once for all of them, and not for each.
+    pulled = torch.stack([tensor.grad.any() for _, tensor in pairs]).tolist()
+    moved = torch.stack([(old != tensor).any() for old, tensor in pairs]).tolist()
+    for name, was_pulled, has_moved in zip(parameters, pulled, moved):
         # Without noise the gradient of LoRA's A is zero as long as B is.
-        if tensor.grad.any() and torch.equal(old, tensor):
+        if was_pulled and not has_moved:
             raise RuntimeError(f"{name} did not move in the first step: it is not being trained")
-    if not any(tensor.grad.any() for tensor in parameters.values()):
+    if not any(pulled):
         raise RuntimeError("every gradient of the first step is zero: nothing is being trained")
 
 

@@ -1146,3 +1146,20 @@ def test_rows_that_cannot_be_used_leave_no_copy_behind(run, tmp_path):
     with pytest.raises(UsageError, match="every example is longer"):
         run("--prompt_style=vicuna", "--total_bs=1", "--delta=0.01", dataset=str(data))
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_first_step_that_leaves_a_tensor_where_it_was_ends_the_run():
+    def tensors(**gradients):
+        parameters = {name: torch.ones(2) for name in gradients}
+        for name, gradient in gradients.items():
+            parameters[name].grad = torch.full((2,), gradient)
+        return parameters
+
+    before = [torch.ones(2), torch.ones(2)]
+    parameters = tensors(a=0.0, b=1.0)
+    with pytest.raises(RuntimeError, match="b did not move in the first step"):
+        train.require_movement(before, parameters)
+    parameters["b"][1] = 2.0
+    train.require_movement(before, parameters)
+    with pytest.raises(RuntimeError, match="every gradient of the first step is zero"):
+        train.require_movement(before, tensors(a=0.0, b=0.0))
