@@ -117,7 +117,7 @@ from resample_with_dp_histogram.embeddings import open_embeddings
 from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
 from resample_with_dp_histogram.selection import total_variation
 from topics.folder import HISTOGRAM_FILE, read_topics
-from utils.cli import UsageError, run_cli
+from utils.cli import UsageError, run_cli, say
 from utils.files import json_lines, read_jsonl, write_atomic, write_json
 from utils.folders import save_dataset
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     side_by_side(settings.jobs, study.sample, study.sampled)
     budget = study.budget()
     side_by_side(settings.jobs, lambda each: study.make_pool(each, budget), study.sampled)
+    study.leave_out_small_pools()
     side_by_side(settings.jobs, study.tune, study.sets)
     study.score()
     found = study.findings(budget)
@@ -339,12 +340,8 @@ class Study:
         )
 
     def make_pool(self, source: Source, budget: int) -> None:
-        """Extract and embed texts of so many sampled tokens that ended by themselves.
-
-        Raises:
-            UsageError: the pool is no larger than the set to select from it.
-        """
-        settings, name, pool = self.settings, source.name, self.folder / "pools" / source.name
+        """Extract and embed texts of so many sampled tokens that ended by themselves."""
+        name, pool = source.name, self.folder / "pools" / source.name
         samples = self._samples(source)
         if not source.generator:
             # The base seldom ends a text, so those that were cut are taken too.
@@ -362,11 +359,24 @@ class Study:
             f"--instructions={taken}", f"--output={pool}",
         )  # fmt: skip
         self._embed(name, pool / INSTRUCTIONS_FILE, "--synthetic")
-        if (size := len(self._pool(source))) <= settings.num_selected:
+
+    def leave_out_small_pools(self) -> None:
+        """Leave out the sets of pools that are no larger than a set, and say which these are.
+
+        Raises:
+            UsageError: that of the base is, or those of all generators are.
+        """
+        least, small = self.settings.num_selected, set()
+        for source in self.sampled:
+            if (size := len(self._pool(source))) <= least:
+                small.add(source.name)
+                say(f"{source.name} has no sets: {size:,} of its sampled texts are usable")
+        if BASE.name in small or len(small) == len(self.sampled) - 1:
             raise UsageError(
-                f"{name}: {size:,} of the sampled texts are usable, too few to take "
-                f"--num_selected {settings.num_selected:,} from; raise --num_samples"
+                f"too few of the sampled texts are usable to take --num_selected {least:,} from; "
+                "raise --num_samples"
             )
+        self.sets = [each for each in self.sets if each.source.name not in small]
 
     def tune(self, chosen: SyntheticSet) -> None:
         """Tune the base model on a set."""

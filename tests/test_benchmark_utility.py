@@ -16,6 +16,7 @@ from benchmarks.studies import interval, read_generators, side_by_side
 from tests.resampling import save_tiny_encoder
 from tests.studies import TEXTS, one_by_one, ran, run_here_once
 from utils.cli import UsageError
+from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
 from utils.files import read_jsonl, write_json
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
@@ -53,6 +54,27 @@ def study(tiny_model_dir, tmp_path_factory):
         patch.setattr(utility, "side_by_side", one_by_one)
         utility.main(flags)
         yield flags, json.loads((folder / "found.json").read_text())
+
+
+def test_a_generator_whose_texts_seldom_end_has_no_set_and_stops_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "arms.yaml").write_text("arms: {long: {}, short: {}}")
+    given = read_flags(utility.Settings, None, [
+        "--instructions=x", f"--work_dir={tmp_path}", f"--arms={tmp_path / 'arms.yaml'}",
+        "--num_generators=1", "--num_selected=5",
+    ])  # fmt: skip
+    study = utility.Study(given)
+    monkeypatch.setattr(study, "_pool", lambda source: [""] * (5 if "long" in source.name else 6))
+    study.leave_out_small_pools()
+    assert {each.source.name.split("-")[0] for each in study.sets} == {"real", "short"}
+    assert "long-5.94-0" in capsys.readouterr().err
+    for sizes in ({"base": 5}, {"base": 6, "long": 5, "short": 5}):
+        monkeypatch.setattr(
+            study, "_pool", lambda each, sizes=sizes: [""] * sizes.get(each.name.split("-")[0], 6)
+        )
+        with pytest.raises(UsageError, match="raise --num_samples"):
+            study.leave_out_small_pools()
 
 
 def of_arm(found: dict, arm: str) -> list[dict]:
