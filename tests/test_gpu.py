@@ -41,7 +41,7 @@ from utils.models.lora import default_target_modules, load_adapted
 from utils.models.memory import MOST_SEQUENCES, PeakMemory, fitting_sequences
 from utils.privacy.ledger import LEDGER_FILE
 from utils.row_dropout import RowMasks, kept
-from utils.runs.batching import Shapes
+from utils.runs.batching import Cost, Shapes
 from utils.runs.checkpointing import load_last_good
 from utils.runs.probe import Numerics, full_precision, probed
 from utils.sampling.shards import read_samples
@@ -169,7 +169,7 @@ def test_microbatches_are_large_where_launches_take_the_time(trained):
     """Sixteen times the rows of a CPU's, in lengths that are powers of two."""
     argv = [*trained[0], "--max_seq_len=1024", "--total_bs=256"]
     settings = read_flags(train.TrainingSettings, "", argv)
-    shapes = train.shapes_to_try(settings, 4096, 4000, RowMemory())
+    shapes = train.shapes_to_try(settings, 4096, Cost(4000, overlaps=True), RowMemory())
     assert [each.tokens for each in shapes] == [None, 4096]
     assert shapes[1].padded(np.arange(1, 200)).max() == 256
 

