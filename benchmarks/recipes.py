@@ -113,7 +113,8 @@ def save_data(settings: Settings, folder: Path) -> str:
     )
     if not (folder / "data").exists():
         texts = cut_at_words(base, texts[public : public + test + private], settings.row_tokens)
-        parts = {"train": texts[test:], "test": unseen(texts[:test], texts[test:])}
+        held_out, train = texts[:test], texts[test:]
+        parts = {"train": train, "test": unseen(held_out, train)}
         rows = {name: [{"instruction": text} for text in part] for name, part in parts.items()}
         save_dataset(folder / "data", rows, ["instruction"], {"rows": "study"})
     return base

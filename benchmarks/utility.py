@@ -272,8 +272,9 @@ class Study:
             fitting, test = that_fit(settings, rest), settings.num_test
             write_json(data / "public.json", public)
             last = len(fitting) if settings.num_private is None else test + settings.num_private
-            write_json(data / "private.json", fitting[test:last])
-            write_json(data / "test.json", unseen(fitting[:test], fitting[test:last]))
+            held_out, private = fitting[:test], fitting[test:last]
+            write_json(data / "private.json", private)
+            write_json(data / "test.json", unseen(held_out, private))
         return settings
 
     def _save_data(self) -> None:

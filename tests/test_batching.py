@@ -57,8 +57,8 @@ def test_no_other_cut_costs_less(one_costs):
     for budget in (300, 700, 2000):
         lengths = random.integers(1, 300, 60)
         (batches,) = cut_microbatches(np.arange(60), lengths, budget, 1, None, one_costs)
-        padded = [len(batch) * int(lengths[batch].max()) for batch in batches]
-        assert one_costs.of(np.array(padded)).sum() == least(sorted(lengths, reverse=True), budget)
+        padded = [padded_tokens([batch], lengths) for batch in batches]
+        assert one_costs.of(padded).sum() == least(sorted(lengths, reverse=True), budget)
 
 
 def test_a_small_logical_batch_is_hardly_padded():
@@ -158,12 +158,16 @@ def test_shapes_waste_little(shapes):
     assert sum(part.rows * part.tokens for part in parts) / lengths.sum() <= 1.08
 
 
+def cost_of_parts(parts, one_costs):
+    return one_costs.of([part.rows * part.tokens for part in parts]).sum()
+
+
 def cost_of_all(shapes, lengths, one_costs):
     """Of a logical batch's microbatches."""
     (parts,) = batching.cut_microbatches(
         np.arange(len(lengths)), lengths, shapes.token_budget, shapes=shapes
     )
-    return one_costs.of(np.array([part.rows * part.tokens for part in parts])).sum()
+    return cost_of_parts(parts, one_costs)
 
 
 @pytest.mark.parametrize("tokens", [512, None], ids=["fixed", "free"])
@@ -207,8 +211,7 @@ def test_more_ranks_are_no_slower_where_launches_take_the_time(num_rows, shapes)
         ranks = batching.cut_microbatches(
             np.arange(num_rows), lengths, 16 * MAX_SEQ_LEN, num_ranks, shapes, one_costs
         )
-        padded = [np.array([part.rows * part.tokens for part in rank]) for rank in ranks]
-        return max(one_costs.of(each).sum() for each in padded)
+        return max(cost_of_parts(rank, one_costs) for rank in ranks)
 
     times = [slowest(num_ranks) for num_ranks in (1, 2, 4)]
     assert times == sorted(times, reverse=True)
@@ -222,11 +225,12 @@ def test_the_cheapest_shapes_are_coarse_where_launches_take_the_time():
     """Of an H200 it was measured: 83 microbatches of 256 instructions took six times as long as 20
     without privacy."""
     of_a_small_one = cost_on_a_gpu(22, 1_200_000_000)
+    assert 8000 < of_a_small_one.launching < 9000
     lengths = lognormal_lengths(256)
     chosen = batching.cheapest_shapes(FIXED, 256, of_a_small_one)
     before, now = (cost_of_all(shapes, lengths, of_a_small_one) for shapes in (FIXED, chosen))
     assert now < 0.5 * before
-    assert cost_on_a_gpu(80, 70_000_000_000).launching < 1000
+    assert 500 < cost_on_a_gpu(80, 70_000_000_000).launching < 550
     assert cost_on_a_gpu(22, 1_200_000_000, torch.float32).launching < of_a_small_one.launching / 5
     assert cost_on_a_gpu(1, 10**12).launching == MICROBATCH_TOKENS
     assert batching.cost_on("cpu", torch.bfloat16, 22, 1_200_000_000) == ON_A_CPU

@@ -108,6 +108,7 @@ def test_rows_that_move_by_one_another_fail(monkeypatch, capsys, free):
     monkeypatch.setattr(train, "probed", unfixed)
     code = replay.main(BFLOAT16)
     if free(found[0]) == found[0]:
+        assert code == 0
         pytest.skip("on this CPU any number of rows computes the same, as the probe finds")
     assert code == 1
     told = capsys.readouterr().out

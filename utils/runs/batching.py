@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from utils.cli import say
 from utils.models.footprint import RowMemory
@@ -111,9 +112,9 @@ class Cost:
     launching: int
     overlaps: bool = False
 
-    def of(self, padded: np.ndarray) -> np.ndarray:
-        """Of microbatches of so many padded tokens."""
-        return np.maximum(padded, self.launching) if self.overlaps else padded + self.launching
+    def of(self, padded: ArrayLike) -> np.ndarray:
+        """Of microbatches of so many padded tokens, or of one."""
+        return (np.maximum if self.overlaps else np.add)(padded, self.launching)
 
 
 ON_A_CPU = Cost(MICROBATCH_TOKENS)
@@ -188,9 +189,8 @@ def cut_microbatches(
     Examples are sorted by length, the longest first, so that a budget that does not fit shows at
     once. Without `shapes` they are cut where that makes the cost of all of them least, a microbatch
     having examples · longest padded tokens; with them, examples of one padded length pass
-    together. No microbatch passes the budget, nor takes more memory than
-    `shapes` allow, but for one example that does alone. Each goes to the rank with the least to do
-    so far.
+    together. No microbatch passes the budget, nor takes more memory than `shapes` allow, but for
+    one example that does alone. Each goes to the rank with the least to do so far.
 
     Args:
         indices: int64, the logical batch.
@@ -224,7 +224,7 @@ def cut_microbatches(
     for start, end, rows, tokens in cuts:
         rank = loads.index(min(loads))
         ranks[rank].append(Microbatch(order[start:end], rows, tokens))
-        loads[rank] += int(cost.of(np.array(rows * tokens)))
+        loads[rank] += int(cost.of(rows * tokens))
     return ranks
 
 
