@@ -33,6 +33,7 @@ from utils.command_line.parser import (
     job_name,
     parser_of,
     positive_float,
+    positive_int,
     to_argv,
 )
 from utils.texts.forms import NO_COLUMN
@@ -41,6 +42,8 @@ from utils.texts.units import is_owner_column
 
 TEMPLATE = "pipeline.sh.j2"
 LONGEST_LINE = 88
+# Peak learning rate of training on answers, without privacy, if none is given.
+ANSWERS_LR = 1e-3
 
 
 def _shares(text: str) -> str:
@@ -92,9 +95,17 @@ class Settings(ConfigSettings, RowSettings):
         "sequences of max_seq_len that fit on a device at once, in training", 4, type=batch_size
     )
     gpus: int = _model("processes, one per GPU", 1)
-    total_bs: int = _model("expected rows (units with --unit_column) in a batch", 128)
     num_epochs: float = _model("of both trainings", 3.0)
-    lr: float = _model("peak learning rate of both trainings", 1e-3)
+    total_bs: int | None = _model(
+        "expected rows (units with --unit_column) in a batch of the private training; as the "
+        "generator advises for so many epochs if left out",
+        type=positive_int,
+    )
+    lr: float | None = _model(
+        "peak learning rate of both trainings; if left out, of the private one as the generator "
+        f"advises, and {ANSWERS_LR:g} of the other",
+        type=positive_float,
+    )
     clip: float = _model("clip norm C: l2 bound of one example's gradient", 1.0)
     num_samples: int = _model("synthetic instructions to sample; a quarter is selected", 10_000)
 
@@ -106,6 +117,11 @@ class Settings(ConfigSettings, RowSettings):
     max_cost: float | None = _annotation(
         "US dollars that annotation may cost", type=positive_float, metavar="USD"
     )
+
+    @property
+    def is_advised(self) -> bool:
+        """Whether the generator chooses the recipe of the private training."""
+        return self.total_bs is None
 
     @property
     def protects_units(self) -> bool:
@@ -154,6 +170,10 @@ def check(settings: Settings) -> None:
         raise UsageError(
             f"--delta {settings.delta}: must be between 0 and 1, and below 1/N; or auto"
         )
+    if (settings.total_bs is None) != (settings.lr is None):
+        raise UsageError("--total_bs and --lr go together: give both, or neither for advised ones")
+    if settings.is_advised and settings.clip != 1:
+        raise UsageError(f"--clip {settings.clip:g} needs --total_bs and --lr of your own")
     if settings.max_cost and not settings.annotator:
         raise UsageError(f"--max_cost {settings.max_cost:g} needs --annotator BASE_URL MODEL")
     if settings.annotator:
@@ -193,8 +213,8 @@ def script(settings: Settings, folder: Path) -> str:
         perdevice_bs=settings.perdevice_bs,
         gpus=settings.gpus,
         num_epochs=settings.num_epochs,
-        lr=settings.lr,
     )
+    recipe = words(clip=settings.clip, total_bs=settings.total_bs, lr=settings.lr)
     rows = to_argv(parser_of(RowSettings, None), settings) + words(split=settings.split)
     owner = words(unit_column=settings.unit_column) if units else []
     owner_flags = owner + ["--unowned_rows_are_units"] * settings.unowned_rows_are_units
@@ -224,10 +244,10 @@ def script(settings: Settings, folder: Path) -> str:
         else [],
         owner_flags=owner_flags,
         unit_column=spaced(owner),
-        private_training=words(
-            eps=settings.eps, delta=settings.delta, clip=settings.clip, total_bs=settings.total_bs
-        ),
-        training=training,
+        private_training=words(eps=settings.eps, delta=settings.delta)
+        + training
+        + (["--advised"] if settings.is_advised else recipe),
+        training=training + words(lr=settings.lr or ANSWERS_LR),
         model=model,
         sampling=model + words(gpus=settings.gpus),
         num_samples=settings.num_samples,

@@ -2,7 +2,7 @@
 
     python generate_train_command.py --dataset_name quickstart_instructions \\
         --model_name data/quickstart_model --job_sess mine --prompt_style uncond_generation \\
-        --eps 8 --delta 1e-5 --clip 1.0 --loss_normalization tokens --max_seq_len 128
+        --eps 8 --delta 1e-5 --advised --max_seq_len 128
 
 Counts the training examples, computes the noise multiplier that --eps and --delta need, and
 prints an `accelerate launch` line on stdout; what it means goes to stderr. Paste the line, or
@@ -12,6 +12,7 @@ run it at once with --run, which passes its exit code on.
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from utils.cli import EXIT_OK, UsageError, run_cli, say
 from utils.command_line.config import ConfigSettings, read_config_and_flags, write_config
@@ -40,7 +41,9 @@ from utils.privacy.recipe import (
     learning_rate,
     promise,
     recipe_warnings,
+    schedule_warnings,
     signal_to_noise,
+    warmup_steps,
 )
 from utils.runs.preflight import check_here
 from utils.runs.run_folder import require_usable
@@ -50,7 +53,7 @@ from utils.texts.units import read_units, rows_to_keep
 # Numbers in an adapter of which nothing is known.
 TYPICAL_ADAPTER = 1_000_000
 # What goes with every size.
-RECIPE = "--loss_normalization tokens --clip 1 --lr_scheduler cosine"
+RECIPE: dict[str, Any] = {"loss_normalization": "tokens", "clip": 1.0, "lr_scheduler": "cosine"}
 
 _launch = partial(flag, group="launch")
 _advice = partial(flag, group="advice")
@@ -83,6 +86,11 @@ class Settings(ConfigSettings, TrainingSettings):
         "and as many tokens, one of them marked, and end",
         False,
     )
+    advised: bool = _advice(
+        "take the flags of the line that --advise marks; --num_epochs, or --compute or --hours, "
+        "say how much there is",
+        False,
+    )
     compute: float | None = _advice(
         "tokens that all steps may take, padding included; those of --num_epochs if left out",
         type=positive_float,
@@ -98,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = read_config_and_flags(Settings, __doc__, argv)
     run = settings.run or settings.is_rehearsal
     check_advice(settings, run)
+    if settings.advise or settings.advised:
+        settings = replace(settings, **RECIPE)
     warnings = check_training_settings(settings)
     warnings += check_here(settings.model_name, settings.gpus, must=run)
     counted, size_warnings = train_examples(settings)
@@ -107,8 +117,12 @@ def main(argv: list[str] | None = None) -> int:
     if settings.advise:
         print(advice(settings, num_examples))
         return EXIT_OK
+    if settings.advised:
+        best = max(recipes(settings, num_examples), key=lambda each: each.promise)
+        settings = replace(settings, advised=False, **recipe_flags(settings, best, num_examples))
     require_usable(settings.folder, settings.run_settings, settings.resume, default_settings())
     plan, plan_warnings = plan_of(settings, num_examples)
+    raised = over_white(settings, plan, num_examples) if plan else None
     settings = replace(
         settings,
         num_train_examples=settings.num_train_examples if settings.draws_units else counted,
@@ -122,9 +136,14 @@ def main(argv: list[str] | None = None) -> int:
     warnings += size_warnings + plan_warnings + memory_warnings(settings, footprint)
     if plan:
         warnings += recipe_warnings(plan, trained, settings.max_seq_len)
+    steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
+    best_rate = learning_rate(plan, settings.optimizer, raised[0]) if plan and raised else None
+    warnings += schedule_warnings(
+        settings.lr_scheduler, settings.warmup_steps, steps, settings.lr, best_rate
+    )
     for warning in warnings:
         say(f"warning: {warning}")
-    say_summary(settings, plan, num_examples, trained, is_auto)
+    say_summary(settings, plan, num_examples, trained, is_auto, steps, raised)
     if settings.config and not settings.is_rehearsal:
         write_config(settings.config_file, settings)
     command = launch_command(
@@ -140,67 +159,136 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_advice(settings: Settings, run: bool) -> None:
-    """Refuse advice next to a run, and what only advice reads without it."""
-    if settings.advise and run:
-        raise UsageError("--advise prints in place of a command; leave --run and rehearsals out")
+    """Refuse advice next to what it would change, and without it what it alone reads.
+
+    Raises:
+        UsageError: see its message.
+    """
+    if settings.advise and (run or settings.advised):
+        raise UsageError(
+            "--advise prints in place of a command; leave --run, --advised and rehearsals out"
+        )
+    advises = settings.advise or settings.advised
     for name in ("compute", "hours", "tokens_per_second"):
-        if not settings.advise and getattr(settings, name) is not None:
-            raise UsageError(f"--{name} needs --advise: no run reads it")
+        if not advises and getattr(settings, name) is not None:
+            raise UsageError(f"--{name} needs --advise or --advised: no run reads it")
+    if advises and settings.eps == -1:
+        raise UsageError("advice weighs noise, and --eps -1 has none; give --eps")
+    if advises and settings.noise_multiplier is not None:
+        raise UsageError("advice calibrates --noise_multiplier for every line; leave it out")
+    if settings.advised:
+        # A size or a rate of one's own next to the others would be of no line.
+        chosen = {name: RECIPE.get(name) for name in (*RECIPE, "total_bs", "warmup_steps", "lr")}
+        defaults = default_settings()
+        for name, value in chosen.items():
+            if getattr(settings, name) not in (value, defaults[name]):
+                raise UsageError(f"--advised chooses --{name}; leave one of the two out")
 
 
-def advice(settings: Settings, num_examples: int) -> str:
-    """A table of recipes at one epsilon and one compute, and the flags of the best.
+@dataclass(frozen=True)
+class Recipe:
+    """A line of advice.
+
+    Attributes:
+        promise: see `recipe.promise`.
+        epochs: as --num_epochs.
+    """
+
+    promise: float
+    epochs: float
+    plan: PrivacyPlan
+
+
+def recipes(settings: Settings, num_examples: int) -> list[Recipe]:
+    """What can be had at one epsilon and one compute, the smallest batches first.
 
     Raises:
         UsageError: there is nothing to choose from.
     """
-    if settings.eps == -1:
-        raise UsageError("--advise weighs noise, and --eps -1 has none; give --eps")
-    if settings.noise_multiplier is not None:
-        raise UsageError("--advise calibrates --noise_multiplier for every line; leave it out")
-    a_draw = settings.max_seq_len
-    a_draw *= (settings.max_rows_per_unit or 1) if settings.draws_units else 1
+    a_draw = tokens_of_a_draw(settings)
     there_are = tokens_to_spend(settings, num_examples * a_draw)
     num_draws = int(there_are / a_draw)
     if num_draws < 1:
-        raise UsageError(f"--advise has {there_are:g} tokens to spend; one draw takes {a_draw:,}")
+        raise UsageError(f"{there_are:g} tokens are all that there is; one draw takes {a_draw:,}")
     footprint = footprint_of(settings)
     trained = footprint.trained if footprint else TYPICAL_ADAPTER
-    plans, refused = [], None
+    found, refused = [], None
     for size in batch_sizes(num_examples, num_draws):
         steps = max(1, num_draws // size)
         # A little more than these steps, which is cut off.
-        epochs = f"{(steps + 0.01) * size / num_examples:.6g}"
-        sized = replace(settings, total_bs=size, num_epochs=float(epochs))
+        epochs = float(f"{(steps + 0.01) * size / num_examples:.6g}")
+        sized = replace(settings, total_bs=size, num_epochs=epochs)
         try:
             plan, _ = plan_of(sized, num_examples)
         except UsageError as error:  # such as more noise, steps or bands than this size can have
             refused = error
             continue
-        if plan is not None:
-            plans.append((promise(plan, trained, settings.max_seq_len), epochs, plan))
-    if refused and not plans:
+        assert plan is not None
+        found.append(Recipe(promise(plan, trained, settings.max_seq_len), epochs, plan))
+    if refused and not found:
         raise refused
-    best = max(plans, key=lambda line: line[0])
+    return found
+
+
+def recipe_flags(settings: Settings, recipe: Recipe, num_examples: int) -> dict[str, Any]:
+    """The flags of a line of advice, those of `RECIPE` among them."""
+    plan = recipe.plan
+    sized = replace(settings, total_bs=plan.expected_batch_size, num_epochs=recipe.epochs)
+    raised, _ = over_white(sized, plan, num_examples)
+    return {
+        "total_bs": sized.total_bs,
+        "num_epochs": sized.num_epochs,
+        **RECIPE,
+        "warmup_steps": warmup_steps(plan.steps),
+        "lr": learning_rate(plan, settings.optimizer, raised),
+    }
+
+
+def advice(settings: Settings, num_examples: int) -> str:
+    """A table of `recipes`, and the flags of the best."""
+    found = recipes(settings, num_examples)
+    best = max(found, key=lambda each: each.promise)
     rows = [("total_bs", "num_epochs", "steps", "sigma", "sigma / total_bs", "tokens", "promise")]
-    for line in plans:
-        promised, epochs, plan = line
+    for each in found:
+        plan = each.plan
         size, sigma = plan.expected_batch_size, plan.noise_multiplier
         rows.append((
-            f"{size:,}", epochs, f"{plan.steps:,}", f"{sigma:.3f}", f"{sigma / size:.2e}",
-            f"{plan.steps * size * a_draw:,}", f"{promised:.2f}{' <-' if line is best else ''}",
+            f"{size:,}", f"{each.epochs:g}", f"{plan.steps:,}", f"{sigma:.3f}",
+            f"{sigma / size:.2e}", f"{plan.steps * size * tokens_of_a_draw(settings):,}",
+            f"{each.promise:.2f}{' <-' if each is best else ''}",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    _, epochs, plan = best
+    flags = recipe_flags(settings, best, num_examples)
     return "\n".join([
         *lines,
         f"The marked line promises most of what could be learnt: steps enough to get anywhere, at "
-        f"the least noise. All are ({plan.target_epsilon:g}, {plan.delta:g})-DP; from public "
-        "numbers alone.",
-        f"--total_bs {plan.expected_batch_size} --num_epochs {epochs} {RECIPE} "
-        f"--lr {learning_rate(plan, settings.optimizer):g}",
+        f"the least noise. All are ({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from "
+        "public numbers alone. Paste its flags, or give --advised in place of --advise:",
+        " ".join(
+            f"--{name} {f'{value:.15g}' if isinstance(value, float) else value}"
+            for name, value in flags.items()
+        ),
     ])  # fmt: skip
+
+
+def tokens_of_a_draw(settings: Settings) -> int:
+    """What one draw of a step takes at most."""
+    rows = (settings.max_rows_per_unit or 1) if settings.draws_units else 1
+    return settings.max_seq_len * rows
+
+
+def over_white(settings: Settings, plan: PrivacyPlan, num_examples: int) -> tuple[float, float]:
+    """A plan's noise over white noise of the same guarantee: in a step, and in the sum of all."""
+    if plan.bands == 1:
+        return 1.0, 1.0
+    white, _ = plan_of(
+        replace(settings, noise=WHITE, bands="auto", noise_multiplier=None), num_examples
+    )
+    assert white is not None
+    of_a_step, of_all = deviations(plan.coefficients, plan.steps)
+    ratio = plan.noise_multiplier / white.noise_multiplier
+    return ratio * of_a_step, ratio * of_all / math.sqrt(plan.steps)
 
 
 def tokens_to_spend(settings: Settings, of_an_epoch: int) -> float:
@@ -293,13 +381,15 @@ def say_summary(
     num_examples: int,
     trained: int | None,
     delta_is_auto: bool,
+    steps: int,
+    raised: tuple[float, float] | None,
 ) -> None:
     """Tell on stderr what the command will do.
 
     Args:
         trained: numbers in the adapter, where they are known.
+        raised: see `over_white`; None without privacy.
     """
-    steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
     canaries = settings.num_canary_rows
     counted = f", of which {canaries:,} rows of canaries" if canaries else ""
     drawn = "units" if settings.draws_units else "examples"
@@ -328,11 +418,12 @@ def say_summary(
         ]  # fmt: skip
         if plan.bands > 1:
             rows.append(("correlated noise", of_bands(plan, trained)))
-            white, _ = plan_of(
-                replace(settings, noise=WHITE, bands="auto", noise_multiplier=None), num_examples
-            )
-            assert white is not None
-            rows.append(("against white noise", against_white(plan, white)))
+            assert raised is not None
+            rows.append((
+                "against white noise",
+                f"{raised[0]:.2g} times in a step, {raised[1]:.2g} times in the sum of all steps; "
+                "AdamW divides by a step's noise, so raise --lr by the first",
+            ))  # fmt: skip
         if trained:
             of_a_step, of_all = signal_to_noise(plan, trained, settings.max_seq_len)
             rows.append(
@@ -361,16 +452,6 @@ def of_bands(plan: PrivacyPlan, trained: int | None) -> str:
     return (
         f"{plan.bands} bands: a {'row' if plan.unit_column is None else 'unit'} takes part in at "
         f"most {times} steps; {kept} past noises{memory} in the main process's memory"
-    )
-
-
-def against_white(plan: PrivacyPlan, white: PrivacyPlan) -> str:
-    """What correlated noise is to white noise of the same guarantee, and what AdamW makes of it."""
-    of_a_step, of_all = deviations(plan.coefficients, plan.steps)
-    ratio = plan.noise_multiplier / white.noise_multiplier
-    return (
-        f"{ratio * of_a_step:.2g} times in a step, {ratio * of_all / math.sqrt(plan.steps):.2g} "
-        "times in the sum of all steps; AdamW divides by a step's noise, so raise --lr by the first"
     )
 
 

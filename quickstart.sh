@@ -33,8 +33,8 @@ say "2/8  Type A: learn to write instructions, with differential privacy"
 # audit this very run by.
 python generate_train_command.py --run --dataset_name quickstart_instructions \
     --job_sess quickstart_instructions --prompt_style uncond_generation $base $private \
-    --lr 1e-2 --lr_scheduler cosine --total_bs 64 --num_epochs 0.24 --max_eval_examples 128 \
-    --noise_multiplier 0.45 \
+    --lr 1e-2 --lr_scheduler cosine --warmup_steps 1 --total_bs 64 --num_epochs 0.24 \
+    --max_eval_examples 128 --noise_multiplier 0.45 \
     --reserve_histogram_sigma 10 --audit_canaries 500 --save_steps 1 --keep_checkpoints 100
 
 say "3/8  Type B: sample synthetic instructions"

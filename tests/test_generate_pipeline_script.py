@@ -58,7 +58,7 @@ def flags_of(folder: Path, model: str, data: str, *more: str) -> list[str]:
     return [
         "--data", data, "--model_name", model, "--projects_dir", str(folder / "projects"),
         "--project", "mine", "--eps", "8", "--delta", "1e-3", "--total_bs", "8",
-        "--num_epochs", "0.5", "--max_seq_len", "320", "--num_samples", "32",
+        "--lr", "1e-3", "--num_epochs", "0.5", "--max_seq_len", "320", "--num_samples", "32",
         "--embedding_model", str(folder / "encoder" / "model"),
         "--split", "train=0.6,val=0.1,test=0.3", *more,
     ]  # fmt: skip
@@ -314,6 +314,38 @@ def test_training_leaves_room_for_the_histogram_that_is_drawn(shell, tmp_path, c
     assert "--histogram_sigma 7.5 \\\n" in script
     assert train[train.index("--save_steps") + 1] == "1"
     assert "--unit_column" not in script
+
+
+def test_a_recipe_is_advised_unless_it_is_given(shell, tmp_path, capsys):
+    flags = flags_of(tmp_path, "M", "d.csv")
+    given = first_commands(shell, printed(capsys, *flags))[1]
+    assert [word for word in ("--total_bs", "--clip", "--lr") if word not in given] == []
+    assert "--advised" not in given
+    shell.commands.clear()
+    script = printed(capsys, *without(flags, "--total_bs", "--lr"), "--project", "other")
+    advised = first_commands(shell, script)[1]
+    assert [word for word in ("--total_bs", "--clip", "--lr") if word in advised] == []
+    assert "--advised" in advised
+    assert advised[advised.index("--num_epochs") + 1] == "0.5"
+
+
+def without(flags: list[str], *names: str) -> list[str]:
+    """Flags but for some that have one value each."""
+    places = {place for name in names for place in (flags.index(name), flags.index(name) + 1)}
+    return [word for place, word in enumerate(flags) if place not in places]
+
+
+@pytest.mark.parametrize(
+    ("names", "more", "message"),
+    [
+        (["--lr"], [], "--total_bs and --lr go together"),
+        (["--total_bs"], [], "--total_bs and --lr go together"),
+        (["--total_bs", "--lr"], ["--clip", "0.5"], "--clip 0.5 needs --total_bs and --lr"),
+    ],
+)
+def test_half_a_recipe_is_refused(tmp_path, names, more, message):
+    with pytest.raises(UsageError, match=message):
+        generate_pipeline_script.main(without(flags_of(tmp_path, "M", "d.csv", *more), *names))
 
 
 def test_rows_are_the_unit_where_no_column_is_one(shell, tmp_path, capsys):

@@ -322,13 +322,15 @@ def test_reserving_a_histogram_asks_for_more_noise(generate, tmp_path):
     assert noise_multiplier("--reserve_histogram_sigma=3") > noise_multiplier()
 
 
+SIZED = (
+    "--model_name=m", "--dataset_name=elsewhere", "--num_train_examples=5824", "--eps=5.94",
+    "--delta=1e-5", "--job_sess=t", "--prompt_style=uncond_generation", "--max_seq_len=64",
+)  # fmt: skip
+
+
 def advised(generate, *more):
     """The lines of a plan for 5,824 rows of at most 64 tokens, as cells."""
-    out, _ = generate(
-        "--model_name=m", "--dataset_name=elsewhere", "--num_train_examples=5824", "--eps=5.94",
-        "--delta=1e-5", "--clip=1", "--job_sess=t", "--prompt_style=uncond_generation",
-        "--max_seq_len=64", "--num_epochs=1", "--advise", *more,
-    )  # fmt: skip
+    out, _ = generate(*SIZED, "--num_epochs=1", "--advise", *more)
     return [line.split() for line in out.splitlines()]
 
 
@@ -340,16 +342,50 @@ def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
     (best,) = [line for line in lines if line[-1] == "<-"]
     assert max(lines, key=lambda line: float(line[6])) is best
     assert flags_of_best[:4] == ["--total_bs", best[0], "--num_epochs", best[1]]
-    assert flags_of_best[-2:] == ["--lr", "0.01"]
-    # What is pasted is what the line says: 22 steps at the noise that the accountant asks for.
-    line, _ = generate(
-        "--model_name=m", "--dataset_name=elsewhere", "--num_train_examples=5824", "--eps=5.94",
-        "--delta=1e-5", "--clip=1", "--job_sess=t", "--prompt_style=uncond_generation",
-        "--max_seq_len=64", "--total_bs=256", f"--num_epochs={lines[4][1]}",
-    )  # fmt: skip
-    settings = understood(line)
-    assert f"{settings.noise_multiplier:.3f}" == lines[4][3]
-    assert num_steps(settings.num_epochs, 5824, 256) == 22
+    assert flags_of_best[-4:] == ["--warmup_steps", "3", "--lr", "0.01"]
+    # What is pasted is what the line says, and so is what is followed without pasting.
+    pasted, _ = generate(*SIZED, *flags_of_best)
+    settings = understood(pasted)
+    assert f"{settings.noise_multiplier:.3f}" == best[3]
+    assert num_steps(settings.num_epochs, 5824, settings.total_bs) == int(best[2])
+    followed, summary = generate(*SIZED, "--num_epochs=1", "--advised")
+    assert followed == pasted
+    assert "warning: --lr" not in summary
+
+
+def test_advice_for_correlated_noise_raises_the_rate(generate, monkeypatch):
+    monkeypatch.setattr("utils.privacy.plan.best_bands", lambda *_: 8)
+    line, summary = generate(*SIZED, "--num_epochs=1", "--advised", "--noise=banded")
+    args = understood(line)
+    assert (args.noise, args.bands) == ("banded", 8)
+    times = float(re.search(r"against white noise +([\d.]+) times in a step", summary)[1])
+    assert times > 1.5
+    steps = num_steps(args.num_epochs, 5824, args.total_bs)
+    assert args.lr == pytest.approx(min(0.01, 0.64 / steps) * times, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "own", ["--lr=1e-3", "--total_bs=64", "--clip=0.5", "--warmup_steps=4", "--lr_scheduler=linear",
+            "--loss_normalization=max_seq_len"],
+)  # fmt: skip
+def test_what_is_advised_is_not_given_as_well(generate, own):
+    with pytest.raises(UsageError, match=f"--advised chooses {own.partition('=')[0]}; leave one"):
+        generate(*SIZED, "--advised", own)
+
+
+def test_a_schedule_that_leads_nowhere_is_warned_of(generate):
+    sizes = ["--clip=1", "--total_bs=256", "--num_epochs=1", "--lr_scheduler=cosine"]
+    _, summary = generate(*SIZED, *sizes)
+    assert (
+        "warning: --warmup_steps 30 of 22 steps: --lr is never reached; use --warmup_steps 2"
+        in (summary)
+    )
+    assert "warning: --lr 0.0003 is 0.03 times what to start from in 22 steps" in summary
+    assert "use --lr 0.01 --lr_scheduler cosine --warmup_steps 2" in summary
+    # Without privacy a rate is the user's own affair.
+    _, summary = generate(*(word for word in SIZED if "eps" not in word), "--eps=-1", *sizes[1:])
+    assert "--lr is never reached" in summary
+    assert "what to start from" not in summary
 
 
 def test_advice_spends_the_compute_that_there_is():
@@ -366,7 +402,7 @@ def test_advice_spends_the_compute_that_there_is():
 
 def test_what_only_advice_reads_needs_it(generate):
     for flag in ("compute", "hours", "tokens_per_second"):
-        with pytest.raises(UsageError, match=f"--{flag} needs --advise"):
+        with pytest.raises(UsageError, match=f"--{flag} needs --advise or --advised"):
             generate(*flags("m", "elsewhere", "out", f"--{flag}=1e6"))
 
 
@@ -387,11 +423,12 @@ def test_advice_leaves_out_what_no_supported_noise_makes_private(generate, monke
         (["--hours=1"], "--hours needs --tokens_per_second"),
         (["--tokens_per_second=1"], "--hours needs --tokens_per_second"),
         (["--hours=1", "--tokens_per_second=9", "--compute=5"], "leave one out"),
-        (["--eps=-1", "--clip=-1"], "--eps -1 has none"),
+        (["--eps=-1"], "--eps -1 has none"),
         (["--noise_multiplier=1"], "leave it out"),
-        (["--run"], "leave --run and rehearsals out"),
-        (["--check"], "leave --run and rehearsals out"),
-        (["--compute=63"], "63 tokens to spend; one draw takes 64"),
+        (["--run"], "leave --run, --advised and rehearsals out"),
+        (["--check"], "leave --run, --advised and rehearsals out"),
+        (["--advised"], "leave --run, --advised and rehearsals out"),
+        (["--compute=63"], "63 tokens are all that there is; one draw takes 64"),
         (["--hours=1e9", "--tokens_per_second=1e3"], "steps .* must be between 0 and 100000"),
     ],
 )

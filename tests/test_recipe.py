@@ -16,7 +16,9 @@ from utils.privacy.recipe import (
     learning_rate,
     promise,
     recipe_warnings,
+    schedule_warnings,
     signal_to_noise,
+    warmup_steps,
 )
 from utils.secure_random import SecureRandom
 
@@ -67,7 +69,7 @@ def test_recipes_that_were_seen_to_learn_pass():
 )
 def test_recipes_that_are_taught_pass(file, sizes):
     commands = (ROOT / file).read_text().replace("\\\n", " ").splitlines()
-    taught = [dict(re.findall(r"--(\w+) ([\d.]+)", line)) for line in commands]
+    taught = [dict(re.findall(r"--(\w+) ([\w.-]+)", line)) for line in commands]
     taught = [flags for flags in taught if "noise_multiplier" in flags]
     assert [flags["total_bs"] for flags in taught] == sizes
     for flags in taught:
@@ -78,6 +80,9 @@ def test_recipes_that_are_taught_pass(file, sizes):
             noise_multiplier=float(flags["noise_multiplier"]),
         )  # fmt: skip
         assert recipe_warnings(plan, SMOLLM2 * int(flags.get("lora_r", 8)) // 8, 128) == []
+        advised = learning_rate(plan, "adamw")
+        schedule = flags.get("lr_scheduler", "constant"), int(flags.get("warmup_steps", 30))
+        assert schedule_warnings(*schedule, plan.steps, float(flags["lr"]), advised) == []
 
 
 def test_a_small_batch_for_two_steps_is_drowned_and_too_short():
@@ -142,5 +147,44 @@ def test_a_plan_puts_recipes_in_the_order_in_which_they_learnt():
 def test_a_learning_rate_falls_with_many_steps_and_follows_the_optimizer():
     rates = [learning_rate(replace(SMALL, steps=steps), "adamw") for steps in (22, 60, 91, 439)]
     assert rates == [0.01, 0.01, 0.007, 0.0015]
-    assert learning_rate(replace(SMALL, steps=22), "sgd") == 0.5
-    assert learning_rate(replace(SMALL, steps=22), "adamw_corrected") == 0.003
+    few = replace(SMALL, steps=22)
+    assert learning_rate(few, "adamw_corrected") == 0.003
+    # Steps of SGD are as long as clipped gradients, those of AdamW are not.
+    halved = replace(few, clip_norm=0.5)
+    assert [learning_rate(plan, "sgd") for plan in (few, halved)] == [0.5, 1.0]
+    assert learning_rate(halved, "adamw") == 0.01
+    assert learning_rate(few, "adamw", raised=2.3) == 0.023
+
+
+def test_warm_up_is_a_twentieth_of_the_steps():
+    assert [warmup_steps(steps) for steps in (1, 19, 22, 60, 439, 5000)] == [1, 1, 2, 3, 22, 30]
+
+
+def test_rates_and_warm_ups_that_were_seen_to_learn_pass():
+    # Published; on a small base; on SmolLM2-135M; and the largest one that was seen to learn.
+    for scheduler, warmup, steps, lr in (
+        ("constant", 30, 439, 1e-3),
+        ("cosine", 3, 60, 1e-2),
+        ("cosine", 3, 22, 1.5e-2),
+        ("cosine", 3, 45, 7e-3),
+    ):
+        advised = learning_rate(replace(SMALL, steps=steps), "adamw")
+        assert schedule_warnings(scheduler, warmup, steps, lr, advised) == []
+
+
+def test_a_rate_far_from_the_advised_one_is_warned_of():
+    (low,) = schedule_warnings("constant", 30, 60, 2.5e-3, 1e-2)
+    assert "--lr 0.0025 is 0.25 times what to start from in 60 steps, and learns little" in low
+    (high,) = schedule_warnings("constant", 30, 60, 3e-2, 1e-2)
+    assert "--lr 0.03 is 3 times what to start from" in high
+    assert "fell apart" in high
+    assert schedule_warnings("constant", 30, 60, 2.6e-3, 1e-2) == []
+    assert schedule_warnings("constant", 30, 60, 3e-2, None) == []
+
+
+def test_a_warm_up_of_more_than_half_of_a_run_is_warned_of():
+    (late,) = schedule_warnings("linear", 31, 60, 1e-2, 1e-2)
+    assert "--lr is reached in step 31; use --warmup_steps 3" in late
+    (never,) = schedule_warnings("cosine", 60, 60, 1e-2, 1e-2)
+    assert "--lr is never reached" in never
+    assert schedule_warnings("cosine", 30, 60, 1e-2, 1e-2) == []
