@@ -10,7 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import load_from_disk
+from safetensors.torch import save_file
 
 from data import prepare_quickstart
 from tests.paths import ROOT
@@ -303,6 +305,16 @@ def test_every_file_is_on_the_disk_before_the_folder_gets_its_name(tmp_path, mon
     before, after = events[: events.index("rename")], events[events.index("rename") :]
     assert set(before) == {"file", "deep", ".target.partial"}
     assert after == ["rename", tmp_path.name]
+
+
+def test_who_may_read_a_folder_may_read_its_files(tmp_path):
+    tensors = {"one": torch.zeros(1)}
+    with whole_folder(tmp_path / "open") as folder:
+        folder.chmod(0o750)
+        save_file(tensors, folder / "adapter.safetensors")  # it writes for the owner alone
+        save_file(tensors, private_folder(folder / "private") / "own.safetensors")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "open").rglob("*.s*")}
+    assert modes == {"adapter.safetensors": 0o640, "own.safetensors": 0o600}
 
 
 def test_a_data_set_is_saved_with_its_columns_and_how_it_was_made(tmp_path):

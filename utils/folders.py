@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -236,7 +237,7 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _fsync_tree(temporary)
+            _settle_tree(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -248,11 +249,22 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _fsync_tree(folder: Path) -> None:
+def _settle_tree(folder: Path) -> None:
+    """Put all files on the disk, and let those read them who may read their folder.
+
+    A library that writes for the owner alone, as safetensors does, would leave an adapter that
+    nobody else can load.
+    """
     for parent, _, names in os.walk(folder):
+        readers = os.stat(parent).st_mode & 0o444
         for name in names:
-            with open(Path(parent, name), "rb") as file:
+            path = Path(parent, name)
+            with open(path, "rb") as file:
                 os.fsync(file.fileno())
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode | readers != mode:
+                with suppress(OSError):  # not every file system has modes
+                    path.chmod(mode | readers)
         fsync_folder(parent)
 
 
