@@ -66,7 +66,13 @@ from utils.privacy.accounting import ADD_REMOVE
 from utils.privacy.ledger import LEDGER_FILE
 from utils.progress import Progress
 from utils.runs.batching import cut_microbatches
-from utils.runs.checkpointing import Checkpoint, restore_adapter, whole_checkpoints
+from utils.runs.checkpointing import (
+    Checkpoint,
+    read_checkpoint,
+    restore_adapter,
+    step_of,
+    whole_checkpoints,
+)
 from utils.runs.run_folder import COINS, model_name_of, private_identity_of
 from utils.texts.audit_canaries import COINS_FILE, AuditCanaries, coins_fingerprint, read_coins
 from utils.texts.tokens import TokenisedExamples
@@ -187,11 +193,11 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
 def checkpoints_of(run: AuditedRun, most: int | None) -> list[Checkpoint]:
     """The whole ones, the oldest first, or so many of them, from the first to the last."""
     # Before the first step there is no moment.
-    found = [each for each in whole_checkpoints(run.folder / "checkpoints") if each.state["step"]]
+    found = [path for path in whole_checkpoints(run.folder / "checkpoints") if step_of(path)][::-1]
     places = np.arange(len(found))
     if most and most < len(found):
         places = np.linspace(0, len(found) - 1, most).round().astype(int)
-    return [found[::-1][place] for place in places]
+    return [read_checkpoint(found[place]) for place in places]
 
 
 def scores_of(

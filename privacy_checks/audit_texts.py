@@ -109,9 +109,16 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--tuned scores canaries, and {settings.run} has none; leave it out")
     with claimed(settings.output):
         require_new_result(settings.output, TOOL)
+        texts = read_instructions(settings.synthetic, settings.split)
+        training, held_out = (
+            read_instructions(given, split) if given else []
+            for given, split in (
+                (settings.private, settings.split),
+                (settings.held_out, settings.held_out_split),
+            )
+        )
         quiet_libraries()
         tokenizer = load_tokenizer(settings.model_name or model_name_of(settings.run))
-        texts = read_instructions(settings.synthetic, settings.split)
         if settings.tuned:
             require_tuned_on(texts, settings.tuned)
         model = NGrams(rows_of(tokens_of(texts, tokenizer)), len(tokenizer))
@@ -133,9 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             write_json(settings.output / FILES[0], result)
             write_atomic(settings.output / FILES[1], plot(result))
             say(f"written to {settings.output}")
-        if settings.private and settings.held_out:
-            training = read_instructions(settings.private, settings.split)
-            held_out = read_instructions(settings.held_out, settings.held_out_split)
+        if settings.private:
             members = membership(*(
                 row_scores(model, tokens_of(rows, tokenizer)) for rows in (training, held_out)
             ))  # fmt: skip

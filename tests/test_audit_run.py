@@ -16,7 +16,7 @@ from privacy_checks.observed_run import save_tiny_model
 from tests.training import in_process, save_dataset
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError
 from utils.privacy.mechanism import Private
-from utils.runs.checkpointing import whole_checkpoints
+from utils.runs.checkpointing import read_checkpoint, whole_checkpoints
 from utils.texts.audit_canaries import TOKENS, AuditCanaries
 
 
@@ -116,7 +116,7 @@ def test_as_many_checkpoints_are_looked_at_as_are_asked_for(parts, tmp_path, mon
 
     monkeypatch.setattr(audit_run, "restore_adapter", watched)
     assert audited(parts, run, "--max_checkpoints=3") == EXIT_FAILED
-    saved = [each.adapter for each in whole_checkpoints(run / "checkpoints")][::-1]
+    saved = [read_checkpoint(each).adapter for each in whole_checkpoints(run / "checkpoints")][::-1]
     assert len(saved) == 4
     name = next(name for name in steps[0] if "lora_B" in name)
     looked_at = [

@@ -98,22 +98,32 @@ class _Sink:
 
 def load_last_good(folder: str | os.PathLike) -> Checkpoint | None:
     """Read the newest checkpoint that is whole; a damaged one is named and passed over."""
-    return next(whole_checkpoints(folder), None)
+    return next(map(read_checkpoint, whole_checkpoints(folder)), None)
 
 
-def whole_checkpoints(folder: str | os.PathLike) -> Iterator[Checkpoint]:
-    """Read all checkpoints that are whole, the newest first; damaged ones are named."""
+def whole_checkpoints(folder: str | os.PathLike) -> Iterator[Path]:
+    """All checkpoints that are whole, the newest first; damaged ones are named."""
     for path in _checkpoints(Path(folder)):
         damage = _damage(path)
         if damage is None:
-            yield Checkpoint(
-                path=path,
-                adapter=load_file(path / ADAPTER_FILE),
-                optimizer=torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu"),
-                state=json.loads((path / STATE_FILE).read_text()),
-            )
+            yield path
         else:
             say(f"warning: {path} is damaged ({damage}); trying the one before it")
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint was saved after."""
+    return int(path.name.partition("-")[2])
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint that is whole."""
+    return Checkpoint(
+        path=path,
+        adapter=load_file(path / ADAPTER_FILE),
+        optimizer=torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu"),
+        state=json.loads((path / STATE_FILE).read_text()),
+    )
 
 
 def restore_adapter(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
