@@ -1033,7 +1033,7 @@ def own_microbatches(
     if parts is None:
         ranks = cut_microbatches(indices, lengths, run.token_budget, num_ranks, shapes, run.cost)
     else:
-        ranks = deal_parts(parts, lengths, run.token_budget, num_ranks, shapes)
+        ranks = deal_parts(parts, lengths, run.token_budget, num_ranks, shapes, run.cost)
     own = ranks[run.accelerator.process_index]
     idle = max(map(len, ranks)) - len(own) if run.is_sharded else 0
     return [*own, *[None] * idle]

@@ -17,7 +17,7 @@ from utils.dp_utils import PerExampleGradients
 from utils.models.language_model import LanguageModel
 from utils.models.losses import normalise
 from utils.privacy.unit_sums import UNITS_AT_ONCE, Units, UnitSums
-from utils.runs.batching import Shapes, cut_microbatches, deal_parts
+from utils.runs.batching import Cost, Shapes, cut_microbatches, deal_parts
 from utils.secure_random import SecureRandom
 
 TINY_PROBABILITY = 1e-6
@@ -288,6 +288,16 @@ def test_parts_hold_whole_units_of_which_each_passes_on_one_process(num_ranks, n
     assert sorted(np.concatenate(seen).tolist()) == rows.tolist()
     of_ranks = [set(owners[rows].tolist()) for rows in seen]
     assert sum(map(len, of_ranks)) == len(set.union(*of_ranks))  # no unit is on two ranks
+
+
+def test_parts_are_dealt_by_what_they_cost_launches_included():
+    """Three short rows in three microbatches cost more than a long one where launching does."""
+    lengths = np.array([8, 16, 24, 64, 8])
+    parts = [np.array([0, 1, 2]), np.array([3]), np.array([4])]
+    shapes = Shapes(max_seq_len=64, token_budget=256, tokens=None)
+    for cost, last in ((Cost(0), 0), (Cost(1000), 1)):
+        ranks = deal_parts(parts, lengths, 256, 2, shapes, cost)
+        assert [cut.examples.tolist() for cut in ranks[last]][-1] == [4]
 
 
 def test_a_step_that_drew_nobody_has_no_parts_and_is_whole():

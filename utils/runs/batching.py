@@ -203,9 +203,8 @@ def cut_microbatches(
     """
     order = indices[np.argsort(-lengths[indices], kind="stable")]
     sizes = lengths[order]
-    ranks: list[list[Microbatch]] = [[] for _ in range(num_ranks)]
     if not len(order):
-        return ranks
+        return [[] for _ in range(num_ranks)]
     longest = int(sizes[0])
     if longest > token_budget:
         raise ValueError(f"an example of {longest} tokens exceeds the budget {token_budget}")
@@ -220,12 +219,8 @@ def cut_microbatches(
             (start, end, end - start, int(sizes[start]))
             for start, end in _cheapest_cuts(sizes, token_budget, cost)
         ]
-    loads = [0] * num_ranks
-    for start, end, rows, tokens in cuts:
-        rank = loads.index(min(loads))
-        ranks[rank].append(Microbatch(order[start:end], rows, tokens))
-        loads[rank] += int(cost.of(rows * tokens))
-    return ranks
+    cut = [[Microbatch(order[start:end], rows, tokens)] for start, end, rows, tokens in cuts]
+    return _dealt(cut, num_ranks, cost)
 
 
 def deal_parts(
@@ -234,15 +229,21 @@ def deal_parts(
     token_budget: int,
     num_ranks: int,
     shapes: Shapes | None,
+    cost: Cost = ON_A_CPU,
 ) -> list[list[Microbatch]]:
     """`cut_microbatches` of each part of a logical batch, all of one part for the same rank."""
+    cut = (cut_microbatches(part, lengths, token_budget, 1, shapes, cost) for part in parts)
+    return _dealt([own for (own,) in cut], num_ranks, cost)
+
+
+def _dealt(groups: list[list[Microbatch]], num_ranks: int, cost: Cost) -> list[list[Microbatch]]:
+    """Groups of microbatches by rank, each for the rank with the least to do so far."""
     ranks: list[list[Microbatch]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    for part in parts:
-        (cuts,) = cut_microbatches(part, lengths, token_budget, shapes=shapes)
+    for group in groups:
         rank = loads.index(min(loads))
-        ranks[rank] += cuts
-        loads[rank] += sum(cut.rows * cut.tokens for cut in cuts)
+        ranks[rank] += group
+        loads[rank] += sum(int(cost.of(each.rows * each.tokens)) for each in group)
     return ranks
 
 
