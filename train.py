@@ -49,7 +49,7 @@ from accelerate.utils import broadcast, gather, reduce
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
@@ -106,7 +106,7 @@ from utils.runs.distributed import (
     shard_base,
 )
 from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
-from utils.runs.optimizers import CorrectedAdamW
+from utils.runs.optimizers import CorrectedAdamW, schedule
 from utils.runs.preflight import (
     check_positions,
     checkpoint_bytes,
@@ -336,7 +336,7 @@ def prepare(settings: TrainingSettings, private: type[Private], plain: type[Plai
         mechanism = plain(parameters, num_examples, total_bs, normalization, settings.seed)
     steps = num_steps(settings.num_epochs, num_examples, settings.total_bs)
     optimizer = make_optimizer(settings, parameters.values(), plan)
-    scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, steps)
+    scheduler = schedule(settings.lr_scheduler, optimizer, settings.warmup_steps, steps)
     memory = row_memory(base, parameters, settings, dtype) if plan else RowMemory()
     token_budget = tokens_at_once(mechanism, language_model, settings, memory)
     parts = compiled_parts(model, gradients, language_model) if settings.compile else []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.runs.optimizers import FLOOR, CorrectedAdamW
+from utils.runs.optimizers import FLOOR, CorrectedAdamW, schedule
 
 GRADIENTS = np.random.default_rng(0).normal(size=(20, 5))
 
@@ -63,3 +63,25 @@ def test_what_the_noise_hides_moves_less_than_what_it_does_not():
 def test_it_goes_on_from_a_checkpoint():
     whole = moved(corrected(0.5), GRADIENTS)
     assert np.array_equal(moved(corrected(0.5), GRADIENTS, stopped_at=7), whole)
+
+
+def rates(name, warmup, steps):
+    """The rate of every step, of a peak of 1."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, found = schedule(name, optimizer, warmup, steps), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_every_step_has_a_rate_and_the_peak_comes_after_the_warm_up():
+    assert rates("constant", 3, 4) == [1.0] * 4
+    assert rates("constant_with_warmup", 3, 5) == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates("linear", 1, 5) == [0.5, 1.0, 0.75, 0.5, 0.25]
+    assert rates("linear", 0, 4) == [1.0, 0.75, 0.5, 0.25]
+    halves = [(1 + np.cos(np.pi * step / 6)) / 2 for step in range(6)]
+    assert rates("cosine", 3, 9) == pytest.approx([0.25, 0.5, 0.75, *halves])
+    # A run of one step is not one at a rate of 0.
+    assert rates("cosine", 1, 1) == [0.5]

@@ -1051,6 +1051,14 @@ def test_without_privacy_a_resumed_run_equals_an_uninterrupted_one(run):
     assert largest_difference(whole, folder) == 0
 
 
+def test_a_run_of_one_step_moves_though_it_warms_up(run):
+    folder = run("--num_epochs=0.1", "--lr_scheduler=cosine", "--warmup_steps=1")
+    (step,) = (m for m in metrics(folder) if "real_tokens" in m)
+    assert step["learning_rate"] == pytest.approx(0.01 / 2)
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(weights[name].any() for name in weights if "lora_B" in name)
+
+
 def test_pairs_are_trained_on_their_answers(run, tmp_path):
     folder = run(
         "--prompt_style=vicuna", "--max_seq_len=300", dataset=save_dataset(tmp_path, labelled=True)

@@ -1,9 +1,11 @@
-"""AdamW that knows the noise of the gradients that it is given."""
+"""AdamW that knows the noise of the gradients that it is given, and schedules of the rate."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 # Of the noise's variance; what is left of a second moment is taken to be no smaller.
 FLOOR = 0.1
@@ -53,3 +55,18 @@ class CorrectedAdamW(torch.optim.Optimizer):
                 second = state["exp_avg_sq"] / (1 - beta2**taken) - self._variance
                 tensor.mul_(1 - lr * group["weight_decay"])
                 tensor.sub_(lr * first / second.clamp(min=FLOOR * self._variance).sqrt())
+
+
+def schedule(
+    name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int
+) -> LambdaLR:
+    """The schedule of that name, of which every step has a rate above 0.
+
+    The libraries' own begins its warm-up at a rate of 0: the first step would be paid for and move
+    nothing. Here step t of w has (t + 1) / (w + 1) of the peak, and from step w on all is theirs.
+
+    Args:
+        name: as `transformers.get_scheduler` has it.
+    """
+    (of_step,) = get_scheduler(name, optimizer, warmup_steps + 1, steps + 1).lr_lambdas
+    return LambdaLR(optimizer, lambda step: of_step(step + 1))
