@@ -101,7 +101,7 @@ from utils.cli import UsageError, run_cli, say
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
-from utils.runs.run_folder import CONFIG_FILE, holds_run, model_name_of
+from utils.runs.run_folder import arguments_of, model_name_of
 from utils.texts.canaries import canary, secrets
 from utils.texts.prompts import fix_date
 from utils.texts.text_filters import comparison_form
@@ -531,9 +531,7 @@ def read_run(folder: Path, model_name: str | None) -> CanaryRun:
     Raises:
         UsageError: no run, none that is finished, or one without canaries.
     """
-    if not holds_run(folder):
-        raise UsageError(f"--run {str(folder)!r}: there is no {CONFIG_FILE}")
-    arguments = json.loads((folder / CONFIG_FILE).read_text())["arguments"]
+    arguments = arguments_of(folder)
     if not arguments.get("num_canaries"):
         raise UsageError(
             f"--run {str(folder)!r} was trained without --num_canaries; leave --run out"

@@ -45,13 +45,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from evaluation.perplexity import losses_of_models, tokenizer_of
-from privacy_checks.composition import arguments_of, by_kind, composed_report
+from privacy_checks.composition import by_kind, composed_report
 from privacy_checks.estimators import correct_guesses, one_run, one_run_f_dp
 from privacy_checks.signature import head_of
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
@@ -73,7 +72,7 @@ from utils.runs.checkpointing import (
     step_of,
     whole_checkpoints,
 )
-from utils.runs.run_folder import COINS, model_name_of, private_identity_of
+from utils.runs.run_folder import COINS, arguments_of, model_name_of, private_identity_of
 from utils.texts.audit_canaries import COINS_FILE, AuditCanaries, coins_fingerprint, read_coins
 from utils.texts.tokens import TokenisedExamples
 
@@ -190,18 +189,18 @@ def read_run(folder: Path, model_name: str | None, histograms: Sequence[Path] = 
 # ------------------------------------------------------------------------ the scores
 
 
-def checkpoints_of(run: AuditedRun, most: int | None) -> list[Checkpoint]:
+def checkpoints_of(run: AuditedRun, most: int | None) -> list[Path]:
     """The whole ones, the oldest first, or so many of them, from the first to the last."""
     # Before the first step there is no moment.
     found = [path for path in whole_checkpoints(run.folder / "checkpoints") if step_of(path)][::-1]
     places = np.arange(len(found))
     if most and most < len(found):
         places = np.linspace(0, len(found) - 1, most).round().astype(int)
-    return [read_checkpoint(found[place]) for place in places]
+    return [found[place] for place in places]
 
 
 def scores_of(
-    run: AuditedRun, perdevice_bs: int, checkpoints: Sequence[Checkpoint]
+    run: AuditedRun, perdevice_bs: int, checkpoints: Sequence[Path]
 ) -> dict[str, np.ndarray]:
     """A score for each canary by each attack, float64 [canaries]; high for one that was in."""
     quiet_libraries()
@@ -220,7 +219,7 @@ def scores_of(
 
 
 def checkpoint_scores(
-    run: AuditedRun, checkpoints: Sequence[Checkpoint], data: TokenisedExamples, budget: int
+    run: AuditedRun, checkpoints: Sequence[Path], data: TokenisedExamples, budget: int
 ) -> np.ndarray:
     """How much of each canary is in what was released between checkpoints, summed over these.
 
@@ -239,15 +238,16 @@ def checkpoint_scores(
     base = load_base_model(run.model_name, resolve_dtype(run.arguments["dtype"], device))
     model = attach_saved(base, run.model_name, str(run.folder / "adapter"), merge=False)
     model.to(device).eval()
+    before = read_checkpoint(checkpoints[0])
     for name, tensor in model.named_parameters():
-        tensor.requires_grad_(name in checkpoints[0].adapter)
+        tensor.requires_grad_(name in before.adapter)
     gradients, language_model = PerExampleGradients(model), LanguageModel(base)
     sketch = Sketch(gradients.num_parameters, device)
     (microbatches,) = cut_microbatches(np.arange(len(data)), data.lengths, budget)
     scores = np.zeros(len(data))
     total = len(microbatches) * (len(checkpoints) - 1)
     passes = Progress(None, "gradients of canaries", unit="microbatch", total=total)
-    for before, after in pairwise(checkpoints):
+    for path in checkpoints[1:]:
         restore_adapter(gradients.parameters, before.adapter)
         rows = torch.zeros(len(data), sketch.size, device=device)
         for part in microbatches:
@@ -258,6 +258,7 @@ def checkpoint_scores(
                 rows[example] = sketch(gradients.of_example(place)[: gradients.num_parameters])
             passes.update()
         rows = torch.nn.functional.normalize(rows).double()
+        after = read_checkpoint(path)
         (first, beta), (last, _) = moment_of(before), moment_of(after)
         steps = after.state["step"] - before.state["step"]
         released = torch.nn.functional.normalize(
@@ -265,6 +266,7 @@ def checkpoint_scores(
         )
         overlaps = rows @ rows.T + RIDGE * torch.eye(len(rows), device=device)
         scores += torch.linalg.solve(overlaps, rows @ released).cpu().numpy()
+        before = after  # so that two are in memory
     passes.close()
     return scores
 

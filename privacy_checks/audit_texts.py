@@ -66,7 +66,6 @@ from evaluation.measures.ngrams import NGrams
 from evaluation.perplexity import losses_of_models
 from evaluation.results import Result, Score, require_new_result, table, write_result
 from privacy_checks.audit_run import AuditedRun, as_text, judged, plot, read_run
-from privacy_checks.composition import arguments_of
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, run_cli, say
 from utils.files import write_atomic, write_json
 from utils.folders import claimed
@@ -74,6 +73,7 @@ from utils.models.loading import load_tokenizer, quiet_libraries
 from utils.runs.run_folder import (
     ADAPTER_HASH,
     REPORT_FILE,
+    arguments_of,
     model_name_of,
     private_identity_of,
     require_own_adapter,
@@ -117,14 +117,16 @@ def main(argv: list[str] | None = None) -> int:
                 (settings.held_out, settings.held_out_split),
             )
         )
-        quiet_libraries()
-        tokenizer = load_tokenizer(settings.model_name or model_name_of(settings.run))
         if settings.tuned:
             require_tuned_on(texts, settings.tuned)
-        model = NGrams(rows_of(tokens_of(texts, tokenizer)), len(tokenizer))
-        refuted = False
+        audited = None
         if has_canaries:
             audited = read_run(settings.run, settings.model_name, settings.histogram)
+        quiet_libraries()
+        tokenizer = load_tokenizer(settings.model_name or model_name_of(settings.run))
+        model = NGrams(rows_of(tokens_of(texts, tokenizer)), len(tokenizer))
+        refuted = False
+        if audited:
             canaries = canaries_of(audited.canaries, tokenizer)
             scores = {OF_RUNS: row_scores(model, canaries)}
             if settings.tuned:

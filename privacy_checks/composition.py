@@ -1,12 +1,12 @@
 """What runs and histograms of one private data set spent together, read from their ledgers."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
 from utils.cli import EXIT_FAILED, EXIT_OK, UsageError, say
+from utils.files import required_object
 from utils.privacy.accounting import (
     ADD_REMOVE,
     MAX_DELTA,
@@ -38,7 +38,13 @@ from utils.privacy.ledger import (
     steps_in,
 )
 from utils.privacy.plan import ROWS, PrivacyPlan
-from utils.runs.run_folder import CONFIG_FILE, REPORT_FILE, holds_run, require_own_adapter
+from utils.runs.run_folder import (
+    BACKUP,
+    CONFIG_FILE,
+    REPORT_FILE,
+    arguments_of,
+    require_own_adapter,
+)
 
 HISTOGRAM_MECHANISM = "Gaussian histogram"
 ALLOW_ABOVE_TARGET = "exit with 0 though all together spent more than a run's target epsilon"
@@ -295,29 +301,6 @@ def exit_code(report: dict, allow_above_target: bool) -> int:
     return EXIT_OK
 
 
-def _read_json(path: Path, *needed: str) -> dict:
-    """A JSON object that has the entries `needed`."""
-    try:
-        value = json.loads(path.read_text())
-    except ValueError:
-        raise UsageError(f"{path} is not JSON; restore it from a backup") from None
-    for name in needed:
-        if not isinstance(value, dict) or name not in value:
-            raise UsageError(f"{path} has no {name!r}; restore it from a backup")
-    return value
-
-
-def arguments_of(folder: Path) -> dict:
-    """The flags of a run.
-
-    Raises:
-        UsageError: there is no run.
-    """
-    if not holds_run(folder):
-        raise UsageError(f"{folder} holds no run: there is no {CONFIG_FILE}")
-    return _read_json(folder / CONFIG_FILE, "arguments")["arguments"]
-
-
 def why_no_guarantee(folder: Path) -> str:
     """Why what a run released may be as private as its rows; nothing where noise protects them.
 
@@ -330,7 +313,7 @@ def why_no_guarantee(folder: Path) -> str:
             raise UsageError(f"{folder / CONFIG_FILE} has no {name!r}; restore it from a backup")
     if arguments["eps"] == -1:
         return "trained without differential privacy"
-    says_so = report.exists() and not _read_json(report, "guarantee")["guarantee"]
+    says_so = report.exists() and not required_object(report, BACKUP, "guarantee")["guarantee"]
     if says_so or arguments["insecure_fixed_noise_seed"] is not None:
         return "noise and sampling came from a known seed (a test)"
     return ""
@@ -369,14 +352,14 @@ def _read_heads(run: Path, plan: PrivacyPlan, records: list[dict]) -> tuple[int,
     ledger, report = run / LEDGER_FILE, run / REPORT_FILE
     checks = [f"{ledger.name}: the hash chain of {len(records)} lines is whole"]
     needed = ("guarantee", "steps_taken", "ledger", "epsilon")
-    own_report = _read_json(report, *needed) if report.exists() else {}
+    own_report = required_object(report, BACKUP, *needed) if report.exists() else {}
     if own_report.get("plan_hash", plan.digest()) != plan.digest():
         raise UsageError(f"{report} is of another plan than {ledger}; restore the run's own")
     if (run / "adapter").exists() and not own_report:
         raise UsageError(f"{run} has an adapter but no {report.name}; restore it")
     heads = {report: (own_report["steps_taken"], own_report["ledger"])} if own_report else {}
     for file in sorted(run.glob("checkpoints/step-*/state.json")):
-        state = _read_json(file, "step", "ledger")
+        state = required_object(file, BACKUP, "step", "ledger")
         heads[file] = (state["step"], state["ledger"])
     for file, (step, head) in heads.items():
         require_head(ledger, records, head)

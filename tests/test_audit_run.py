@@ -1,6 +1,7 @@
 """An audit of a run by its own canaries: it finds noise that is missing, and claims that hold."""
 
 import json
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,8 +115,18 @@ def test_as_many_checkpoints_are_looked_at_as_are_asked_for(parts, tmp_path, mon
         steps.append(adapter)
         restore(parameters, adapter)
 
+    read, most = [], []
+
+    def counted(path):
+        checkpoint = read_checkpoint(path)
+        read.append(weakref.ref(checkpoint))
+        most.append(sum(each() is not None for each in read))
+        return checkpoint
+
     monkeypatch.setattr(audit_run, "restore_adapter", watched)
+    monkeypatch.setattr(audit_run, "read_checkpoint", counted)
     assert audited(parts, run, "--max_checkpoints=3") == EXIT_FAILED
+    assert most == [1, 2, 2]
     saved = [read_checkpoint(each).adapter for each in whole_checkpoints(run / "checkpoints")][::-1]
     assert len(saved) == 4
     name = next(name for name in steps[0] if "lora_B" in name)

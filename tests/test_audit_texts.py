@@ -245,6 +245,17 @@ def test_private_rows_in_the_texts_are_found_without_canaries(run, tmp_path):
     assert all(score["value"] > 0.9 for score in scores)
 
 
+def test_files_are_read_before_a_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_texts, "load_tokenizer", lambda _: pytest.fail("loaded"))
+    for more in (
+        [f"--private={run[1]}", f"--held_out={tmp_path / 'none.json'}"],
+        [f"--histogram={tmp_path / 'none.jsonl'}"],
+        [f"--tuned={tmp_path / 'none' / 'adapter'}"],
+    ):
+        with pytest.raises(UsageError, match="none"):
+            audited(run[0], ["text"], tmp_path / "output", *more)
+
+
 def test_coins_that_the_run_was_not_trained_with_are_refused(run, tmp_path):
     """Were they taken, another run's canaries would clear this one."""
     folder = shutil.copytree(run[0], tmp_path / "job")

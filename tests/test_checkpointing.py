@@ -18,6 +18,8 @@ from utils.runs.checkpointing import (
     load_last_good,
     restore_adapter,
     save_checkpoint,
+    step_of,
+    whole_checkpoints,
 )
 
 
@@ -76,6 +78,16 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, name,
         file.unlink()
     assert load_last_good(tmp_path).state["step"] == 1
     assert "step-000002 is damaged" in capsys.readouterr().err
+
+
+def test_a_copy_under_another_name_is_the_users(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000002.bak")
+    assert [step_of(path) for path in whole_checkpoints(tmp_path)] == [2, 1]
+    for step in (3, 4, 5):
+        save(tmp_path, step)
+    assert (tmp_path / "step-000002.bak").is_dir()
 
 
 @pytest.mark.parametrize("failing", ["save_file", "sha256_of", "write_json"])

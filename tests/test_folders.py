@@ -317,6 +317,20 @@ def test_who_may_read_a_folder_may_read_its_files(tmp_path):
     assert modes == {"adapter.safetensors": 0o640, "own.safetensors": 0o600}
 
 
+def test_what_a_link_leads_to_is_not_opened(tmp_path):
+    (tmp_path / "outside").touch(mode=0o600)
+    with whole_folder(tmp_path / "target") as folder:
+        (folder / "link").symlink_to(tmp_path / "outside")
+    assert (tmp_path / "outside").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_its_owner_closed_stays_closed(tmp_path):
+    fill(tmp_path / "target", "old")
+    (tmp_path / "target").chmod(0o700)
+    fill(tmp_path / "target", "new")
+    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_data_set_is_saved_with_its_columns_and_how_it_was_made(tmp_path):
     rows = [{"instruction": f"ask {n}", "answer": f"say {n}"} for n in range(3)]
     splits = {"train": rows[:2], "test": rows[2:]}

@@ -58,11 +58,12 @@ def json_object(path: str | os.PathLike) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def required_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+def required_object(path: str | os.PathLike, remedy: str, *needed: str) -> dict[str, Any]:
     """The object in a JSON file that has to hold one.
 
     Args:
         remedy: what the user can do, such as "restore the model's own".
+        needed: entries that it has to have.
 
     Raises:
         UsageError: it does not.
@@ -73,6 +74,9 @@ def required_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise UsageError(f"{path} is not a JSON object; {remedy}")
+    for name in needed:
+        if name not in value:
+            raise UsageError(f"{path} has no {name!r}; {remedy}")
     return value
 
 

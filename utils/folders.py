@@ -235,6 +235,8 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
             replaced.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         try:
             yield temporary
             _settle_tree(temporary)
@@ -259,6 +261,8 @@ def _settle_tree(folder: Path) -> None:
         readers = os.stat(parent).st_mode & 0o444
         for name in names:
             path = Path(parent, name)
+            if path.is_symlink():  # what it leads to is not of this folder
+                continue
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             mode = stat.S_IMODE(path.stat().st_mode)

@@ -148,8 +148,9 @@ def restore_adapter(parameters: dict[str, nn.Parameter], saved: dict[str, torch.
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, the newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """Checkpoint folders, the newest first; copies under other names are the user's."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _damage(path: Path) -> str | None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.cli import UsageError
-from utils.files import write_json
+from utils.files import required_object, write_json
 from utils.folders import (
     locked,
     names_in,
@@ -36,6 +36,7 @@ RELEASABLE = {
     "run_config.json",
 }  # fmt: skip
 CONFIG_FILE, REPORT_FILE = "run_config.json", "privacy_report.json"
+BACKUP = "restore it from a backup"
 # Settings that may say something of this machine.
 PLACES = ("dataset_name", "model_name", "output_dir")
 # In a report: the hash of the adapter that it is of; None as long as there is none.
@@ -60,6 +61,17 @@ FREE_ON_RESUME = {
 def holds_run(folder: Path) -> bool:
     """Whether a run was begun in this folder."""
     return (folder / CONFIG_FILE).exists()
+
+
+def arguments_of(folder: Path) -> dict:
+    """The flags of a run, by name.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    if not holds_run(folder):
+        raise UsageError(f"{folder} holds no run: there is no {CONFIG_FILE}")
+    return required_object(folder / CONFIG_FILE, BACKUP, "arguments")["arguments"]
 
 
 @contextmanager
@@ -92,7 +104,7 @@ def require_usable(folder: Path, settings: dict, resume: str, defaults: dict) ->
         if foreign:
             raise UsageError(f"{folder} holds no run of this tool; use another --job_sess")
         return
-    begun_with = defaults | json.loads((folder / CONFIG_FILE).read_text())["arguments"]
+    begun_with = defaults | arguments_of(folder)
     fixed = begun_with.keys() - FREE_ON_RESUME
     require_same_settings(
         {f"--{name}": begun_with[name] for name in begun_with if name in fixed},
@@ -217,7 +229,7 @@ def private_identity_of(folder: Path) -> dict:
 
 def model_name_of(folder: Path) -> str:
     """The base model of a run as it was given, which only its `private/` knows of a local one."""
-    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["model_name"]
+    released = arguments_of(folder)["model_name"]
     return private_identity_of(folder).get("model_name", released)
 
 
@@ -245,5 +257,5 @@ Prompt style: `{prompt_style}`. Sample from it with
 
 def dataset_name_of(folder: Path) -> str:
     """The data set of a run as it was given, see `model_name_of`."""
-    released = json.loads((folder / CONFIG_FILE).read_text())["arguments"]["dataset_name"]
+    released = arguments_of(folder)["dataset_name"]
     return private_identity_of(folder).get("dataset_name", released)
