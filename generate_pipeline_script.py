@@ -36,6 +36,7 @@ from utils.command_line.parser import (
     positive_int,
     to_argv,
 )
+from utils.privacy.accounting import MAX_DELTA, MIN_DELTA
 from utils.texts.forms import NO_COLUMN
 from utils.texts.rows import is_readable, names_of
 from utils.texts.units import is_owner_column
@@ -162,13 +163,16 @@ def check(settings: Settings) -> None:
             "--turn all gives several rows of one conversation, and a guarantee for one row; name "
             "whose they are with --unit_column, or leave --turn out"
         )
+    if settings.max_seq_len < 2:
+        raise UsageError("--max_seq_len 1 leaves no token to learn from; use 2 or more")
     try:
-        is_delta = settings.delta == "auto" or 0 < float(settings.delta) < 1
+        is_delta = settings.delta == "auto" or MIN_DELTA <= float(settings.delta) <= MAX_DELTA
     except ValueError:
         is_delta = False
     if not is_delta:
         raise UsageError(
-            f"--delta {settings.delta}: must be between 0 and 1, and below 1/N; or auto"
+            f"--delta {settings.delta}: must be between {MIN_DELTA:g} and {MAX_DELTA:g}, and "
+            "below 1/N; or auto"
         )
     if (settings.total_bs is None) != (settings.lr is None):
         raise UsageError("--total_bs and --lr go together: give both, or neither for advised ones")

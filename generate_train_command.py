@@ -11,7 +11,7 @@ run it at once with --run, which passes its exit code on.
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from utils.cli import EXIT_OK, UsageError, run_cli, say
@@ -37,7 +37,11 @@ from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
 from utils.privacy.banded import BANDED, WHITE, deviations
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
 from utils.privacy.recipe import (
+    FIRST_STEPS,
+    HALF_STEPS,
+    MOST_STEPS,
     batch_sizes,
+    best_places,
     learning_rate,
     promise,
     recipe_warnings,
@@ -46,14 +50,20 @@ from utils.privacy.recipe import (
     warmup_steps,
 )
 from utils.runs.preflight import check_here
-from utils.runs.run_folder import require_usable
+from utils.runs.run_folder import arguments_of, holds_run, require_usable
 from utils.texts.data_sets import count_train_examples, tried_places
 from utils.texts.units import read_units, rows_to_keep
 
+# Far beyond any run; more are a slip of the pen.
+MOST_TOKENS = 1e18
 # Numbers in an adapter of which nothing is known.
 TYPICAL_ADAPTER = 1_000_000
-# What goes with every size.
+# What goes with every size; the flags that advice chooses; and what none of a run has.
 RECIPE: dict[str, Any] = {"loss_normalization": "tokens", "clip": 1.0, "lr_scheduler": "cosine"}
+CHOSEN = (*RECIPE, "total_bs", "num_epochs", "warmup_steps", "lr")
+WITHOUT_ADVICE: dict[str, Any] = {
+    "advised": False, "compute": None, "hours": None, "tokens_per_second": None
+}  # fmt: skip
 
 _launch = partial(flag, group="launch")
 _advice = partial(flag, group="advice")
@@ -82,8 +92,8 @@ class Settings(ConfigSettings, TrainingSettings):
     run: bool = _launch("run the command; pass on its exit code", False)
 
     advise: bool = _advice(
-        "print, in place of a command, what --total_bs and --num_epochs could be at the same --eps "
-        "and as many tokens, one of them marked, and end",
+        "print, in place of a command, what could stand for --total_bs, --num_epochs, --lr, its "
+        "schedule, --clip and --loss_normalization at the same --eps and as many tokens, and end",
         False,
     )
     advised: bool = _advice(
@@ -118,8 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         print(advice(settings, num_examples))
         return EXIT_OK
     if settings.advised:
-        best = max(recipes(settings, num_examples), key=lambda each: each.promise)
-        settings = replace(settings, advised=False, **recipe_flags(settings, best, num_examples))
+        settings = replace(settings, **followed(settings, num_examples), **WITHOUT_ADVICE)
     require_usable(settings.folder, settings.run_settings, settings.resume, default_settings())
     plan, plan_warnings = plan_of(settings, num_examples)
     raised = over_white(settings, plan, num_examples) if plan else None
@@ -139,7 +148,12 @@ def main(argv: list[str] | None = None) -> int:
     steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
     best_rate = learning_rate(plan, settings.optimizer, raised[0]) if plan and raised else None
     warnings += schedule_warnings(
-        settings.lr_scheduler, settings.warmup_steps, steps, settings.lr, best_rate
+        settings.lr_scheduler,
+        settings.warmup_steps,
+        steps,
+        settings.lr,
+        best_rate,
+        settings.lora_r,
     )
     for warning in warnings:
         say(f"warning: {warning}")
@@ -178,10 +192,9 @@ def check_advice(settings: Settings, run: bool) -> None:
         raise UsageError("advice calibrates --noise_multiplier for every line; leave it out")
     if settings.advised:
         # A size or a rate of one's own next to the others would be of no line.
-        chosen = {name: RECIPE.get(name) for name in (*RECIPE, "total_bs", "warmup_steps", "lr")}
         defaults = default_settings()
-        for name, value in chosen.items():
-            if getattr(settings, name) not in (value, defaults[name]):
+        for name in set(CHOSEN) - {"num_epochs"}:
+            if getattr(settings, name) not in (RECIPE.get(name), defaults[name]):
                 raise UsageError(f"--advised chooses --{name}; leave one of the two out")
 
 
@@ -199,35 +212,50 @@ class Recipe:
     plan: PrivacyPlan
 
 
-def recipes(settings: Settings, num_examples: int) -> list[Recipe]:
-    """What can be had at one epsilon and one compute, the smallest batches first.
+def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageError | None]:
+    """What can be had at one epsilon and one compute, around the best, the smallest batch first.
+
+    Returns:
+        The lines, and why there is none of some size, such as more noise, steps or bands than it
+        can have.
 
     Raises:
         UsageError: there is nothing to choose from.
     """
     a_draw = tokens_of_a_draw(settings)
-    there_are = tokens_to_spend(settings, num_examples * a_draw)
-    num_draws = int(there_are / a_draw)
+    num_draws = int(tokens_to_spend(settings, num_examples * a_draw) / a_draw)
     if num_draws < 1:
-        raise UsageError(f"{there_are:g} tokens are all that there is; one draw takes {a_draw:,}")
+        raise UsageError(f"one draw takes {a_draw:,} tokens, and there are fewer to spend")
     footprint = footprint_of(settings)
     trained = footprint.trained if footprint else TYPICAL_ADAPTER
-    found, refused = [], None
-    for size in batch_sizes(num_examples, num_draws):
+    sizes, refused = batch_sizes(num_examples, num_draws), list[UsageError]()
+
+    @cache
+    def of_size(place: int) -> Recipe | None:
+        size = sizes[place]
         steps = max(1, num_draws // size)
         # A little more than these steps, which is cut off.
         epochs = float(f"{(steps + 0.01) * size / num_examples:.6g}")
-        sized = replace(settings, total_bs=size, num_epochs=epochs)
         try:
-            plan, _ = plan_of(sized, num_examples)
-        except UsageError as error:  # such as more noise, steps or bands than this size can have
-            refused = error
-            continue
+            plan, _ = plan_of(replace(settings, total_bs=size, num_epochs=epochs), num_examples)
+        except UsageError as error:
+            refused.append(error)
+            return None
         assert plan is not None
-        found.append(Recipe(promise(plan, trained, settings.max_seq_len), epochs, plan))
-    if refused and not found:
-        raise refused
-    return found
+        return Recipe(promise(plan, trained, settings.max_seq_len), epochs, plan)
+
+    def promised(place: int) -> float:
+        recipe = of_size(place)
+        return recipe.promise if recipe else 0.0
+
+    first = sum(num_draws // size > FIRST_STEPS for size in sizes)
+    places = best_places(promised, len(sizes), first)
+    if not any(map(of_size, places)):
+        places = range(len(sizes))
+    found = [recipe for recipe in map(of_size, places) if recipe]
+    if not found:
+        raise refused[0]
+    return found, refused[0] if len(found) < len(places) else None
 
 
 def recipe_flags(settings: Settings, recipe: Recipe, num_examples: int) -> dict[str, Any]:
@@ -244,9 +272,19 @@ def recipe_flags(settings: Settings, recipe: Recipe, num_examples: int) -> dict[
     }
 
 
+def followed(settings: Settings, num_examples: int) -> dict[str, Any]:
+    """The flags that --advised takes: of the run that is continued, or of the best line."""
+    if settings.resume == "auto" and holds_run(settings.folder):
+        # What is known of the base, or of recipes, may have changed since it began.
+        begun_with = arguments_of(settings.folder)
+        return {name: begun_with[name] for name in CHOSEN if name in begun_with}
+    found, _ = recipes(settings, num_examples)
+    return recipe_flags(settings, max(found, key=lambda each: each.promise), num_examples)
+
+
 def advice(settings: Settings, num_examples: int) -> str:
     """A table of `recipes`, and the flags of the best."""
-    found = recipes(settings, num_examples)
+    found, refused = recipes(settings, num_examples)
     best = max(found, key=lambda each: each.promise)
     rows = [("total_bs", "num_epochs", "steps", "sigma", "sigma / total_bs", "tokens", "promise")]
     for each in found:
@@ -262,8 +300,10 @@ def advice(settings: Settings, num_examples: int) -> str:
     flags = recipe_flags(settings, best, num_examples)
     return "\n".join([
         *lines,
-        f"The marked line promises most of what could be learnt: steps enough to get anywhere, at "
-        f"the least noise. All are ({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from "
+        *([f"Another size is left out: {refused}"] if refused else []),
+        f"Of batches that make {HALF_STEPS} to {MOST_STEPS} steps the marked one promises most of "
+        "what could be learnt: steps enough to get anywhere, at the least noise. All are "
+        f"({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from "
         "public numbers alone. Paste its flags, or give --advised in place of --advise:",
         " ".join(
             f"--{name} {f'{value:.15g}' if isinstance(value, float) else value}"
@@ -299,11 +339,14 @@ def tokens_to_spend(settings: Settings, of_an_epoch: int) -> float:
     """
     if (settings.hours is None) != (settings.tokens_per_second is None):
         raise UsageError("--hours needs --tokens_per_second, and the other way round")
-    if settings.hours is None or settings.tokens_per_second is None:
-        return settings.compute or settings.num_epochs * of_an_epoch
-    if settings.compute is not None:
+    if settings.hours is not None and settings.compute is not None:
         raise UsageError("--compute and --hours both say how much there is; leave one out")
-    return settings.hours * 3600 * settings.tokens_per_second
+    tokens = settings.compute or settings.num_epochs * of_an_epoch
+    if settings.hours is not None and settings.tokens_per_second is not None:
+        tokens = settings.hours * 3600 * settings.tokens_per_second
+    if tokens > MOST_TOKENS:
+        raise UsageError(f"{tokens:.2g} tokens are more than {MOST_TOKENS:g}, the most for advice")
+    return tokens
 
 
 def train_examples(settings: Settings) -> tuple[int, list[str]]:
@@ -419,16 +462,16 @@ def say_summary(
         if plan.bands > 1:
             rows.append(("correlated noise", of_bands(plan, trained)))
             assert raised is not None
+            of_a_step, of_all = raised
             rows.append((
                 "against white noise",
-                f"{raised[0]:.2g} times in a step, {raised[1]:.2g} times in the sum of all steps; "
-                "AdamW divides by a step's noise, so raise --lr by the first",
+                f"{of_a_step:.2g} times in a step, {of_all:.2g} times in the sum of all steps",
             ))  # fmt: skip
         if trained:
             of_a_step, of_all = signal_to_noise(plan, trained, settings.max_seq_len)
             rows.append(
                 ("signal over noise", f"at most {of_a_step:.2g} a step and {of_all:.2g} in all, "
-                 f"with {trained:,} trained numbers")
+                 f"with {'at most ' if settings.rank_pattern else ''}{trained:,} trained numbers")
             )  # fmt: skip
     else:
         rows.append(("guarantee", "NONE: --eps -1 trains without differential privacy"))

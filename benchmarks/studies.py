@@ -176,6 +176,10 @@ def read_generators(
             f"--arms {file}: needs `arms`, flags of train.py by the name of an arm, and "
             f"maybe `common`: {error}"
         ) from error
+    for arm, own in flags.items():
+        # They are the study's, for all arms alike.
+        if own.get("eps", -1) != -1 or "delta" in own:
+            raise UsageError(f"--arms {file}: {arm} has an eps other than -1, or a delta")
     if unknown := set(only or flags) - set(flags):
         raise UsageError(f"--only: {file} has no arm {', '.join(sorted(unknown))}")
     return [

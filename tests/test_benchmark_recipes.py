@@ -6,7 +6,7 @@ import pytest
 from datasets import load_from_disk
 
 from benchmarks import recipes, small_base
-from benchmarks.studies import interval, mean_of
+from benchmarks.studies import interval, mean_of, read_generators
 from tests.studies import TEXTS, one_by_one, run_here_once
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
@@ -132,3 +132,11 @@ def test_a_base_is_made_once_for_its_texts(tmp_path, monkeypatch):
     assert small_base.small_base(tmp_path, TEXTS, 10) == one
     assert (one / "model.safetensors").stat().st_mtime_ns == made
     assert small_base.small_base(tmp_path, TEXTS[1:], 10) != one
+
+
+@pytest.mark.parametrize("own", ["eps: 3", "delta: 1e-6"])
+def test_an_arm_has_no_guarantee_of_its_own(tmp_path, own):
+    file = tmp_path / "arms.yaml"
+    file.write_text(f"arms: {{one: {{{own}}}}}")
+    with pytest.raises(UsageError, match="one has an eps other than -1, or a delta"):
+        read_generators(file, None, [6.0], 1, {})

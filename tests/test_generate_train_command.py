@@ -22,6 +22,7 @@ from utils.command_line.training_flags import (
     plan_of,
     settle_delta,
 )
+from utils.files import write_json
 from utils.privacy.plan import num_steps
 from utils.texts.data_sets import count_train_examples, load_splits
 
@@ -342,7 +343,7 @@ def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
     (best,) = [line for line in lines if line[-1] == "<-"]
     assert max(lines, key=lambda line: float(line[6])) is best
     assert flags_of_best[:4] == ["--total_bs", best[0], "--num_epochs", best[1]]
-    assert flags_of_best[-4:] == ["--warmup_steps", "3", "--lr", "0.01"]
+    assert flags_of_best[-4:] == ["--warmup_steps", "2", "--lr", "0.01"]
     # What is pasted is what the line says, and so is what is followed without pasting.
     pasted, _ = generate(*SIZED, *flags_of_best)
     settings = understood(pasted)
@@ -353,6 +354,28 @@ def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
     assert "warning: --lr" not in summary
 
 
+def test_a_run_that_is_continued_keeps_the_recipe_it_began_with(generate, tmp_path, monkeypatch):
+    command = [*SIZED, "--num_epochs=1", "--advised", "--resume=auto"]
+    line, _ = generate(*command)
+    begun = understood(line)
+    folder = tmp_path / "outputs" / "t"
+    folder.mkdir(parents=True)
+    write_json(folder / "run_config.json", {"arguments": begun.run_settings})
+    # Advice changes: more is known of the base by now, or of recipes.
+    largest_is_best = "generate_train_command.promise"
+    monkeypatch.setattr(largest_is_best, lambda plan, *_: plan.expected_batch_size / 1e6)
+    other, _ = generate(*command, "--job_sess=other")
+    assert understood(other).total_bs != begun.total_bs
+    assert understood(generate(*command)[0]) == begun
+
+
+def test_flags_that_were_advised_are_kept_and_read_again(generate, tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("advised: true\ncompute: 372736\n")
+    line, _ = generate(*SIZED, f"--config={file}")
+    assert generate(f"--config={tmp_path / 'outputs' / 't.yaml'}")[0] == line
+
+
 def test_advice_for_correlated_noise_raises_the_rate(generate, monkeypatch):
     monkeypatch.setattr("utils.privacy.plan.best_bands", lambda *_: 8)
     line, summary = generate(*SIZED, "--num_epochs=1", "--advised", "--noise=banded")
@@ -361,7 +384,7 @@ def test_advice_for_correlated_noise_raises_the_rate(generate, monkeypatch):
     times = float(re.search(r"against white noise +([\d.]+) times in a step", summary)[1])
     assert times > 1.5
     steps = num_steps(args.num_epochs, 5824, args.total_bs)
-    assert args.lr == pytest.approx(min(0.01, 0.64 / steps) * times, rel=0.05)
+    assert args.lr == pytest.approx(min(0.01, 0.64 / steps) * min(times, 2.3), rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -377,14 +400,14 @@ def test_a_schedule_that_leads_nowhere_is_warned_of(generate):
     sizes = ["--clip=1", "--total_bs=256", "--num_epochs=1", "--lr_scheduler=cosine"]
     _, summary = generate(*SIZED, *sizes)
     assert (
-        "warning: --warmup_steps 30 of 22 steps: --lr is never reached; use --warmup_steps 2"
+        "warning: --warmup_steps 30 of 22 steps: --lr is reached never; use --warmup_steps 1"
         in (summary)
     )
     assert "warning: --lr 0.0003 is 0.03 times what to start from in 22 steps" in summary
-    assert "use --lr 0.01 --lr_scheduler cosine --warmup_steps 2" in summary
+    assert "use --lr 0.01 --lr_scheduler cosine --warmup_steps 1" in summary
     # Without privacy a rate is the user's own affair.
     _, summary = generate(*(word for word in SIZED if "eps" not in word), "--eps=-1", *sizes[1:])
-    assert "--lr is never reached" in summary
+    assert "--lr is reached never" in summary
     assert "what to start from" not in summary
 
 
@@ -406,15 +429,21 @@ def test_what_only_advice_reads_needs_it(generate):
             generate(*flags("m", "elsewhere", "out", f"--{flag}=1e6"))
 
 
-def test_advice_leaves_out_what_no_supported_noise_makes_private(generate, monkeypatch):
+def test_a_size_that_cannot_be_had_is_left_out_and_named(generate, monkeypatch):
     def made(settings, num_examples):
         if settings.total_bs > 32:
             raise UsageError("cannot be met")
         return plan_of(replace(settings, noise_multiplier=9.0), num_examples)
 
     monkeypatch.setattr(generate_train_command, "plan_of", made)
-    _, *lines, _, _ = advised(generate)
+    _, *lines, left_out, _, _ = advised(generate)
     assert [line[0] for line in lines] == ["16", "32"]
+    assert " ".join(left_out) == "Another size is left out: cannot be met"
+
+
+def test_a_plan_of_more_steps_than_are_accounted_for_is_a_line(generate):
+    with pytest.raises(UsageError, match=r"steps .*e\+3.*: must be between 0 and 100000"):
+        generate(*SIZED, "--clip=1", "--num_epochs=1e300")
 
 
 @pytest.mark.parametrize(
@@ -428,7 +457,10 @@ def test_advice_leaves_out_what_no_supported_noise_makes_private(generate, monke
         (["--run"], "leave --run, --advised and rehearsals out"),
         (["--check"], "leave --run, --advised and rehearsals out"),
         (["--advised"], "leave --run, --advised and rehearsals out"),
-        (["--compute=63"], "63 tokens are all that there is; one draw takes 64"),
+        (["--hours=1e300", "--tokens_per_second=1e300"], "inf tokens are more than 1e.18"),
+        (["--compute=1e300"], "1e.300 tokens are more than 1e.18"),
+        (["--noise=banded", "--bands=1000"], "use --bands 364 or fewer"),
+        (["--compute=63"], "one draw takes 64 tokens, and there are fewer"),
         (["--hours=1e9", "--tokens_per_second=1e3"], "steps .* must be between 0 and 100000"),
     ],
 )

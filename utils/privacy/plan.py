@@ -13,6 +13,7 @@ from utils.cli import UsageError
 from utils.folders import require_same_settings
 from utils.privacy.accounting import (
     ADD_REMOVE,
+    MAX_STEPS,
     SampledGaussian,
     calibrate_noise_multiplier,
     compute_epsilon,
@@ -204,6 +205,11 @@ def make_plan(
     if delta > 1 / (10 * num_examples):
         warnings.append(f"--delta {delta} is above 1/(10 N) = {1 / (10 * num_examples):.1e}")
     steps = num_steps(num_epochs, num_examples, expected_batch_size)
+    if steps > MAX_STEPS:
+        raise UsageError(
+            f"steps {steps:.3g}: must be between 0 and {MAX_STEPS}, the most that is accounted "
+            "for; use a larger --total_bs, or fewer --num_epochs"
+        )
     reserved = _histogram(reserved_histogram_sigma)
     if coefficients is not None:
         bands = len(coefficients)

@@ -1,6 +1,8 @@
 """Is a recipe worth its noise? A verdict from public numbers alone, before anything is trained."""
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 from utils.privacy.banded import deviations
 from utils.privacy.plan import PrivacyPlan
@@ -17,16 +19,20 @@ LEAST_SHARE, LEAST_RATIO, LEAST_STEPS = 0.5, 0.5, 5
 # gain was 0.52 nats, in 11 of 512 it was 0.41 (SmolLM2-135M, 5,824 rows, epsilon 5.94).
 HALF_STEPS, HALF_SIGNAL = 16, 2.0
 # The highest learning rates to start from where noise is white, at a clip norm of 1, and what all
-# steps of AdamW move a weight by at most, see `learning_rate`.
+# steps of AdamW move a weight by at most; and by how much correlated noise was seen to raise them,
+# see `learning_rate`.
 MOST_RATES = {"adamw": 1e-2, "adamw_corrected": 3e-3, "sgd": 0.5}
 MOST_MOVED = 0.64
+MOST_RAISED = {"adamw": 2.3, "sgd": 2.0}
 # Rates outside these multiples of that are warned of. With 0.4 of it SmolLM2-135M gained 0.50 nats
-# for 0.67 in 22 steps, and with three times a smaller model fell apart.
-LEAST_OF_RATE, MOST_OF_RATE = 1 / 4, 3
+# for 0.67 in 22 steps; three times it fell apart on a smaller model at this rank, and did not at
+# lower ones.
+LEAST_OF_RATE, MOST_OF_RATE, TRIED_RANK = 1 / 4, 3, 8
 # Warm-up is 3 of 60 steps in the study, and never longer than what is usual.
-WARMUP_SHARE, MOST_WARMUP = 1 / 20, 30
-# Lines of a plan: each costs the accountant half a second.
-MOST_CHOICES = 5
+STEPS_OF_WARMUP, MOST_WARMUP = 20, 30
+# Lines of a plan, each of which costs the accountant half a second; steps that are begun with in
+# the search for the best; and the most, since rates are of runs of 11 to 439.
+MOST_CHOICES, FIRST_STEPS, MOST_STEPS = 5, 256, 512
 
 
 def clip_share(plan: PrivacyPlan, max_seq_len: int) -> float:
@@ -113,8 +119,9 @@ def learning_rate(plan: PrivacyPlan, optimizer: str, raised: float = 1.0) -> flo
     in 22 of SmolLM2-135M, with 1e-2 next to it; 1e-3 is what was published for 439. Without the
     noise in its second moment 3e-3 was better. Steps of SGD with momentum are as long as clipped
     gradients: at a clip norm of 0.5 a rate of 1 was good in both, and 2 fell apart in one of them.
-    Correlated noise, which cancels later, bears a rate as much higher as its part in a step is
-    larger: 2.3 times with AdamW, and 2 was tried with SGD.
+    Correlated noise, which cancels later, bears a higher rate: AdamW, which divides by a step's
+    noise, one that is as much higher as that noise, up to 2.3 times as far as was tried, and SGD
+    twice.
 
     Args:
         optimizer: as --optimizer.
@@ -125,16 +132,16 @@ def learning_rate(plan: PrivacyPlan, optimizer: str, raised: float = 1.0) -> flo
     """
     rate = MOST_RATES[optimizer]
     rate = rate / plan.clip_norm if optimizer == "sgd" else min(rate, MOST_MOVED / plan.steps)
-    return float(f"{rate * raised:.1e}")
+    return float(f"{rate * min(raised, MOST_RAISED.get(optimizer, 1.0)):.1e}")
 
 
 def warmup_steps(steps: int) -> int:
-    """Steps of warm-up to start from."""
-    return min(MOST_WARMUP, math.ceil(WARMUP_SHARE * steps))
+    """Steps of warm-up to start from: a twentieth of them, and none of fewer than 10."""
+    return min(MOST_WARMUP, (steps + STEPS_OF_WARMUP // 2) // STEPS_OF_WARMUP)
 
 
 def schedule_warnings(
-    lr_scheduler: str, warmup: int, steps: int, lr: float, advised: float | None
+    lr_scheduler: str, warmup: int, steps: int, lr: float, advised: float | None, rank: int
 ) -> list[str]:
     """What is wrong with a schedule of the learning rate, and the flags to change, a line each.
 
@@ -142,35 +149,65 @@ def schedule_warnings(
         lr_scheduler: as --lr_scheduler; warmup: its steps of warm-up.
         lr: its peak.
         advised: see `learning_rate`; None without privacy.
+        rank: as --lora_r.
     """
     warnings = []
+    fitting = f"--warmup_steps {warmup_steps(steps)}"
     if lr_scheduler != "constant" and 2 * warmup > steps:
-        reached = "is never reached" if warmup >= steps else f"is reached in step {warmup}"
+        reached = "never" if warmup >= steps else f"in step {warmup + 1}"
         warnings.append(
-            f"--warmup_steps {warmup} of {steps:,} steps: --lr {reached}; use --warmup_steps "
-            f"{warmup_steps(steps)}"
+            f"--warmup_steps {warmup} of {steps:,} steps: --lr is reached {reached}; use {fitting}"
         )
-    if advised and not LEAST_OF_RATE < lr / advised < MOST_OF_RATE:
-        seen = "learns little" if lr < advised else "fell apart where it was tried with a rank of 8"
+    if not advised:
+        return warnings
+    times, seen = lr / advised, ""
+    if times <= LEAST_OF_RATE:
+        seen = "learns little"
+    elif times >= MOST_OF_RATE and rank >= TRIED_RANK:
+        seen = "fell apart where it was tried"
+    if seen:
         warnings.append(
-            f"--lr {lr:g} is {lr / advised:.2g} times what to start from in {steps:,} steps, and "
-            f"{seen}; use --lr {advised:g} --lr_scheduler cosine --warmup_steps "
-            f"{warmup_steps(steps)}"
+            f"--lr {lr:g} is {times:.2g} times what to start from in {steps:,} steps, and {seen}; "
+            f"use --lr {advised:g} --lr_scheduler cosine {fitting}"
         )
     return warnings
 
 
 def batch_sizes(num_examples: int, num_draws: int) -> list[int]:
-    """Expected batch sizes to choose from: powers of two, at most `MOST_CHOICES`.
+    """Expected batch sizes to choose from: powers of two, the smallest first.
 
     Args:
         num_examples: N, the largest that there can be.
         num_draws: examples of all steps together; a size leaves `HALF_STEPS` of them, since what
-            leaves fewer promises less than half.
+            leaves fewer promises less than half, and no more than `MOST_STEPS`.
 
     Returns:
-        The sizes, the smallest first; [1] where not even that leaves so many steps.
+        The sizes, one at least.
     """
     most = max(1, min(num_examples, num_draws // HALF_STEPS))
     sizes = [1 << power for power in range(most.bit_length())]
-    return sizes[-MOST_CHOICES:]
+    return [size for size in sizes if num_draws // size <= MOST_STEPS] or sizes[-1:]
+
+
+def best_places(value: Callable[[int], float], num_places: int, first: int) -> range:
+    """The places around the largest value, which rises up to it and falls beyond it.
+
+    Args:
+        value: of a place, from 0; slow, so it is asked for no more places than there must be.
+        first: where to begin.
+
+    Returns:
+        `MOST_CHOICES` places, or all there are; the best is first or last of them only where there
+        is no further one.
+    """
+    value = cache(value)
+    best = min(first, num_places - 1)
+    while near := [
+        place
+        for place in (best - 1, best + 1)
+        if 0 <= place < num_places and value(place) > value(best)
+    ]:
+        best = max(near, key=value)
+    # Of larger batches more than of smaller ones, for which an accountant takes longer.
+    start = max(0, min(best - 1, num_places - MOST_CHOICES))
+    return range(start, min(num_places, start + MOST_CHOICES))
