@@ -8,7 +8,7 @@ import torch
 
 from tests.paths import ROOT
 from utils.dp_utils import add_noise
-from utils.privacy.banded import band_coefficients
+from utils.privacy.banded import band_coefficients, deviations
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.recipe import (
     batch_sizes,
@@ -152,6 +152,19 @@ def test_a_learning_rate_falls_with_many_steps_and_follows_the_optimizer():
     assert learning_rate(few, "adamw", raised=1.5) == 0.015
     assert learning_rate(few, "adamw", raised=5.0) == 0.023
     assert learning_rate(halved, "sgd", raised=3.3) == 2.0
+
+
+def test_a_rate_of_sgd_falls_with_the_noise_and_adamws_does_not():
+    """On the small base 2 was best with banded noise at epsilon 5.94, and fell apart at 1."""
+    plan = replace(SMALL, steps=60, expected_batch_size=256, clip_norm=0.5, noise_multiplier=0.546)
+    noisy = replace(plan, noise_multiplier=1.005)
+    assert [learning_rate(each, "sgd") for each in (plan, noisy)] == [1.0, 0.61]
+    assert learning_rate(plan, "adamw") == learning_rate(noisy, "adamw") == 0.01
+    coefficients = band_coefficients(8, 60)
+    of_a_step, _ = deviations(coefficients, 60)
+    for white, rate in ((0.546, 2.0), (1.005, 1.2)):
+        banded = replace(plan, noise_multiplier=1.5 * white, band_coefficients=coefficients)
+        assert learning_rate(banded, "sgd", raised=1.5 * of_a_step) == rate
 
 
 def test_warm_up_is_a_twentieth_of_the_steps():

@@ -254,7 +254,9 @@ class TrainingSettings(JobSettings):
     )
     lr: float = _optimisation("peak learning rate", 3e-4)
     lr_scheduler: str = _optimisation("of the learning rate", "constant", choices=SCHEDULERS)
-    warmup_steps: int = _optimisation("steps below the peak, each above 0; `constant` has none", 30, type=natural_int)
+    warmup_steps: int = _optimisation(
+        "steps below the peak, each above 0; `constant` has none", 30, type=natural_int
+    )
     wd: float = _optimisation("weight decay", 0.0, type=float)
     optimizer: str = _optimisation(
         "adamw; adamw_corrected: without the noise's part of its second moment, so that it is not "

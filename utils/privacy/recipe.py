@@ -24,6 +24,9 @@ HALF_STEPS, HALF_SIGNAL = 16, 2.0
 MOST_RATES = {"adamw": 1e-2, "adamw_corrected": 3e-3, "sgd": 0.5}
 MOST_MOVED = 0.64
 MOST_RAISED = {"adamw": 2.3, "sgd": 2.0}
+# What white noise may move a weight by in a step of SGD: 1.2e-3 was good, and with 2.4e-3 a base
+# of 135 million weights fell apart. AdamW divides by its noise.
+MOST_SHAKEN = 1.2e-3
 # Rates outside these multiples of that are warned of. With 0.4 of it SmolLM2-135M gained 0.50 nats
 # for 0.67 in 22 steps; three times it fell apart on a smaller model at this rank, and did not at
 # lower ones.
@@ -118,7 +121,8 @@ def learning_rate(plan: PrivacyPlan, optimizer: str, raised: float = 1.0) -> flo
     Of AdamW 1e-2 was the best in 60 steps of 7 million weights, where 3e-2 fell apart, and 1.5e-2
     in 22 of SmolLM2-135M, with 1e-2 next to it; 1e-3 is what was published for 439. Without the
     noise in its second moment 3e-3 was better. Steps of SGD with momentum are as long as clipped
-    gradients: at a clip norm of 0.5 a rate of 1 was good in both, and 2 fell apart in one of them.
+    gradients and their noise: at a clip norm of 0.5 and epsilon 5.94 a rate of 1 was good in both,
+    and 2 fell apart in one of them.
     Correlated noise, which cancels later, bears a higher rate: AdamW, which divides by a step's
     noise, one that is as much higher as that noise, up to 2.3 times as far as was tried, and SGD
     twice.
@@ -131,7 +135,12 @@ def learning_rate(plan: PrivacyPlan, optimizer: str, raised: float = 1.0) -> flo
         The rate, above 0.
     """
     rate = MOST_RATES[optimizer]
-    rate = rate / plan.clip_norm if optimizer == "sgd" else min(rate, MOST_MOVED / plan.steps)
+    if optimizer == "sgd":
+        of_a_step = deviations(plan.coefficients, plan.steps)[0] if plan.bands > 1 else 1.0
+        white = plan.noise_multiplier * of_a_step / raised
+        rate = min(rate, MOST_SHAKEN * plan.expected_batch_size / white) / plan.clip_norm
+    else:
+        rate = min(rate, MOST_MOVED / plan.steps)
     return float(f"{rate * min(raised, MOST_RAISED.get(optimizer, 1.0)):.1e}")
 
 
