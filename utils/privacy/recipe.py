@@ -123,9 +123,9 @@ def learning_rate(plan: PrivacyPlan, optimizer: str, raised: float = 1.0) -> flo
     noise in its second moment 3e-3 was better. Steps of SGD with momentum are as long as clipped
     gradients and their noise: at a clip norm of 0.5 and epsilon 5.94 a rate of 1 was good in both,
     and 2 fell apart in one of them.
-    Correlated noise, which cancels later, bears a higher rate: AdamW, which divides by a step's
-    noise, one that is as much higher as that noise, up to 2.3 times as far as was tried, and SGD
-    twice.
+    Correlated noise, which cancels later, bears a higher rate: with AdamW, which divides by a
+    step's noise, as much higher as that noise is, up to the 2.3 times that were tried; with SGD
+    twice as high.
 
     Args:
         optimizer: as --optimizer.
