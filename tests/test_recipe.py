@@ -155,7 +155,7 @@ def test_a_learning_rate_falls_with_many_steps_and_follows_the_optimizer():
 
 
 def test_a_rate_of_sgd_falls_with_the_noise_and_adamws_does_not():
-    """On the small base 2 was best with banded noise at epsilon 5.94, and fell apart at 1."""
+    """On the small base 2 was best with banded noise at epsilon 5.94, and learnt nothing at 1."""
     plan = replace(SMALL, steps=60, expected_batch_size=256, clip_norm=0.5, noise_multiplier=0.546)
     noisy = replace(plan, noise_multiplier=1.005)
     assert [learning_rate(each, "sgd") for each in (plan, noisy)] == [1.0, 0.61]
