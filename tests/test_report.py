@@ -795,5 +795,5 @@ def test_an_incomplete_run_is_refused(run, name, message):
 
 def test_a_file_that_is_not_json_is_named(run):
     (run / "run_config.json").write_text("{")
-    with pytest.raises(UsageError, match=r"run_config.json is not JSON"):
+    with pytest.raises(UsageError, match=r"run_config.json is not a JSON object"):
         report.composed_report(run)
