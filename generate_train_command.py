@@ -193,8 +193,9 @@ def check_advice(settings: Settings, run: bool) -> None:
     if settings.advised:
         # A size or a rate of one's own next to the others would be of no line.
         defaults = default_settings()
-        for name in set(CHOSEN) - {"num_epochs"}:
-            if getattr(settings, name) not in (RECIPE.get(name), defaults[name]):
+        for name in CHOSEN:
+            is_own = getattr(settings, name) not in (RECIPE.get(name), defaults[name])
+            if is_own and name != "num_epochs":
                 raise UsageError(f"--advised chooses --{name}; leave one of the two out")
 
 

@@ -110,13 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     with claimed(settings.output):
         require_new_result(settings.output, TOOL)
         texts = read_instructions(settings.synthetic, settings.split)
-        training, held_out = (
-            read_instructions(given, split) if given else []
-            for given, split in (
-                (settings.private, settings.split),
-                (settings.held_out, settings.held_out_split),
-            )
-        )
+        training, held_out = list[str](), list[str]()
+        if settings.private and settings.held_out:
+            training = read_instructions(settings.private, settings.split)
+            held_out = read_instructions(settings.held_out, settings.held_out_split)
         if settings.tuned:
             require_tuned_on(texts, settings.tuned)
         audited = None

@@ -310,7 +310,7 @@ def why_no_guarantee(folder: Path) -> str:
     arguments, report = arguments_of(folder), folder / REPORT_FILE
     for name in ("eps", "insecure_fixed_noise_seed"):
         if not isinstance(arguments, dict) or name not in arguments:
-            raise UsageError(f"{folder / CONFIG_FILE} has no {name!r}; restore it from a backup")
+            raise UsageError(f"{folder / CONFIG_FILE} has no {name!r}; {BACKUP}")
     if arguments["eps"] == -1:
         return "trained without differential privacy"
     says_so = report.exists() and not required_object(report, BACKUP, "guarantee")["guarantee"]

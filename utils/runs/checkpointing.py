@@ -19,6 +19,8 @@ from utils.folders import whole_folder
 
 ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE = "adapter.safetensors", "optimizer.pt", "state.json"
 SUMS_FILE = "sha256.json"
+# Of a checkpoint's folder; the step follows.
+PREFIX = "step-"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def save_checkpoint(
         OSError: the disk takes no more; older checkpoints are untouched.
     """
     folder = Path(folder)
-    final = folder / f"step-{step:06d}"
+    final = folder / f"{PREFIX}{step:06d}"
     with whole_folder(final) as temporary:
         tensors = {name: tensor.detach().contiguous() for name, tensor in parameters.items()}
         try:
@@ -113,7 +115,7 @@ def whole_checkpoints(folder: str | os.PathLike) -> Iterator[Path]:
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint was saved after."""
-    return int(path.name.partition("-")[2])
+    return int(path.name.removeprefix(PREFIX))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -149,7 +151,8 @@ def restore_adapter(parameters: dict[str, nn.Parameter], saved: dict[str, torch.
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, the newest first; copies under other names are the user's."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    named = folder.glob(f"{PREFIX}*")
+    found = [path for path in named if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
