@@ -481,9 +481,7 @@ class Study:
                 }  # fmt: skip
         for chosen in [SyntheticSet(BASE, BEFORE, 0), *self.sets]:
             vectors = self._vectors(chosen.source)[self.rows(chosen)]
-            held_out = real[
-                np.random.default_rng(chosen.seed).choice(len(real), len(vectors), replace=False)
-            ]
+            rows, held_out = of_one_size(vectors, real, chosen.seed)
             of_set = np.bincount(topics.assign(vectors, chosen.name), minlength=len(of_real))
             model = str(self._adapter(chosen.name))
             is_base, generator = chosen.source is BASE, chosen.source.generator
@@ -499,8 +497,8 @@ class Study:
                 "kind": chosen.kind, "generator": chosen.seed // settings.num_seeds,
                 "seed": chosen.seed,
                 "epsilon": epsilons[alike],
-                "mauve": float(np.mean([mauve(vectors, held_out, k) for k in range(CLUSTERINGS)])),
-                "coverage": overlap(held_out, vectors, NEIGHBOURS)["coverage"],
+                "mauve": float(np.mean([mauve(rows, held_out, k) for k in range(CLUSTERINGS)])),
+                "coverage": overlap(held_out, rows, NEIGHBOURS)["coverage"],
                 "topics": total_variation(of_set, of_real),
                 "loss": losses[settings.model_name if is_base else model]["value"],
                 "accuracy": accuracies[settings.model_name if is_base else model],
@@ -658,6 +656,16 @@ def loose_noise_multiplier(
     histogram = SampledGaussian(1.0, histogram_sigma, 1)
     tight = calibrate_noise_multiplier(epsilon, delta, rate, steps, [histogram])
     return round(brentq(excess, tight - 0.001, 1.2 * tight, xtol=1e-3), 3)
+
+
+def of_one_size(one: np.ndarray, other: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both, the one with more rows cut to a random choice of as many as the other one has."""
+    size, random = min(len(one), len(other)), np.random.default_rng(seed)
+    first, second = (
+        each if len(each) == size else each[random.choice(len(each), size, replace=False)]
+        for each in (one, other)
+    )
+    return first, second
 
 
 def by_generator(sets: list[dict], measure: str) -> dict[int, float]:

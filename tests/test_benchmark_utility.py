@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,34 @@ def test_it_goes_on_where_it_was(study):
     assert json.loads(Path(flags[2].removeprefix("--json=")).read_text()) == found
     with pytest.raises(UsageError, match="was begun with --num_selected 8, not 9"):
         utility.main([*flags, "--num_selected=9"])
+
+
+@pytest.mark.slow
+def test_a_set_may_have_more_rows_than_are_held_out(study, tmp_path, monkeypatch):
+    flags, found = study
+    read = utility.open_embeddings
+
+    def few_held_out(folder, private):
+        opened = read(folder, private)
+        return replace(opened, vectors=opened.vectors[:7]) if folder.name == "test" else opened
+
+    monkeypatch.setattr(utility, "open_embeddings", few_held_out)
+    utility.main([*flags, f"--json={tmp_path / 'few.json'}"])
+    fewer = json.loads((tmp_path / "few.json").read_text())
+    assert fewer["sizes"] == found["sizes"] | {"held out": 7}
+    for each, others in zip(found["sets"], fewer["sets"]):
+        assert each["loss"] == others["loss"]
+        assert 0 < others["mauve"] <= 1
+
+
+def test_sets_are_compared_at_the_size_of_the_smaller():
+    few, many = np.arange(12).reshape(6, 2), np.arange(100, 140).reshape(20, 2)
+    for one, other in ((few, many), (many, few), (few, few)):
+        for rows, given in zip(utility.of_one_size(one, other, 0), (one, other)):
+            assert len({tuple(row) for row in rows}) == len(rows) == 6
+            assert {tuple(row) for row in rows} <= {tuple(row) for row in given}
+    firsts = {tuple(utility.of_one_size(few, many, seed)[1][0]) for seed in range(9)}
+    assert len(firsts) > 1
 
 
 @pytest.mark.slow
