@@ -39,6 +39,7 @@ from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
 from utils.privacy.recipe import (
     FIRST_STEPS,
     HALF_STEPS,
+    LEAST_SIZE,
     MOST_STEPS,
     batch_sizes,
     best_places,
@@ -229,7 +230,7 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
         raise UsageError(f"one draw takes {a_draw:,} tokens, and there are fewer to spend")
     footprint = footprint_of(settings)
     trained = footprint.trained if footprint else TYPICAL_ADAPTER
-    sizes, refused = batch_sizes(num_examples, num_draws), list[UsageError]()
+    sizes, refused = batch_sizes(num_examples, num_draws), dict[int, UsageError]()
 
     @cache
     def of_size(place: int) -> Recipe | None:
@@ -240,7 +241,7 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
         try:
             plan, _ = plan_of(replace(settings, total_bs=size, num_epochs=epochs), num_examples)
         except UsageError as error:
-            refused.append(error)
+            refused[place] = error
             return None
         assert plan is not None
         return Recipe(promise(plan, trained, settings.max_seq_len), epochs, plan)
@@ -255,8 +256,9 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
         places = range(len(sizes))
     found = [recipe for recipe in map(of_size, places) if recipe]
     if not found:
+        # The smallest batch has the most steps, and so the widest bounds.
         raise refused[0]
-    return found, refused[0] if len(found) < len(places) else None
+    return found, refused[min(refused)] if len(found) < len(places) else None
 
 
 def recipe_flags(settings: Settings, recipe: Recipe, num_examples: int) -> dict[str, Any]:
@@ -302,8 +304,9 @@ def advice(settings: Settings, num_examples: int) -> str:
     return "\n".join([
         *lines,
         *([f"Another size is left out: {refused}"] if refused else []),
-        f"Of batches that make {HALF_STEPS} to {MOST_STEPS} steps the marked one promises most of "
-        "what could be learnt: steps enough to get anywhere, at the least noise. All are "
+        f"Of batches of {LEAST_SIZE} or more that make {HALF_STEPS} to {MOST_STEPS} steps the "
+        "marked one promises most of what could be learnt: steps enough to get anywhere, at the "
+        "least noise. All are "
         f"({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from "
         "public numbers alone. Paste its flags, or give --advised in place of --advise:",
         " ".join(

@@ -338,8 +338,8 @@ def advised(generate, *more):
 def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
     head, *lines, _, flags_of_best = advised(generate)
     assert head[:2] == ["total_bs", "num_epochs"]
-    assert [line[0] for line in lines] == ["16", "32", "64", "128", "256"]
-    assert [int(line[2]) for line in lines] == [364, 182, 91, 45, 22]
+    assert [line[0] for line in lines] == ["32", "64", "128", "256"]
+    assert [int(line[2]) for line in lines] == [182, 91, 45, 22]
     (best,) = [line for line in lines if line[-1] == "<-"]
     assert max(lines, key=lambda line: float(line[6])) is best
     assert flags_of_best[:4] == ["--total_bs", best[0], "--num_epochs", best[1]]
@@ -431,13 +431,13 @@ def test_what_only_advice_reads_needs_it(generate):
 
 def test_a_size_that_cannot_be_had_is_left_out_and_named(generate, monkeypatch):
     def made(settings, num_examples):
-        if settings.total_bs > 32:
+        if settings.total_bs > 64:
             raise UsageError("cannot be met")
         return plan_of(replace(settings, noise_multiplier=9.0), num_examples)
 
     monkeypatch.setattr(generate_train_command, "plan_of", made)
     _, *lines, left_out, _, _ = advised(generate)
-    assert [line[0] for line in lines] == ["16", "32"]
+    assert [line[0] for line in lines] == ["32", "64"]
     assert " ".join(left_out) == "Another size is left out: cannot be met"
 
 
@@ -459,7 +459,7 @@ def test_a_plan_of_more_steps_than_are_accounted_for_is_a_line(generate):
         (["--advised"], "leave --run, --advised and rehearsals out"),
         (["--hours=1e300", "--tokens_per_second=1e300"], "inf tokens are more than 1e.18"),
         (["--compute=1e300"], "1e.300 tokens are more than 1e.18"),
-        (["--noise=banded", "--bands=1000"], "use --bands 364 or fewer"),
+        (["--noise=banded", "--bands=1000"], "use --bands 182 or fewer"),
         (["--compute=63"], "one draw takes 64 tokens, and there are fewer"),
         (["--hours=1e9", "--tokens_per_second=1e3"], "steps .* must be between 0 and 100000"),
     ],

@@ -202,10 +202,11 @@ def test_a_warm_up_of_more_than_half_of_a_run_is_warned_of():
     assert schedule_warnings("constant", 60, 60, 1e-2, 1e-2, 8) == []
 
 
-def test_sizes_to_choose_from_make_some_steps_and_not_too_many():
-    assert batch_sizes(5824, 5824) == [16, 32, 64, 128, 256]
+def test_sizes_to_choose_from_are_not_tiny_and_make_some_steps_and_not_too_many():
+    assert batch_sizes(5824, 5824) == [32, 64, 128, 256]
     assert batch_sizes(1_000_000, 4_000_000) == [1 << power for power in range(13, 18)]
     assert batch_sizes(100, 10**6) == [64]  # not even all of them at once make so few
+    assert batch_sizes(300, 300) == [16]  # a larger one would leave fewer than 16 steps
     assert batch_sizes(3, 3) == [1]
 
 

@@ -34,8 +34,9 @@ LEAST_OF_RATE, MOST_OF_RATE, TRIED_RANK = 1 / 4, 3, 8
 # Warm-up is 3 of 60 steps in the study, and never longer than what is usual.
 STEPS_OF_WARMUP, MOST_WARMUP = 20, 30
 # Lines of a plan, each of which costs the accountant half a second; steps that are begun with in
-# the search for the best; and the most, since rates are of runs of 11 to 439.
-MOST_CHOICES, FIRST_STEPS, MOST_STEPS = 5, 256, 512
+# the search for the best; the most, since rates are of runs of 11 to 439; and the smallest batch,
+# since those of 64 and more were tried.
+MOST_CHOICES, FIRST_STEPS, MOST_STEPS, LEAST_SIZE = 5, 256, 512, 32
 
 
 def clip_share(plan: PrivacyPlan, max_seq_len: int) -> float:
@@ -191,11 +192,12 @@ def batch_sizes(num_examples: int, num_draws: int) -> list[int]:
             leaves fewer promises less than half, and no more than `MOST_STEPS`.
 
     Returns:
-        The sizes, one at least.
+        The sizes, of `LEAST_SIZE` or more where there are such; one at least.
     """
     most = max(1, min(num_examples, num_draws // HALF_STEPS))
     sizes = [1 << power for power in range(most.bit_length())]
-    return [size for size in sizes if num_draws // size <= MOST_STEPS] or sizes[-1:]
+    tried = [size for size in sizes if num_draws // size <= MOST_STEPS and size >= LEAST_SIZE]
+    return tried or sizes[-1:]
 
 
 def best_places(value: Callable[[int], float], num_places: int, first: int) -> range:
