@@ -304,9 +304,9 @@ def advice(settings: Settings, num_examples: int) -> str:
     return "\n".join([
         *lines,
         *([f"Another size is left out: {refused}"] if refused else []),
-        f"Of batches of {LEAST_SIZE} or more that make {HALF_STEPS} to {MOST_STEPS} steps the "
-        "marked one promises most of what could be learnt: steps enough to get anywhere, at the "
-        "least noise. All are "
+        f"Of batches that make {HALF_STEPS} to {MOST_STEPS} steps, of {LEAST_SIZE} or more where "
+        "there are such, the marked one promises most of what could be learnt: steps enough to get "
+        "anywhere, at the least noise. All are "
         f"({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from "
         "public numbers alone. Paste its flags, or give --advised in place of --advise:",
         " ".join(

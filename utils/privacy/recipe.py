@@ -196,8 +196,8 @@ def batch_sizes(num_examples: int, num_draws: int) -> list[int]:
     """
     most = max(1, min(num_examples, num_draws // HALF_STEPS))
     sizes = [1 << power for power in range(most.bit_length())]
-    tried = [size for size in sizes if num_draws // size <= MOST_STEPS and size >= LEAST_SIZE]
-    return tried or sizes[-1:]
+    fit = [size for size in sizes if size >= LEAST_SIZE and num_draws // size <= MOST_STEPS]
+    return fit or sizes[-1:]
 
 
 def best_places(value: Callable[[int], float], num_places: int, first: int) -> range:
