@@ -686,10 +686,10 @@ def table(found: dict) -> str:
     groups: dict[tuple, list[dict]] = {}
     for each in found["sets"]:
         groups.setdefault((each["arm"], each["target"], each["kind"]), []).append(each)
-    firsts: dict[float | None, dict[int, float]] = {}
-    for (_, target, kind), sets in groups.items():
+    firsts: dict[float | None, tuple[str, dict[int, float]]] = {}
+    for (arm, target, kind), sets in groups.items():
         if kind == AFTER:
-            firsts.setdefault(target, by_generator(sets, "mauve"))
+            firsts.setdefault(target, (arm, by_generator(sets, "mauve")))
     rows = []
     for (arm, target, kind), sets in groups.items():
         costs = [each["epsilon"] for each in sets if each["epsilon"] is not None]
@@ -697,9 +697,10 @@ def table(found: dict) -> str:
         for measure in MEASURES:
             values = list(by_generator(sets, measure).values())
             cells.append(mean_of(values) if values else "")
-        first, own = firsts.get(target, {}), by_generator(sets, "mauve")
-        pairs = [own[seed] - first[seed] for seed in own if seed in first]
-        is_first = own == first or arm in (BASE.name, REAL.name)
+        first, reference = firsts.get(target, ("", {}))
+        own = by_generator(sets, "mauve")
+        pairs = [own[seed] - reference[seed] for seed in own if seed in reference]
+        is_first = (arm, kind) == (first, AFTER) or arm in (BASE.name, REAL.name)
         more = sum(pair > 0 for pair in pairs)
         cells.append(
             "" if is_first or not pairs else f"{mean_of(pairs, '+')}, {more} of {len(pairs)}"

@@ -218,6 +218,18 @@ def test_the_table_has_a_line_for_each(study):
     assert f"{np.mean(gains):+.3f} +- {interval(gains):.3f}, {(gains > 0).sum()} of 2 |" in line
 
 
+def test_an_arm_that_equals_the_first_is_compared_with_it():
+    sets = [
+        dict.fromkeys(utility.MEASURES, 0.5)
+        | {"arm": arm, "target": 5.94, "kind": "after", "generator": seed, "epsilon": 5.9}
+        for arm in ("one", "another")
+        for seed in range(2)
+    ]
+    first, other = utility.table({"sets": sets}).splitlines()[2:]
+    assert first.endswith("|  |")
+    assert "+0.000 +- 0.000, 0 of 2 |" in other
+
+
 def test_the_arms_that_come_with_it_are_flags_of_training():
     known = {*TrainingSettings.__dataclass_fields__, "accountant"}
     for file in sorted(utility.ARMS.parent.glob("utility*.yaml")):
