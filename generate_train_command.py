@@ -308,12 +308,30 @@ def advice(settings: Settings, num_examples: int) -> str:
         "there are such, the marked one promises most of what could be learnt: steps enough to get "
         "anywhere, at the least noise. All are "
         f"({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from "
-        "public numbers alone. Paste its flags, or give --advised in place of --advise:",
+        f"public numbers alone. {more_to_gain(settings)}Paste its flags, or give --advised in "
+        "place of --advise:",
         " ".join(
             f"--{name} {f'{value:.15g}' if isinstance(value, float) else value}"
             for name, value in flags.items()
         ),
     ])  # fmt: skip
+
+
+def more_to_gain(settings: Settings) -> str:
+    """A sentence on the flags that learnt more and were not given, if there are such."""
+    flags = [] if settings.target_modules else ["--target_modules all-linear"]
+    if settings.noise == WHITE:
+        try:
+            check_training_settings(replace(settings, noise=BANDED))
+            flags.append(f"--noise {BANDED}")
+        except UsageError:
+            pass  # Not with these units, or this optimizer.
+    if not flags:
+        return ""
+    return (
+        "SmolLM2-135M learnt more from as many tokens, for no more epsilon, by "
+        f"{' and '.join(flags)}: add what you can afford here, and it advises anew. "
+    )
 
 
 def tokens_of_a_draw(settings: Settings) -> int:

@@ -354,6 +354,21 @@ def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
     assert "warning: --lr" not in summary
 
 
+def test_advice_names_the_flags_that_learnt_more(generate):
+    def sentence(*more):
+        out, _ = generate(*SIZED, "--num_epochs=1", "--compute=60000", "--advise", *more)
+        return out.splitlines()[-2]
+
+    both = "by --target_modules all-linear and --noise banded: add"
+    assert both in sentence()
+    assert "by --noise banded: add" in sentence("--target_modules=all-linear")
+    # It would be refused.
+    assert "by --target_modules all-linear: add" in sentence("--optimizer=adamw_corrected")
+    assert "learnt more" not in sentence(
+        "--target_modules=all-linear", "--optimizer=adamw_corrected"
+    )
+
+
 def test_a_run_that_is_continued_keeps_the_recipe_it_began_with(generate, tmp_path, monkeypatch):
     command = [*SIZED, "--num_epochs=1", "--advised", "--resume=auto"]
     line, _ = generate(*command)
