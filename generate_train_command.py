@@ -41,6 +41,7 @@ from utils.privacy.recipe import (
     HALF_STEPS,
     LEAST_SIZE,
     MOST_STEPS,
+    TRIED_WIDTH,
     batch_sizes,
     best_places,
     learning_rate,
@@ -57,10 +58,8 @@ from utils.texts.units import read_units, rows_to_keep
 
 # Far beyond any run; more are a slip of the pen.
 MOST_TOKENS = 1e18
-# Numbers in an adapter of which nothing is known.
-TYPICAL_ADAPTER = 1_000_000
 # What goes with every size; the flags that advice chooses; and what none of a run has.
-RECIPE: dict[str, Any] = {"loss_normalization": "tokens", "clip": 1.0, "lr_scheduler": "cosine"}
+RECIPE: dict[str, Any] = {"loss_normalization": "tokens", "clip": 0.5, "lr_scheduler": "cosine"}
 CHOSEN = (*RECIPE, "total_bs", "num_epochs", "warmup_steps", "lr")
 WITHOUT_ADVICE: dict[str, Any] = {
     "advised": False, "compute": None, "hours": None, "tokens_per_second": None
@@ -147,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     if plan:
         warnings += recipe_warnings(plan, trained, settings.max_seq_len)
     steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
-    best_rate = learning_rate(plan, settings.optimizer, raised[0]) if plan and raised else None
+    best_rate = learning_rate(plan, settings.optimizer, width_of(footprint)) if plan else None
     warnings += schedule_warnings(
         settings.lr_scheduler,
         settings.warmup_steps,
@@ -228,8 +227,6 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
     num_draws = int(tokens_to_spend(settings, num_examples * a_draw) / a_draw)
     if num_draws < 1:
         raise UsageError(f"one draw takes {a_draw:,} tokens, and there are fewer to spend")
-    footprint = footprint_of(settings)
-    trained = footprint.trained if footprint else TYPICAL_ADAPTER
     sizes, refused = batch_sizes(num_examples, num_draws), dict[int, UsageError]()
 
     @cache
@@ -239,12 +236,13 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
         # A little more than these steps, which is cut off.
         epochs = float(f"{(steps + 0.01) * size / num_examples:.6g}")
         try:
-            plan, _ = plan_of(replace(settings, total_bs=size, num_epochs=epochs), num_examples)
+            sized = replace(settings, **RECIPE, total_bs=size, num_epochs=epochs)
+            plan, _ = plan_of(sized, num_examples)
         except UsageError as error:
             refused[place] = error
             return None
         assert plan is not None
-        return Recipe(promise(plan, trained, settings.max_seq_len), epochs, plan)
+        return Recipe(promise(plan, settings.max_seq_len), epochs, plan)
 
     def promised(place: int) -> float:
         recipe = of_size(place)
@@ -261,17 +259,15 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
     return found, refused[min(refused)] if len(found) < len(places) else None
 
 
-def recipe_flags(settings: Settings, recipe: Recipe, num_examples: int) -> dict[str, Any]:
+def recipe_flags(settings: Settings, recipe: Recipe) -> dict[str, Any]:
     """The flags of a line of advice, those of `RECIPE` among them."""
     plan = recipe.plan
-    sized = replace(settings, total_bs=plan.expected_batch_size, num_epochs=recipe.epochs)
-    raised, _ = over_white(sized, plan, num_examples)
     return {
-        "total_bs": sized.total_bs,
-        "num_epochs": sized.num_epochs,
+        "total_bs": plan.expected_batch_size,
+        "num_epochs": recipe.epochs,
         **RECIPE,
         "warmup_steps": warmup_steps(plan.steps),
-        "lr": learning_rate(plan, settings.optimizer, raised),
+        "lr": learning_rate(plan, settings.optimizer, width_of(footprint_of(settings))),
     }
 
 
@@ -282,7 +278,7 @@ def followed(settings: Settings, num_examples: int) -> dict[str, Any]:
         begun_with = arguments_of(settings.folder)
         return {name: begun_with[name] for name in CHOSEN if name in begun_with}
     found, _ = recipes(settings, num_examples)
-    return recipe_flags(settings, max(found, key=lambda each: each.promise), num_examples)
+    return recipe_flags(settings, max(found, key=lambda each: each.promise))
 
 
 def advice(settings: Settings, num_examples: int) -> str:
@@ -300,16 +296,15 @@ def advice(settings: Settings, num_examples: int) -> str:
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    flags = recipe_flags(settings, best, num_examples)
+    flags = recipe_flags(settings, best)
     return "\n".join([
         *lines,
         *([f"Another size is left out: {refused}"] if refused else []),
         f"Of batches that make {HALF_STEPS} to {MOST_STEPS} steps, of {LEAST_SIZE} or more where "
         "there are such, the marked one promises most of what could be learnt: steps enough to get "
-        "anywhere, at the least noise. All are "
-        f"({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from "
-        f"public numbers alone. {more_to_gain(settings)}Paste its flags, or give --advised in "
-        "place of --advise:",
+        f"anywhere, at the least noise. All are ({best.plan.target_epsilon:g}, "
+        f"{best.plan.delta:g})-DP; from public numbers alone. {more_to_gain(settings)}"
+        f"{of_wide_bases(settings)}Paste its flags, or give --advised in place of --advise:",
         " ".join(
             f"--{name} {f'{value:.15g}' if isinstance(value, float) else value}"
             for name, value in flags.items()
@@ -331,6 +326,16 @@ def more_to_gain(settings: Settings) -> str:
     return (
         "SmolLM2-135M learnt more from as many tokens, for no more epsilon, by "
         f"{' and '.join(flags)}: add what you can afford here, and it advises anew. "
+    )
+
+
+def of_wide_bases(settings: Settings) -> str:
+    """A sentence on the rate, where the width of the base is not known."""
+    if footprint_of(settings):
+        return ""
+    return (
+        f"{settings.model_name} has no config.json here that tells its width: if it has more than "
+        f"{TRIED_WIDTH} features a token, multiply --lr by the root of {TRIED_WIDTH} over them. "
     )
 
 
@@ -413,6 +418,15 @@ def footprint_of(settings: Settings) -> Training | None:
     run = settings.footprint(architecture, 4 if settings.dtype == "float32" else 2)
     shards = settings.gpus * settings.num_machines if settings.fsdp else 1
     return replace(run, shards=shards)
+
+
+def width_of(run: Training | None) -> int:
+    """Features of a token in the base, or as many as rates were tried for, if they are not known.
+
+    Args:
+        run: see `footprint_of`.
+    """
+    return run.architecture.hidden if run else TRIED_WIDTH
 
 
 def memory_warnings(settings: Settings, run: Training | None) -> list[str]:
