@@ -335,7 +335,7 @@ def of_wide_bases(settings: Settings) -> str:
         return ""
     return (
         f"{settings.model_name} has no config.json here that tells its width: if it has more than "
-        f"{TRIED_WIDTH} features a token, multiply --lr by the root of {TRIED_WIDTH} over them. "
+        f"{TRIED_WIDTH} features a token, multiply --lr by ({TRIED_WIDTH} / features)^(2/3). "
     )
 
 

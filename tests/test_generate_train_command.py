@@ -362,14 +362,14 @@ def test_a_wide_base_begins_at_a_lower_rate(generate, tmp_path):
     write_json(tmp_path / "wide" / "config.json", config)
     advice, _ = generate(*SIZED, "--num_epochs=1", "--advise", "--model_name=wide")
     of_unknown, _ = generate(*SIZED, "--num_epochs=1", "--advise")
-    assert advice.endswith("--lr 0.0058\n")
+    assert advice.endswith("--lr 0.0046\n")
     assert of_unknown.endswith("--lr 0.012\n")
     told = "m has no config.json here that tells its width: if it has more than 576 features"
     assert told in of_unknown
     assert told not in advice
     _, summary = generate(*SIZED, "--clip=1", "--total_bs=128", "--num_epochs=1",
                           "--model_name=wide", "--lr=2e-2")  # fmt: skip
-    assert "warning: --lr 0.02 is 3.4 times what to start from in 45 steps" in summary
+    assert "warning: --lr 0.02 is 4.3 times what to start from in 45 steps" in summary
 
 
 def test_advice_names_the_flags_that_learnt_more(generate):

@@ -169,8 +169,8 @@ def test_a_learning_rate_falls_with_many_steps_and_follows_the_optimizer():
     halved = replace(few, clip_norm=0.5)
     assert [learning_rate(plan, "sgd") for plan in (few, halved)] == [0.5, 1.0]
     assert learning_rate(halved, "adamw") == 0.015
-    # Published for 439 steps of a base of 4,096 features: 1e-3.
-    assert learning_rate(PUBLISHED, "adamw", width=4096) == 0.0014
+    # Published for 439 steps of a base of 4,096 features.
+    assert learning_rate(PUBLISHED, "adamw", width=4096) == 0.001
     assert learning_rate(few, "adamw", width=256) == learning_rate(few, "adamw", width=576)
 
 

@@ -23,7 +23,8 @@ HALF_STEPS, HALF_SIGNAL = 12, 3000.0
 # Learning rates of AdamW to start from in TRIED_STEPS of white noise on a base of up to TRIED_WIDTH
 # features, and the highest ones that were tried and good, of white and of correlated noise, see
 # `learning_rate`.
-RATES, TRIED_STEPS, TRIED_WIDTH = {"adamw": 1e-2, "adamw_corrected": 3e-3}, 60, 576
+RATES, TRIED_STEPS = {"adamw": 1e-2, "adamw_corrected": 3e-3}, 60
+TRIED_WIDTH, WIDTH_POWER = 576, 2 / 3
 HIGHEST_RATES = {"adamw": (1.5e-2, 4e-2), "adamw_corrected": (3e-3, 3e-3), "sgd": (0.5, 1.0)}
 # What the noise of all steps may move a weight by with SGD, in deviations: with 8.3e-3 it learnt,
 # and with twice that a base of 135 million weights fell apart. AdamW divides by its noise.
@@ -132,7 +133,7 @@ def learning_rate(plan: PrivacyPlan, optimizer: str, width: int = TRIED_WIDTH) -
     was the best of 6e-3 to 4e-2 in 240, and 3.5e-2 and 5e-2 were alike in 60. Without the noise in
     its second moment 3e-3 was better in 60.
     These are of bases of up to 576 features. For 4,096 and 439 steps 1e-3 was published, so wider
-    ones begin lower, by the root of their width: 1.4e-3 there, which was not tried.
+    ones begin lower, by that power of their width which comes to it.
 
     Steps of SGD with momentum are as long as clipped gradients and their noise: at a clip norm of
     0.5 a rate of 1 was good at epsilon 5.94, 2 with correlated noise, and 1.2 with it at epsilon 1.
@@ -151,7 +152,7 @@ def learning_rate(plan: PrivacyPlan, optimizer: str, width: int = TRIED_WIDTH) -
         rate = min(highest, MOST_SHAKEN / shaken) / plan.clip_norm
     else:
         rate = min(highest, RATES[optimizer] * math.sqrt(TRIED_STEPS) * of_a_step / of_all)
-        rate *= math.sqrt(min(1.0, TRIED_WIDTH / width))
+        rate *= min(1.0, TRIED_WIDTH / width) ** WIDTH_POWER
     return float(f"{rate:.1e}")
 
 
