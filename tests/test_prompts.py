@@ -1,5 +1,6 @@
 """Prompt styles and instruction files."""
 
+import contextlib
 import signal
 import time
 from datetime import date
@@ -288,6 +289,24 @@ def test_unicode_line_separators_are_part_of_a_text(tmp_path):
 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_refusal_that_is_dropped_comes_again():
+    """As one that is raised in the callback of a weak reference."""
+
+    def loop():
+        began = time.process_time()
+        while time.process_time() - began < 10:
+            pass
+
+    def dropped_once():
+        with prompts._time_limit(0.05):
+            with contextlib.suppress(UsageError):
+                loop()
+            loop()
+
+    with pytest.raises(UsageError, match="it loops"):
+        dropped_once()
 
 
 def test_a_template_that_loops_is_stopped(monkeypatch):

@@ -228,7 +228,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
         )
 
     before = signal.signal(signal.SIGVTALRM, refuse)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    # Again and again: what is raised while a weak reference is cleared is dropped.
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
     try:
         yield
     finally:
