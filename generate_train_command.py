@@ -34,7 +34,7 @@ from utils.command_line.training_flags import (
 )
 from utils.models.base_folder import read_config
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
-from utils.privacy.banded import BANDED, WHITE, deviations
+from utils.privacy.banded import BANDED, WHITE
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
 from utils.privacy.recipe import (
     FIRST_STEPS,
@@ -45,6 +45,7 @@ from utils.privacy.recipe import (
     batch_sizes,
     best_places,
     learning_rate,
+    noise_of,
     promise,
     recipe_warnings,
     schedule_warnings,
@@ -58,6 +59,8 @@ from utils.texts.units import read_units, rows_to_keep
 
 # Far beyond any run; more are a slip of the pen.
 MOST_TOKENS = 1e18
+# Features of a token in LLaMA 2 7B, an example of a wide base.
+WIDE = 4096
 # What goes with every size; the flags that advice chooses; and what none of a run has.
 RECIPE: dict[str, Any] = {"loss_normalization": "tokens", "clip": 0.5, "lr_scheduler": "cosine"}
 CHOSEN = (*RECIPE, "total_bs", "num_epochs", "warmup_steps", "lr")
@@ -131,7 +134,6 @@ def main(argv: list[str] | None = None) -> int:
         settings = replace(settings, **followed(settings, num_examples), **WITHOUT_ADVICE)
     require_usable(settings.folder, settings.run_settings, settings.resume, default_settings())
     plan, plan_warnings = plan_of(settings, num_examples)
-    raised = over_white(settings, plan, num_examples) if plan else None
     settings = replace(
         settings,
         num_train_examples=settings.num_train_examples if settings.draws_units else counted,
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for warning in warnings:
         say(f"warning: {warning}")
-    say_summary(settings, plan, num_examples, trained, is_auto, steps, raised)
+    say_summary(settings, plan, num_examples, trained, is_auto, steps)
     if settings.config and not settings.is_rehearsal:
         write_config(settings.config_file, settings)
     command = launch_command(
@@ -304,7 +306,8 @@ def advice(settings: Settings, num_examples: int) -> str:
         "there are such, the marked one promises most of what could be learnt: steps enough to get "
         f"anywhere, at the least noise. All are ({best.plan.target_epsilon:g}, "
         f"{best.plan.delta:g})-DP; from public numbers alone. {more_to_gain(settings)}"
-        f"{of_wide_bases(settings)}Paste its flags, or give --advised in place of --advise:",
+        f"{of_wide_bases(settings, best.plan)}Paste its flags, or give --advised in place of "
+        "--advise:",
         " ".join(
             f"--{name} {f'{value:.15g}' if isinstance(value, float) else value}"
             for name, value in flags.items()
@@ -329,13 +332,14 @@ def more_to_gain(settings: Settings) -> str:
     )
 
 
-def of_wide_bases(settings: Settings) -> str:
+def of_wide_bases(settings: Settings, plan: PrivacyPlan) -> str:
     """A sentence on the rate, where the width of the base is not known."""
     if footprint_of(settings):
         return ""
+    rate = learning_rate(plan, settings.optimizer, WIDE)
     return (
         f"{settings.model_name} has no config.json here that tells its width: if it has more than "
-        f"{TRIED_WIDTH} features a token, multiply --lr by ({TRIED_WIDTH} / features)^(2/3). "
+        f"{TRIED_WIDTH} features a token, begin with a lower --lr, {rate:g} for {WIDE:,}. "
     )
 
 
@@ -347,13 +351,11 @@ def tokens_of_a_draw(settings: Settings) -> int:
 
 def over_white(settings: Settings, plan: PrivacyPlan, num_examples: int) -> tuple[float, float]:
     """A plan's noise over white noise of the same guarantee: in a step, and in the sum of all."""
-    if plan.bands == 1:
-        return 1.0, 1.0
     white, _ = plan_of(
         replace(settings, noise=WHITE, bands="auto", noise_multiplier=None), num_examples
     )
     assert white is not None
-    of_a_step, of_all = deviations(plan.coefficients, plan.steps)
+    of_a_step, of_all = noise_of(plan)
     ratio = plan.noise_multiplier / white.noise_multiplier
     return ratio * of_a_step, ratio * of_all / math.sqrt(plan.steps)
 
@@ -461,13 +463,11 @@ def say_summary(
     trained: int | None,
     delta_is_auto: bool,
     steps: int,
-    raised: tuple[float, float] | None,
 ) -> None:
     """Tell on stderr what the command will do.
 
     Args:
         trained: numbers in the adapter, where they are known.
-        raised: see `over_white`; None without privacy.
     """
     canaries = settings.num_canary_rows
     counted = f", of which {canaries:,} rows of canaries" if canaries else ""
@@ -497,8 +497,7 @@ def say_summary(
         ]  # fmt: skip
         if plan.bands > 1:
             rows.append(("correlated noise", of_bands(plan, trained)))
-            assert raised is not None
-            of_a_step, of_all = raised
+            of_a_step, of_all = over_white(settings, plan, num_examples)
             rows.append((
                 "against white noise",
                 f"{of_a_step:.2g} times in a step, {of_all:.2g} times in the sum of all steps",
