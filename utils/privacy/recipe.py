@@ -37,7 +37,7 @@ LEAST_OF_RATE, MOST_OF_RATE, TRIED_RANK = 1 / 4, 2, 8
 STEPS_OF_WARMUP, MOST_WARMUP = 20, 30
 # Lines of a plan, each of which costs the accountant half a second; steps that are begun with in
 # the search for the best; the most, since rates are of runs of 11 to 481; and the smallest batch,
-# since those of 64 and more were tried.
+# since smaller ones were tried on one base alone.
 MOST_CHOICES, FIRST_STEPS, MOST_STEPS, LEAST_SIZE = 5, 128, 512, 64
 
 
