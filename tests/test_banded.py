@@ -15,6 +15,7 @@ from utils.privacy.banded import (
     MOST_CHOSEN,
     CorrelatedNoise,
     band_coefficients,
+    bands_to_try,
     best_bands,
     deviations,
     groups_of,
@@ -95,29 +96,55 @@ def test_noise_is_less_at_every_size(case):
 
 
 @pytest.mark.slow
-def test_the_best_number_of_bands_has_the_least_error_of_all():
-    examples, batch, delta, steps, _ = SMALL
-    errors = {b: against_white(SMALL, 5.94, b) for b in (1, 2, 4, 8, 11, 16, 22)}
-    best = best_bands(5.94, delta, examples, batch, steps)
-    assert errors[best] <= min(errors.values()) * 1.002
+@pytest.mark.parametrize("epsilon", [1.0, 5.94])
+@pytest.mark.parametrize("steps", [22, 23, 45])
+def test_the_best_number_of_bands_has_the_least_error_of_all(epsilon, steps):
+    case = (5824, 5824 // 23 if steps < 45 else 128, 1e-5, steps, [])
+    examples, batch, delta, *_ = case
+    most = min(steps, examples // batch)
+    errors = [against_white(case, epsilon, b, approximate_noise_multiplier)
+              for b in range(1, most + 1)]  # fmt: skip
+    best = best_bands(epsilon, delta, examples, batch, steps)
+    assert errors[best - 1] <= min(errors) * 1.01
 
 
-def test_the_search_for_bands_tries_powers_of_two_and_divisors_near_the_best(monkeypatch):
+def test_the_search_for_bands_tries_the_fewest_for_every_half_as_many_steps_again(monkeypatch):
+    """All of them where one has the least, and none further once more noise is enough."""
     tried = []
 
-    def noise(_epsilon, _delta, rate, times, _reserved):
+    def noise(_epsilon, _delta, rate, times, _reserved, grid, most):
         bands = round(rate * 100)
         tried.append((bands, times))
-        return abs(bands - 6) + 1  # the best is a divisor of 12 between 4 and 8
+        return min(most, abs(bands - 6) + 0.7)
 
     monkeypatch.setattr(banded, "approximate_noise_multiplier", noise)
+    # Noise that is not worth it stays so, however least / error x error is rounded.
+    for error in np.linspace(0.1, 1, 50):
+        monkeypatch.setattr(banded, "prefix_error", lambda c, _, e=error: e + 0.01 * len(c))
+        assert best_bands(1.0, 1e-5, 1000, 10, 12) == 6
+    tried.clear()
     monkeypatch.setattr(banded, "prefix_error", lambda *_: 1.0)
     assert best_bands(1.0, 1e-5, 1000, 10, 12) == 6
-    assert tried == [(1, 12), (2, 6), (4, 3), (8, 2), (3, 4), (6, 2)]
+    assert tried == [(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]
     tried.clear()
-    best_bands(1.0, 1e-5, 1000, 300, 12)
-    assert [bands for bands, _ in tried] == [30, 60]  # 4 have too few to draw from
+    best_bands(1.0, 1e-5, 1000, 300, 13)
+    assert [bands for bands, _ in tried] == [90, 60, 30]  # 4 and more have too few to draw from
+    tried.clear()
+    # With fewer the sampling rate would be below what is accounted for.
+    assert best_bands(1.0, 1e-5, 10**8, 300, 12) == 12
+    assert [times for _, times in tried] == [1, 2, 3]
+    assert bands_to_try(1, 1) == [1]
+    assert bands_to_try(439, MOST_CHOSEN)[:3] == [63, 44, 30]
     assert MOST_CHOSEN == 64
+
+
+@pytest.mark.parametrize(("bands", "steps"), [(2, 900), (2, 5000), (3, 5000), (4, 20_000)])
+@pytest.mark.filterwarnings("error")
+def test_few_bands_of_many_steps_are_searched_for_too(bands, steps):
+    """A search that leaves where C^-1 stays bounded comes back with what it began with."""
+    begun = np.cumprod([1.0, *((2 * k - 1) / (2 * k) for k in range(1, bands))])
+    found = prefix_error(band_coefficients(bands, steps), steps)
+    assert found < 0.96 * prefix_error(begun / np.linalg.norm(begun), steps)
 
 
 # ---------------------------------------------------------------- sensitivity

@@ -42,8 +42,9 @@ PRV_DELTA_ERROR = 1e-3  # as a share of delta
 PRV_MAX_CELLS = 1_000_000
 # Cells of one step's, and of the whole composition's, privacy loss distribution.
 PLD_STEP_CELLS, PLD_CELLS = 200_000, 4_000_000
-# Widest interval between losses, and the least number of intervals in a step's deviation.
-PLD_FINE, PLD_COARSE = (5e-4, 30), (2e-3, 10)
+# Widest interval between losses, and the least number of intervals in a step's deviation: to claim
+# with, to search with, and to compare with, which asks for up to 0.3% more epsilon.
+PLD_FINE, PLD_COARSE, PLD_ROUGH = (5e-4, 30), (2e-3, 10), (1e-2, 4)
 DOUBLE_ROUNDING = 2.0**-52
 
 
@@ -343,10 +344,14 @@ def approximate_noise_multiplier(
     reserved: Sequence[SampledGaussian] = (),
     relation: str = ADD_REMOVE,
     rows_per_unit: int = 1,
+    grid: tuple[float, int] = PLD_COARSE,
+    most: float = MAX_NOISE,
 ) -> float:
-    """Sigma to about 0.1%, by the coarse PLD alone: to search with, never to claim with.
+    """Sigma to about 0.1%, by a coarse PLD alone: to search with, never to claim with.
 
-    Arguments are those of `calibrate_noise_multiplier`.
+    Args: see `calibrate_noise_multiplier`.
+        grid: of the PLD.
+        most: returned where it is not enough, which takes less time than to find what is.
 
     Raises:
         UsageError: a value is out of range.
@@ -360,26 +365,26 @@ def approximate_noise_multiplier(
     _require_inputs(delta, relation, events(MAX_NOISE))
 
     def excess(sigma: float) -> float:
-        epsilon, _ = _upper_bound(_merged(events(sigma)), delta, relation, PLD_COARSE)
+        epsilon, _ = _upper_bound(_merged(events(sigma)), delta, relation, grid)
         return math.log(min(max(epsilon, 1e-9), 1e9) / target_epsilon)
 
-    return _crossing(cache(excess))
+    return _crossing(cache(excess), max(MIN_NOISE, min(most, MAX_NOISE)))
 
 
-def _crossing(excess: Callable[[float], float]) -> float:
-    """The sigma at which a falling function crosses 0, or the end of the range next to it."""
+def _crossing(excess: Callable[[float], float], most: float) -> float:
+    """The sigma up to `most` at which a falling function crosses 0, or the end next to it."""
     from scipy.optimize import brentq
 
-    low = high = 1.0
+    low = high = min(1.0, most)
     # Accountants are slow at small sigma: approach it in steps.
     while excess(low) <= 0:
         if low == MIN_NOISE:
             return low
         low, high = max(MIN_NOISE, low / 1.5), low
     while excess(high) > 0:
-        if high == MAX_NOISE:
+        if high == most:
             return high
-        low, high = high, min(MAX_NOISE, 2 * high)
+        low, high = high, min(most, 2 * high)
     return brentq(excess, low, high, xtol=0.1 / 10**NOISE_DECIMALS)
 
 

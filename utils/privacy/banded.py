@@ -17,7 +17,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from utils.cli import UsageError
-from utils.privacy.accounting import SampledGaussian, approximate_noise_multiplier
+from utils.privacy.accounting import (
+    MIN_RATE,
+    PLD_ROUGH,
+    SampledGaussian,
+    approximate_noise_multiplier,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +30,9 @@ if TYPE_CHECKING:
 
 WHITE, BANDED = "white", "banded"
 WITHOUT_BANDS = (1.0,)
-# Decimals of coefficients, so that two machines whose optimisers differ in the last bits agree.
-DECIMALS = 4
+# Decimals of coefficients, so that two machines whose optimisers differ in the last bits agree, and
+# the least that one is of the one before it, in the search for them.
+DECIMALS, LEAST_RATIO = 4, 1e-3
 # The most bands that are chosen by themselves: their noise is kept in memory.
 MOST_CHOSEN = 64
 
@@ -35,7 +41,8 @@ def band_coefficients(bands: int, steps: int) -> tuple[float, ...]:
     """The first column of C for which the noise of prefix sums is least.
 
     From the truncated square root of the matrix of ones, which is close for few steps, a
-    quasi-Newton search (L-BFGS) goes on along the exact gradient of `prefix_error`.
+    quasi-Newton search (L-BFGS-B) goes on along the exact gradient of `prefix_error`. It looks for
+    the ratios of neighbours, in (0, 1]: where coefficients fall, C^-1 does not grow with T.
 
     Args:
         bands: b, from 1 to `steps`.
@@ -49,19 +56,22 @@ def band_coefficients(bands: int, steps: int) -> tuple[float, ...]:
 
     left = np.arange(steps, 0, -1.0)
 
-    def objective(tail: np.ndarray) -> tuple[float, np.ndarray]:
+    def objective(ratios: np.ndarray) -> tuple[float, np.ndarray]:
         # ln |c|² + ln sum_t (T - t) w_t², where L(c) w = 1; with L(c)' y = (T - t) w the slope of
-        # the second sum along c_j is -2 sum_t y_t w_(t-j).
-        column = np.array([1.0, *tail])
+        # the second sum along c_j is -2 sum_t y_t w_(t-j), and c_j is the product of j ratios.
+        column = np.cumprod([1.0, *ratios])
         sums = _solved(column, np.ones(steps))
         total, square = left @ sums**2, column @ column
         adjoint = _solved(column, (left * sums)[::-1])[::-1]
         slopes = [-2 * adjoint[j:] @ sums[: steps - j] for j in range(1, bands)]
-        return np.log(total * square), np.array(slopes) / total + 2 * tail / square
+        weighted = column[1:] * (np.array(slopes) / total + 2 * column[1:] / square)
+        return np.log(total * square), np.cumsum(weighted[::-1])[::-1] / ratios
 
-    column = np.cumprod([1.0, *((2 * k - 1) / (2 * k) for k in range(1, bands))])
+    ratios = np.array([(2 * k - 1) / (2 * k) for k in range(1, bands)])
     if bands > 1:
-        column[1:] = minimize(objective, column[1:], jac=True, method="L-BFGS-B").x
+        bounds = [(LEAST_RATIO, 1.0)] * len(ratios)
+        ratios = minimize(objective, ratios, jac=True, method="L-BFGS-B", bounds=bounds).x
+    column = np.cumprod([1.0, *ratios])
     column /= np.linalg.norm(column)
     return tuple(float(value) for value in np.trunc(column * 10**DECIMALS) / 10**DECIMALS)
 
@@ -107,27 +117,41 @@ def best_bands(
 ) -> int:
     """The number of bands whose computed noise on prefix sums is least at a target.
 
-    Tried are powers of two, and the divisors of T next to the best of them, which waste no step.
-    Takes about a second each.
+    Of all that let a unit take part in m steps the fewest bands are tried, since these draw from
+    the largest groups, for m half as large again each time. Takes about a second.
 
     Args: see `PrivacyPlan` and `calibrate_noise_multiplier`.
 
     Returns:
         b; 1 where white noise is best.
+
+    Raises:
+        UsageError: no accountant has so small a sampling rate.
     """
+    rate = batch_size / num_examples
     most = min(MOST_CHOSEN, steps, num_examples // batch_size)
+    best, least = 1, math.inf
+    for bands in bands_to_try(steps, most):
+        if bands * rate < MIN_RATE and bands < most:
+            continue
+        error = prefix_error(band_coefficients(bands, steps), steps)
+        worth = least / error
+        sigma = approximate_noise_multiplier(
+            target_epsilon, delta, bands * rate, -(-steps // bands), reserved,
+            grid=PLD_ROUGH, most=worth,
+        )  # fmt: skip
+        if sigma < worth:
+            best, least = bands, sigma * error
+    return best
 
-    def error(bands: int) -> float:
-        rate, times = bands * batch_size / num_examples, -(-steps // bands)
-        sigma = approximate_noise_multiplier(target_epsilon, delta, rate, times, reserved)
-        return sigma * prefix_error(band_coefficients(bands, steps), steps)
 
-    errors = {bands: error(bands) for bands in (1 << k for k in range(most.bit_length()))}
-    near = min(errors, key=lambda bands: errors[bands])
-    for bands in range(near // 2 + 1, min(most, 2 * near) + 1):
-        if steps % bands == 0 and bands not in errors:
-            errors[bands] = error(bands)
-    return min(errors, key=lambda bands: errors[bands])
+def bands_to_try(steps: int, most: int) -> list[int]:
+    """Numbers of bands from 1 to `most`, the largest first, see `best_bands`."""
+    found, times = set[int](), -(-steps // most)
+    while times < steps:
+        found.add(-(-steps // times))
+        times = max(times + 1, times * 3 // 2)
+    return sorted(found | {1}, reverse=True)
 
 
 def participations(steps: Iterable[int], bands: int) -> int:
