@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import generate_train_command
 from tests.paths import ROOT
 from utils.dp_utils import add_noise
 from utils.privacy.banded import band_coefficients
@@ -272,3 +273,39 @@ def test_the_best_place_is_found_and_has_neighbours_where_there_are_any(best, fi
     assert (best == places[-1]) == (best == 8)
     assert len(asked) == len(set(asked)) <= abs(best - min(first, 8)) + 3
     assert list(best_places(value, 3, first)) == [0, 1, 2]
+
+
+TABLE = re.findall(
+    r"^\| ([\d,]+) \| (\d) \| `--total_bs (\d+) --num_epochs (\d+) --delta (\S+)` \| (\d+) "
+    r"\| ([\d.]+) \| (\S+) \| ([\d.]+) \|$",
+    (ROOT / "docs" / "recipes.md").read_text(),
+    re.MULTILINE,
+)
+
+
+def test_the_table_of_recipes_has_the_rates_and_promises_of_the_rule():
+    assert len(TABLE) == 16
+    for rows, epsilon, size, epochs, _, steps, sigma, rate, promised in TABLE:
+        num_examples, size = int(rows.replace(",", "")), int(size)
+        assert int(steps) == int(epochs) * num_examples // size
+        plan = replace(
+            SMALL, num_examples=num_examples, expected_batch_size=size, steps=int(steps),
+            noise_multiplier=float(sigma), clip_norm=0.5, target_epsilon=float(epsilon),
+        )  # fmt: skip
+        assert learning_rate(plan, "adamw") == float(rate)
+        assert f"{promise(plan, 1024):.2f}" == promised
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", TABLE, ids=lambda line: f"{line[0]} at {line[1]}")
+def test_the_table_of_recipes_has_the_lines_that_are_marked(line, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows, epsilon, size, epochs, delta, steps, sigma, _, promised = line
+    argv = ["--dataset_name=mine", "--model_name=m", "--job_sess=t", "--max_seq_len=1024",
+            "--prompt_style=uncond_generation", f"--eps={epsilon}", "--delta=auto", "--advise",
+            f"--num_train_examples={rows.replace(',', '')}", f"--num_epochs={epochs}"]  # fmt: skip
+    assert generate_train_command.main(argv) == 0
+    (marked,) = [each for each in capsys.readouterr().out.splitlines() if each.endswith("<-")]
+    found = marked.replace(",", "").split()
+    assert [found[0], found[2], found[3], found[6]] == [size, steps, sigma, promised]
+    assert float(delta) <= 1 / (10 * int(rows.replace(",", "")))

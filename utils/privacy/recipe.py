@@ -25,7 +25,7 @@ HALF_STEPS, HALF_SIGNAL = 12, 3000.0
 # with AdamW for TRIED_WIDTH), see `learning_rate`.
 RATES, TRIED_STEPS = {"adamw": 1e-2, "adamw_corrected": 3e-3}, 60
 TRIED_WIDTH, WIDTH_POWER = 576, 2 / 3
-HIGHEST_RATES = {"adamw": (1.5e-2, 2e-2), "adamw_corrected": (3e-3, 3e-3), "sgd": (0.5, 1.0)}
+HIGHEST_RATES = {"adamw": (1.5e-2, 2e-2), "adamw_corrected": (3e-3,), "sgd": (0.5, 1.0)}
 # What the noise of all steps may move a weight by with SGD, in deviations: with 8.3e-3 it learnt,
 # and with 1.1e-2 a base of 135 million weights fell apart. AdamW divides by its noise.
 MOST_SHAKEN = 8.3e-3
