@@ -10,6 +10,7 @@ run it at once with --run, which passes its exit code on.
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -34,6 +35,7 @@ from utils.command_line.training_flags import (
 )
 from utils.models.base_folder import read_config
 from utils.models.footprint import CARDS, GIB, Architecture, Training, remedy
+from utils.privacy.accounting import MAX_STEPS
 from utils.privacy.banded import BANDED, WHITE
 from utils.privacy.plan import ROWS, PrivacyPlan, num_steps
 from utils.privacy.recipe import (
@@ -116,9 +118,10 @@ class Settings(ConfigSettings, TrainingSettings):
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     settings = read_config_and_flags(Settings, __doc__, argv)
     run = settings.run or settings.is_rehearsal
-    check_advice(settings, run)
+    check_advice(settings, run, {word.removeprefix("--").partition("=")[0] for word in argv})
     if settings.advise or settings.advised:
         settings = replace(settings, **RECIPE)
     warnings = check_training_settings(settings)
@@ -134,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = replace(settings, **followed(settings, num_examples), **WITHOUT_ADVICE)
     require_usable(settings.folder, settings.run_settings, settings.resume, default_settings())
     plan, plan_warnings = plan_of(settings, num_examples)
+    compared = over_white(settings, plan, num_examples) if plan and plan.bands > 1 else None
     settings = replace(
         settings,
         num_train_examples=settings.num_train_examples if settings.draws_units else counted,
@@ -148,7 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     if plan:
         warnings += recipe_warnings(plan, trained, settings.max_seq_len)
     steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
-    best_rate = learning_rate(plan, settings.optimizer, width_of(footprint)) if plan else None
+    best_rate = None
+    if plan and footprint:
+        best_rate = learning_rate(plan, settings.optimizer, footprint.architecture.hidden)
     warnings += schedule_warnings(
         settings.lr_scheduler,
         settings.warmup_steps,
@@ -159,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for warning in warnings:
         say(f"warning: {warning}")
-    say_summary(settings, plan, num_examples, trained, is_auto, steps)
+    say_summary(settings, plan, num_examples, trained, is_auto, steps, compared)
     if settings.config and not settings.is_rehearsal:
         write_config(settings.config_file, settings)
     command = launch_command(
@@ -174,8 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     return print_or_run(command, run)
 
 
-def check_advice(settings: Settings, run: bool) -> None:
+def check_advice(settings: Settings, run: bool, given: set[str]) -> None:
     """Refuse advice next to what it would change, and without it what it alone reads.
+
+    Args:
+        given: names of flags that stand on the command line.
 
     Raises:
         UsageError: see its message.
@@ -192,12 +201,16 @@ def check_advice(settings: Settings, run: bool) -> None:
         raise UsageError("advice weighs noise, and --eps -1 has none; give --eps")
     if advises and settings.noise_multiplier is not None:
         raise UsageError("advice calibrates --noise_multiplier for every line; leave it out")
+    for name in ("compute", "hours"):
+        if getattr(settings, name) is not None and "num_epochs" in given:
+            raise UsageError(f"--{name} and --num_epochs both say how much there is; leave one out")
     if settings.advised:
-        # A size or a rate of one's own next to the others would be of no line.
+        # A size or a rate of one's own next to the others would be of no line. A file of flags has
+        # them all, those at their defaults too.
         defaults = default_settings()
         for name in CHOSEN:
             is_own = getattr(settings, name) not in (RECIPE.get(name), defaults[name])
-            if is_own and name != "num_epochs":
+            if (is_own or name in given) and name != "num_epochs":
                 raise UsageError(f"--advised chooses --{name}; leave one of the two out")
 
 
@@ -229,6 +242,11 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
     num_draws = int(tokens_to_spend(settings, num_examples * a_draw) / a_draw)
     if num_draws < 1:
         raise UsageError(f"one draw takes {a_draw:,} tokens, and there are fewer to spend")
+    if num_draws > MAX_STEPS * num_examples:
+        raise UsageError(
+            f"{num_draws:,} draws of {num_examples:,} take more than {MAX_STEPS:,} steps, the most "
+            "that is accounted for; lower --compute, --hours or --num_epochs"
+        )
     sizes, refused = batch_sizes(num_examples, num_draws), dict[int, UsageError]()
 
     @cache
@@ -262,14 +280,19 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
 
 
 def recipe_flags(settings: Settings, recipe: Recipe) -> dict[str, Any]:
-    """The flags of a line of advice, those of `RECIPE` among them."""
-    plan = recipe.plan
+    """The flags of a line of advice, those of `RECIPE` among them.
+
+    A base of unknown width gets the rate of a wide one: too low a rate learns less, and too high a
+    one nothing.
+    """
+    plan, base = recipe.plan, footprint_of(settings)
+    width = base.architecture.hidden if base else WIDE
     return {
         "total_bs": plan.expected_batch_size,
         "num_epochs": recipe.epochs,
         **RECIPE,
         "warmup_steps": warmup_steps(plan.steps),
-        "lr": learning_rate(plan, settings.optimizer, width_of(footprint_of(settings))),
+        "lr": learning_rate(plan, settings.optimizer, width),
     }
 
 
@@ -278,9 +301,22 @@ def followed(settings: Settings, num_examples: int) -> dict[str, Any]:
     if settings.resume == "auto" and holds_run(settings.folder):
         # What is known of the base, or of recipes, may have changed since it began.
         begun_with = arguments_of(settings.folder)
-        return {name: begun_with[name] for name in CHOSEN if name in begun_with}
+        flags = {name: begun_with[name] for name in CHOSEN if name in begun_with}
+        say(f"--advised goes on as {settings.folder} began: {words_of(flags)}")
+        return flags
     found, _ = recipes(settings, num_examples)
-    return recipe_flags(settings, max(found, key=lambda each: each.promise))
+    best = max(found, key=lambda each: each.promise)
+    if unknown := of_unknown_width(settings, best.plan):
+        say(f"warning: {unknown}")
+    return recipe_flags(settings, best)
+
+
+def words_of(flags: dict[str, Any]) -> str:
+    """Flags as they are typed."""
+    return " ".join(
+        f"--{name} {f'{value:.15g}' if isinstance(value, float) else value}"
+        for name, value in flags.items()
+    )
 
 
 def advice(settings: Settings, num_examples: int) -> str:
@@ -298,20 +334,22 @@ def advice(settings: Settings, num_examples: int) -> str:
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    flags = recipe_flags(settings, best)
+    wanted = f"of {LEAST_SIZE} or more that make {HALF_STEPS} to {MOST_STEPS} steps"
+    size, steps = best.plan.expected_batch_size, best.plan.steps
+    if size >= LEAST_SIZE and HALF_STEPS <= steps <= MOST_STEPS:
+        reason = (
+            f"Of batches {wanted}, the marked one promises most of what could be learnt: steps "
+            "enough to get anywhere, at the least noise."
+        )
+    else:
+        reason = f"No batch is {wanted}; this is the largest that leaves steps to learn in."
     return "\n".join([
         *lines,
         *([f"Another size is left out: {refused}"] if refused else []),
-        f"Of batches that make {HALF_STEPS} to {MOST_STEPS} steps, of {LEAST_SIZE} or more where "
-        "there are such, the marked one promises most of what could be learnt: steps enough to get "
-        f"anywhere, at the least noise. All are ({best.plan.target_epsilon:g}, "
-        f"{best.plan.delta:g})-DP; from public numbers alone. {more_to_gain(settings)}"
-        f"{of_wide_bases(settings, best.plan)}Paste its flags, or give --advised in place of "
-        "--advise:",
-        " ".join(
-            f"--{name} {f'{value:.15g}' if isinstance(value, float) else value}"
-            for name, value in flags.items()
-        ),
+        f"{reason} All are ({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from public "
+        f"numbers alone. {more_to_gain(settings)}{of_unknown_width(settings, best.plan)}Paste its "
+        "flags, or give --advised in place of --advise:",
+        words_of(recipe_flags(settings, best)),
     ])  # fmt: skip
 
 
@@ -332,14 +370,14 @@ def more_to_gain(settings: Settings) -> str:
     )
 
 
-def of_wide_bases(settings: Settings, plan: PrivacyPlan) -> str:
+def of_unknown_width(settings: Settings, plan: PrivacyPlan) -> str:
     """A sentence on the rate, where the width of the base is not known."""
     if footprint_of(settings):
         return ""
-    rate = learning_rate(plan, settings.optimizer, WIDE)
+    rate = learning_rate(plan, settings.optimizer)
     return (
-        f"{settings.model_name} has no config.json here that tells its width: if it has more than "
-        f"{TRIED_WIDTH} features a token, begin with a lower --lr, {rate:g} for {WIDE:,}. "
+        f"{settings.model_name} has no config.json here that tells its width, so --lr is that of "
+        f"{WIDE:,} features a token; a base of up to {TRIED_WIDTH} learns more at {rate:g}. "
     )
 
 
@@ -349,11 +387,20 @@ def tokens_of_a_draw(settings: Settings) -> int:
     return settings.max_seq_len * rows
 
 
-def over_white(settings: Settings, plan: PrivacyPlan, num_examples: int) -> tuple[float, float]:
-    """A plan's noise over white noise of the same guarantee: in a step, and in the sum of all."""
-    white, _ = plan_of(
-        replace(settings, noise=WHITE, bands="auto", noise_multiplier=None), num_examples
-    )
+def over_white(
+    settings: Settings, plan: PrivacyPlan, num_examples: int
+) -> tuple[float, float] | None:
+    """A plan's noise over white noise of the same guarantee: in a step, and in the sum of all.
+
+    None where there is no such noise: the plan spends less than its target, or no accountant has
+    so small a sampling rate.
+    """
+    if settings.noise_multiplier is not None:
+        return None
+    try:
+        white, _ = plan_of(replace(settings, noise=WHITE, bands="auto"), num_examples)
+    except UsageError:
+        return None
     assert white is not None
     of_a_step, of_all = noise_of(plan)
     ratio = plan.noise_multiplier / white.noise_multiplier
@@ -422,15 +469,6 @@ def footprint_of(settings: Settings) -> Training | None:
     return replace(run, shards=shards)
 
 
-def width_of(run: Training | None) -> int:
-    """Features of a token in the base, or as many as rates were tried for, if they are not known.
-
-    Args:
-        run: see `footprint_of`.
-    """
-    return run.architecture.hidden if run else TRIED_WIDTH
-
-
 def memory_warnings(settings: Settings, run: Training | None) -> list[str]:
     """What is to be said of the card that the user names.
 
@@ -463,11 +501,13 @@ def say_summary(
     trained: int | None,
     delta_is_auto: bool,
     steps: int,
+    compared: tuple[float, float] | None,
 ) -> None:
     """Tell on stderr what the command will do.
 
     Args:
         trained: numbers in the adapter, where they are known.
+        compared: see `over_white`.
     """
     canaries = settings.num_canary_rows
     counted = f", of which {canaries:,} rows of canaries" if canaries else ""
@@ -495,9 +535,10 @@ def say_summary(
             ("guarantee", f"({plan.target_epsilon:g}, {plan.delta:g})-DP, one {unit} added or "
              f"removed{f', with a histogram of sigma {reserved:g}' if reserved else ''}{of_delta}"),
         ]  # fmt: skip
-        if plan.bands > 1:
+        if settings.noise == BANDED:
             rows.append(("correlated noise", of_bands(plan, trained)))
-            of_a_step, of_all = over_white(settings, plan, num_examples)
+        if compared:
+            of_a_step, of_all = compared
             rows.append((
                 "against white noise",
                 f"{of_a_step:.2g} times in a step, {of_all:.2g} times in the sum of all steps",
@@ -524,6 +565,8 @@ def say_summary(
 
 def of_bands(plan: PrivacyPlan, trained: int | None) -> str:
     """What correlated noise does, and what it takes."""
+    if plan.bands == 1:
+        return "none: one band is white noise, which is the least here if --bands is auto"
     kept = plan.bands - 1
     memory = f", {8 * kept * trained / GIB:.2g} GiB" if trained else ""
     times = plan.participations(range(plan.steps))

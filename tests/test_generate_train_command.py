@@ -62,6 +62,19 @@ def generate(capsys, monkeypatch, tmp_path):
     return call
 
 
+@pytest.fixture
+def base(tmp_path):
+    """Make the base m, of so many features a token, as far as its shapes go."""
+
+    def make(width: int) -> None:
+        config = {"model_type": "llama", "hidden_size": width, "num_hidden_layers": 2,
+                  "num_attention_heads": 4, "intermediate_size": 8, "vocab_size": 99}  # fmt: skip
+        (tmp_path / "m").mkdir(exist_ok=True)
+        write_json(tmp_path / "m" / "config.json", config)
+
+    return make
+
+
 def understood(line: str) -> TrainingSettings:
     """What `train.py` understands by a launch line."""
     words = shlex.split(line)
@@ -332,11 +345,12 @@ SIZED = (
 
 def advised(generate, *more):
     """The lines of a plan for 5,824 rows of at most 64 tokens, as cells."""
-    out, _ = generate(*SIZED, "--num_epochs=1", "--advise", *more)
+    out, _ = generate(*SIZED, *(more or ["--num_epochs=1"]), "--advise")
     return [line.split() for line in out.splitlines()]
 
 
-def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
+def test_advice_is_a_table_and_the_flags_of_its_best_line(generate, base):
+    base(576)
     head, *lines, _, flags_of_best = advised(generate)
     assert head[:2] == ["total_bs", "num_epochs"]
     assert [line[0] for line in lines] == ["64", "128", "256"]
@@ -355,26 +369,34 @@ def test_advice_is_a_table_and_the_flags_of_its_best_line(generate):
     assert "warning: --lr" not in summary
 
 
-def test_a_wide_base_begins_at_a_lower_rate(generate, tmp_path):
-    config = {"model_type": "llama", "hidden_size": 2304, "num_hidden_layers": 2, "vocab_size": 99,
-              "num_attention_heads": 4, "intermediate_size": 8}  # fmt: skip
-    (tmp_path / "wide").mkdir()
-    write_json(tmp_path / "wide" / "config.json", config)
-    advice, _ = generate(*SIZED, "--num_epochs=1", "--advise", "--model_name=wide")
-    of_unknown, _ = generate(*SIZED, "--num_epochs=1", "--advise")
-    assert advice.endswith("--lr 0.0046\n")
-    assert of_unknown.endswith("--lr 0.012\n")
-    told = "m has no config.json here that tells its width: if it has more than 576 features"
-    assert told in of_unknown
-    assert told not in advice
-    _, summary = generate(*SIZED, "--clip=1", "--total_bs=128", "--num_epochs=1",
-                          "--model_name=wide", "--lr=2e-2")  # fmt: skip
+def test_a_wide_base_begins_at_a_lower_rate_and_so_does_one_of_unknown_width(generate, base):
+    def rates(*more):
+        advice, _ = generate(*SIZED, "--num_epochs=1", "--advise", *more)
+        line, summary = generate(*SIZED, "--num_epochs=1", "--advised", *more)
+        assert advice.endswith(f"--lr {understood(line).lr:g}\n")
+        return understood(line).lr, advice, summary
+
+    lr, advice, summary = rates()
+    assert lr == 0.0031
+    told = "m has no config.json here that tells its width, so --lr is that of 4,096 features"
+    for text in (advice, summary):
+        assert told in text
+        assert "up to 576 learns more at 0.012" in text
+    _, summary = generate(*SIZED, "--clip=1", "--total_bs=128", "--num_epochs=1", "--lr=1")
+    assert "what to start from" not in summary
+    for width, expected in ((4096, 0.0031), (2304, 0.0046), (576, 0.012)):
+        base(width)
+        lr, advice, summary = rates()
+        assert lr == expected
+        assert "tells its width" not in advice + summary
+    base(2304)
+    _, summary = generate(*SIZED, "--clip=1", "--total_bs=128", "--num_epochs=1", "--lr=2e-2")
     assert "warning: --lr 0.02 is 4.3 times what to start from in 45 steps" in summary
 
 
 def test_advice_names_the_flags_that_learnt_more(generate):
     def sentence(*more):
-        out, _ = generate(*SIZED, "--num_epochs=1", "--compute=60000", "--advise", *more)
+        out, _ = generate(*SIZED, "--compute=60000", "--advise", *more)
         return out.splitlines()[-2]
 
     both = "by --target_modules all-linear and --noise banded: add"
@@ -399,7 +421,10 @@ def test_a_run_that_is_continued_keeps_the_recipe_it_began_with(generate, tmp_pa
     monkeypatch.setattr(largest_is_best, lambda plan, *_: plan.expected_batch_size / 1e6)
     other, _ = generate(*command, "--job_sess=other")
     assert understood(other).total_bs != begun.total_bs
-    assert understood(generate(*command)[0]) == begun
+    line, summary = generate(*command, "--num_epochs=9")
+    assert understood(line) == begun
+    assert "--advised goes on as outputs/t began: --loss_normalization tokens" in summary
+    assert f"--num_epochs {begun.num_epochs:g} --warmup_steps" in summary
 
 
 def test_flags_that_were_advised_are_kept_and_read_again(generate, tmp_path):
@@ -409,7 +434,8 @@ def test_flags_that_were_advised_are_kept_and_read_again(generate, tmp_path):
     assert generate(f"--config={tmp_path / 'outputs' / 't.yaml'}")[0] == line
 
 
-def test_advice_for_correlated_noise_raises_the_rate(generate, monkeypatch):
+def test_advice_for_correlated_noise_raises_the_rate(generate, base, monkeypatch):
+    base(576)
     monkeypatch.setattr("utils.privacy.plan.best_bands", lambda *_: 8)
     line, summary = generate(*SIZED, "--num_epochs=1", "--advised", "--noise=banded")
     args = understood(line)
@@ -422,16 +448,45 @@ def test_advice_for_correlated_noise_raises_the_rate(generate, monkeypatch):
     assert args.lr > 1.5 * 0.01 * (60 / steps) ** 0.5
 
 
+def test_noise_is_compared_with_white_noise_of_the_same_guarantee_alone(generate):
+    """And a plan is not refused for want of that white noise."""
+    recipe = ["--clip=1", "--total_bs=128", "--num_epochs=1", "--noise=banded", "--bands=4"]
+    _, summary = generate(*SIZED, *recipe)
+    assert "against white noise" in summary
+    # It spends less than --eps.
+    _, summary = generate(*SIZED, *recipe, "--noise_multiplier=3")
+    assert "correlated noise     4 bands" in summary
+    assert "against white noise" not in summary
+    many = [word for word in SIZED if not word.startswith(("--num_train", "--delta"))]
+    many += ["--num_train_examples=10000000", "--delta=auto", "--clip=1", "--total_bs=64"]
+    for bands in ("8", "auto"):
+        line, summary = generate(*many, "--num_epochs=1e-4", "--noise=banded", f"--bands={bands}")
+        assert understood(line).bands >= 2
+        assert "against white noise" not in summary
+
+
+def test_one_band_is_told_to_be_white_noise(generate):
+    recipe = ["--clip=1", "--num_epochs=9", "--noise=banded", "--total_bs=5824"]
+    line, summary = generate(*SIZED, *recipe)
+    assert understood(line).bands == 1
+    assert "correlated noise     none: one band is white noise" in summary
+
+
 @pytest.mark.parametrize(
     "own", ["--lr=1e-3", "--total_bs=64", "--clip=2", "--warmup_steps=4", "--lr_scheduler=linear",
-            "--loss_normalization=max_seq_len"],
+            "--loss_normalization=max_seq_len", "--lr=3e-4", "--total_bs=32", "--clip=0.5",
+            "--warmup_steps=30", "--lr_scheduler=constant", "--loss_normalization=tokens"],
 )  # fmt: skip
 def test_what_is_advised_is_not_given_as_well(generate, own):
+    """Nor at its default."""
     with pytest.raises(UsageError, match=f"--advised chooses {own.partition('=')[0]}; leave one"):
         generate(*SIZED, "--advised", own)
+    with pytest.raises(UsageError, match=f"--advised chooses {own.partition('=')[0]}; leave one"):
+        generate(*SIZED, "--advised", *own.split("="))
 
 
-def test_a_schedule_that_leads_nowhere_is_warned_of(generate):
+def test_a_schedule_that_leads_nowhere_is_warned_of(generate, base):
+    base(576)
     sizes = ["--clip=1", "--total_bs=256", "--num_epochs=1", "--lr_scheduler=cosine"]
     _, summary = generate(*SIZED, *sizes)
     assert (
@@ -495,13 +550,29 @@ def test_a_plan_of_more_steps_than_are_accounted_for_is_a_line(generate):
         (["--hours=1e300", "--tokens_per_second=1e300"], "inf tokens are more than 1e.18"),
         (["--compute=1e300"], "1e.300 tokens are more than 1e.18"),
         (["--noise=banded", "--bands=1000"], "use --bands 91 or fewer"),
+        (["--compute=1e5", "--num_epochs=3"], "--compute and --num_epochs both say how much"),
+        (["--hours=1", "--tokens_per_second=9", "--num_epochs=3"], "--hours and --num_epochs both"),
         (["--compute=63"], "one draw takes 64 tokens, and there are fewer"),
-        (["--hours=1e9", "--tokens_per_second=1e3"], "steps .* must be between 0 and 100000"),
+        (
+            ["--hours=1e9", "--tokens_per_second=1e3"],
+            "take more than 100,000 steps.*; lower --comp",
+        ),
     ],
 )
 def test_advice_that_cannot_be_given_is_a_line(generate, more, why):
     with pytest.raises(UsageError, match=why):
         advised(generate, *more)
+
+
+def test_a_batch_that_no_rule_wanted_is_not_called_one(generate):
+    usual, _ = generate(*SIZED, "--num_epochs=1", "--advise")
+    assert "Of batches of 64 or more that make 12 to 512 steps, the marked one" in usual
+    few, _ = generate(*SIZED, "--compute=20000", "--advise")
+    many = [word for word in SIZED if "num_train" not in word]
+    many, _ = generate(*many, "--num_train_examples=100", "--num_epochs=900", "--advise")
+    for out in (few, many):
+        assert len(out.splitlines()) == 4
+        assert "No batch is of 64 or more that make 12 to 512 steps; this is the largest" in out
 
 
 def toeplitz(column):
