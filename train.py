@@ -74,7 +74,12 @@ from utils.models.loading import (
     quiet_libraries,
     resolve_dtype,
 )
-from utils.models.lora import attach_lora, default_target_modules, use_row_dropout
+from utils.models.lora import (
+    attach_lora,
+    default_target_modules,
+    frozen_factors,
+    use_row_dropout,
+)
 from utils.models.losses import normalise
 from utils.models.memory import PeakMemory, fitting_sequences, use_expandable_segments
 from utils.privacy.banded import BANDED
@@ -104,6 +109,7 @@ from utils.runs.distributed import (
     require_same_on_every_rank,
     require_same_tensors,
     shard_base,
+    tensors_sha256,
 )
 from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
 from utils.runs.optimizers import CorrectedAdamW, schedule
@@ -198,6 +204,11 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @cached_property
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """The adapter's tensors that are not trained, by name."""
+        return frozen_factors(self.model)
 
     @cached_property
     def cost(self) -> Cost:
@@ -417,6 +428,9 @@ def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
         facts: what is kept of the data under private/, by the name of its file.
     """
     settings = run.settings
+    # Every process has drawn its own.
+    drawn = tensors_sha256(run.parameters | run.frozen)
+    require_same_on_every_rank({"adapter at the start": drawn})
     if COINS_FILE in facts:
         private_identity |= {COINS: coins_fingerprint(facts[COINS_FILE])}
     identity = {
@@ -431,6 +445,7 @@ def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
     average = settings.average and Average(settings.average, run.parameters, run.steps)
     if checkpoint:
         restore_adapter(run.parameters, checkpoint.adapter)
+        restore_adapter(run.frozen, checkpoint.optimizer.get("frozen", {}))
         run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         run.scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
         if average:
@@ -1190,6 +1205,8 @@ def write_checkpoint(run: Run, step: int) -> None:
         states = {"optimizer": run.optimizer.state_dict(), "scheduler": run.scheduler.state_dict()}
         if run.average:
             states["average"] = run.average.state_dict()
+        if run.frozen:  # which are not drawn again: another machine may draw other ones
+            states["frozen"] = {name: tensor.detach() for name, tensor in run.frozen.items()}
         save_checkpoint(
             run.folder / "checkpoints",
             step,

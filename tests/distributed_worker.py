@@ -5,7 +5,8 @@
 JOBS.json holds a list of objects: `name`; `argv`, flags of train.py; `by_rank`, flags that only
 some ranks get (by rank, as text); `public_steps`, whether the optimizer is given one public vector
 in place of every gradient, so that each step starts from the same parameters whatever was summed;
-`memory`, the padded tokens of a pass that fit on some ranks (by rank, as text).
+`memory`, the padded tokens of a pass that fit on some ranks (by rank, as text); `other_adapter`,
+ranks (as text) whose libraries draw another adapter from the seed.
 A process leaves NAME-RANK.npz (`clipped_sums`, on rank 0; `batches`, numbers of examples of its own
 in every step; `layers`, numbers of frozen parameters in the layers of a sharded base, here and in
 all) or, if the run was refused, NAME-RANK.json with the exit code and message.
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 import train
 from privacy_checks.observed_run import PublicSteps, observe
 from tests.test_out_of_memory import starve
+from tests.training import draw_before_adapter
 from utils.cli import UsageError
 from utils.privacy.mechanism import Private
 
@@ -62,6 +64,8 @@ def run(job: dict, folder: Path, rank: str) -> None:
             context.setattr(train, "shard_base", shard_and_count)
             if rank in job.get("memory", {}):
                 starve(context, "after", job["memory"][rank])
+            if rank in job.get("other_adapter", []):
+                draw_before_adapter(context)
             argv = job["argv"] + job.get("by_rank", {}).get(rank, [])
             seen = observe(argv, *changes, own=own)
     except UsageError as error:

@@ -126,11 +126,11 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
 
 
 def test_names_and_shapes_that_differ_are_refused():
-    with pytest.raises(UsageError, match="b of shape None"):
+    with pytest.raises(UsageError, match="b: its shape is none in the checkpoint, and"):
         restore_adapter(parameters(), {"a": torch.zeros(3, 2)})
     # One that would be copied all the same: it fits every row.
     saved = {"a": torch.zeros(1, 2), "b": torch.zeros(5)}
-    with pytest.raises(UsageError, match=r"a of shape \[1, 2\], this run's model \[3, 2\]"):
+    with pytest.raises(UsageError, match=r"a: .* \[1, 2\] in the checkpoint, and \[3, 2\] in"):
         restore_adapter(parameters(), saved)
 
 

@@ -29,6 +29,7 @@ from utils.runs import distributed
 
 FIXED = "--insecure_fixed_noise_seed=1"
 DROPOUT = "--lora_dropout=0.2"
+FROZEN = [FIXED, "--job_sess=frozen", "--frozen_a"]
 BANDED = [FIXED, "--job_sess=banded", "--noise=banded", "--bands=8"]
 # Sums of float32 numbers in another order; a lost, doubled or reweighed example moves them by
 # more than 1e-2.
@@ -126,15 +127,15 @@ def alone(parts):
 @pytest.fixture(scope="module")
 def interrupted(parts):
     """Runs of one process: one that crashed in its fifth step, the same uninterrupted, one with
-    correlated noise, and one without privacy."""
+    correlated noise, one that trains B alone, and one without privacy."""
     folder, model, data = parts
     whole, broken = (
         flags(model, data, folder / "one", FIXED, f"--job_sess={name}")
         for name in ("whole", "broken")
     )
-    banded = flags(model, data, folder / "one", *BANDED)
+    banded, frozen = (flags(model, data, folder / "one", *more) for more in (BANDED, FROZEN))
     plain = flags(model, data, folder / "one", "--job_sess=plain", dp=False)
-    for argv in (whole, banded, plain):
+    for argv in (whole, banded, frozen, plain):
         assert in_process(train.main, argv) == 0
     calls = iter([train.assign_gradient] * 4)
     with mock.patch("train.assign_gradient", lambda *args: next(calls)(*args)):
@@ -167,6 +168,9 @@ def two(parts, interrupted):
         jobs.append({"name": name, "argv": argv, "by_rank": {"1": [flag]}})
     argv = flags(model, data, interrupted, FIXED, "--job_sess=broken", "--resume=auto", "--fsdp")
     jobs.append({"name": "resumed", "argv": argv})
+    argv = flags(model, data, output, "--job_sess=refused-adapter")
+    jobs.append({"name": "adapter", "argv": argv, "other_adapter": ["1"]})
+    jobs.append({"name": "frozen", "argv": flags(model, data, output, *FROZEN, "--fsdp")})
     jobs.append({"name": "banded", "argv": flags(model, data, output, *BANDED)})
     argv = flags(model, data, folder / "two-runs", "--job_sess=plain", "--fsdp", dp=False)
     jobs.append({"name": "plain", "argv": argv})
@@ -272,7 +276,12 @@ def test_a_machine_with_other_data_is_refused(four):
 
 @pytest.mark.parametrize(
     ("job", "named"),
-    [("model", "base model"), ("plan", "privacy plan"), ("rate", "--lr")],
+    [
+        ("model", "base model"),
+        ("plan", "privacy plan"),
+        ("rate", "--lr"),
+        ("adapter", "adapter at the start"),
+    ],
 )
 def test_a_rank_that_would_train_something_else_is_refused_by_name(two, parts, job, named):
     code, message = json.loads((two / f"{job}-0.json").read_text())
@@ -302,6 +311,11 @@ def test_two_processes_resume_what_one_began_and_release_the_same(two, interrupt
 def test_two_processes_have_the_correlated_noise_and_the_groups_of_one(two, parts, interrupted):
     assert (two / "banded-1.npz").exists()
     assert_same_adapters(interrupted / "banded", parts[0] / "two-runs" / "banded")
+
+
+def test_two_processes_with_a_sharded_base_have_the_frozen_a_of_one(two, parts, interrupted):
+    assert (two / "frozen-1.npz").exists()
+    assert_same_adapters(interrupted / "frozen", parts[0] / "two-runs" / "frozen")
 
 
 def test_without_privacy_two_processes_train_what_one_does(two, parts, interrupted):

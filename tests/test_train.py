@@ -29,7 +29,14 @@ from tests.helpers import slow
 from tests.json_lines import jsonl
 from tests.paths import ROOT
 from tests.processes import Command, run_until_killed
-from tests.training import NUM_EXAMPLES, TOPICS, flags, in_process, save_dataset
+from tests.training import (
+    NUM_EXAMPLES,
+    TOPICS,
+    draw_before_adapter,
+    flags,
+    in_process,
+    save_dataset,
+)
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
@@ -591,6 +598,26 @@ def test_another_optimizer_learns_otherwise_and_goes_on_after_a_crash(run, flags
     drawn, moved = adapter(run(FIXED, "--frozen_a", "--lr=1e-30", output="drawn")), adapter(whole)
     unmoved = {name for name in moved if torch.equal(drawn[name], moved[name])}
     assert unmoved == ({name for name in moved if ".lora_A." in name} if frozen else set())
+
+
+def test_a_run_that_trains_b_alone_goes_on_with_the_a_that_it_began_with(run, monkeypatch):
+    whole = run(FIXED, "--frozen_a", output="whole")
+    folder = run(FIXED, "--frozen_a", output="broken", crash_in_step=5)
+    with monkeypatch.context() as elsewhere:
+        draw_before_adapter(elsewhere)
+        shutil.copytree(folder.parent, folder.parents[1] / "moved")
+        moved = run(FIXED, "--frozen_a", "--resume=auto", output="moved")
+    assert largest_difference(whole, moved) == 0
+    (checkpoint,) = folder.glob("checkpoints/step-000003")
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    del states["frozen"]  # as earlier versions did not keep it
+    torch.save(states, checkpoint / "optimizer.pt")
+    sums = json.loads((checkpoint / "sha256.json").read_text())
+    write_json(
+        checkpoint / "sha256.json", sums | {"optimizer.pt": sha256_of(checkpoint / "optimizer.pt")}
+    )
+    with pytest.raises(UsageError, match=r"lora_A.*: its shape is none in the checkpoint"):
+        run(FIXED, "--frozen_a", "--resume=auto", output="broken")
 
 
 def test_the_corrected_optimizer_knows_the_noise_of_the_divided_sum(monkeypatch):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from tests.paths import ROOT
 from utils.cli import stop_handlers_restored
+from utils.models.loading import load_base_model
 
 NUM_EXAMPLES = 64
 
@@ -60,6 +62,17 @@ def flags(model: str, dataset: str, output_dir: Path, *more: str, dp: bool = Tru
         "--perdevice_bs=2", "--num_epochs=1", "--lr=0.01", "--loss_normalization=tokens",
         "--lora_dropout=0", "--save_steps=3", *(private if dp else ["--eps=-1"]), *more,
     ]  # fmt: skip
+
+
+def draw_before_adapter(patch: pytest.MonkeyPatch) -> None:
+    """Let train.py draw its adapter from the seed as another version of a library might."""
+
+    def loaded(*given):
+        base = load_base_model(*given)
+        torch.rand(1)
+        return base
+
+    patch.setattr("train.load_base_model", loaded)
 
 
 def in_process(main: Callable[[list[str]], int | None], argv: list[str]) -> int:

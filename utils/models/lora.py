@@ -161,6 +161,15 @@ def attach_lora(
     return peft_model
 
 
+def frozen_factors(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The tensors of the adapters that are not trained, by name."""
+    return {
+        name: tensor
+        for name, tensor in model.named_parameters()
+        if ".lora_" in name and not tensor.requires_grad
+    }
+
+
 def use_row_dropout(model: PeftModel, masks: RowMasks) -> None:
     """Replace the dropout of every adapted layer by one whose masks follow the row."""
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]

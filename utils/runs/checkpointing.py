@@ -129,7 +129,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def restore_adapter(parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
-    """Copy saved values into the trainable tensors.
+    """Copy saved values into tensors of the adapter.
 
     Raises:
         UsageError: the names or shapes differ; the message names a tensor.
@@ -141,8 +141,9 @@ def restore_adapter(parameters: dict[str, nn.Parameter], saved: dict[str, torch.
     for name in sorted(shapes.keys() | saved_shapes.keys()):
         if shapes.get(name) != saved_shapes.get(name):
             raise UsageError(
-                f"the checkpoint has {name} of shape {saved_shapes.get(name)}, this run's model "
-                f"{shapes.get(name)}; restore the run's own checkpoint, or use another --job_sess"
+                f"{name}: its shape is {saved_shapes.get(name, 'none')} in the checkpoint, and "
+                f"{shapes.get(name, 'none')} in this run's model; restore the run's own "
+                "checkpoint, or use another --job_sess"
             )
     with torch.no_grad():
         for name, tensor in parameters.items():

@@ -83,7 +83,7 @@ def require_same_on_every_rank(facts: Mapping[str, object]) -> None:
             _end_job(
                 UsageError(
                     f"rank {ranks} of this job has another {name} than rank 0; every machine needs "
-                    "the same data set, base model and flags"
+                    "the same data set, base model, flags and versions of libraries"
                 )
             )
 
@@ -94,12 +94,17 @@ def _end_job(error: UsageError) -> None:
     sys.exit(EXIT_USAGE)
 
 
-def require_same_tensors(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise a RuntimeError unless `tensors` are the same, to the last bit, on every rank."""
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of the bytes of all tensors, one after the other."""
     digest = hashlib.sha256()
     for tensor in tensors.values():
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    digests = gather_object([digest.hexdigest()])
+    return digest.hexdigest()
+
+
+def require_same_tensors(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise a RuntimeError unless `tensors` are the same, to the last bit, on every rank."""
+    digests = gather_object([tensors_sha256(tensors)])
     differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if differing:
         raise RuntimeError(
@@ -122,7 +127,7 @@ def shard_base(model: PeftModel, device: torch.device) -> None:
     """
     mesh = init_device_mesh(device.type, (PartialState().num_processes,))
     base = model.get_base_model()
-    adapters = {tensor for tensor in model.parameters() if tensor.requires_grad}
+    adapters = {tensor for name, tensor in model.named_parameters() if ".lora_" in name}
     layers = [m for m in base.modules() if type(m).__name__ in set(base._no_split_modules or ())]
     if not layers:
         raise UsageError(f"--fsdp: {base.config.model_type} does not say what its layers are")
