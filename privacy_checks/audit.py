@@ -14,8 +14,8 @@ bfloat16 leaves out rows and asks that no other row's gradient moves. All other 
 so a sound run fails once in a thousand times. With --unit each canary is a person with four
 identical rows, in a run that protects persons; another run on the same data, with the same noise,
 protects rows, and shows that a person is lost in it. With --bands noise is correlated over steps,
-and the attack undoes what of it cancels. --break shows that a broken mechanism is
-caught. Exit code 0 if everything passes, else 1.
+of which there are as many times more, and the attack undoes what of it cancels. --break shows that
+a broken mechanism is caught. Exit code 0 if everything passes, else 1.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -39,7 +39,10 @@ class Settings:
     canaries: int | None = flag(
         "in and out together (default 4000; 2000 with --unit)", type=positive_int
     )
-    steps: int | None = flag("logical steps (default 16; 4 with --unit)", type=positive_int)
+    steps: int | None = flag(
+        "logical steps (default 16 for each of --bands; 4 with --unit)",
+        type=positive_int,
+    )
     noise_multiplier: float | None = flag("sigma (default 4; 2 with --unit)", type=positive_float)
     bands: int = flag("of correlated noise, see --bands of train.py; 1: white noise", 1)
     delta: float = flag("of the claim", 1e-5)
@@ -101,7 +104,8 @@ REPLAYED_STEPS = 2
 SAMPLED_EXAMPLES, SAMPLED_BATCH, SAMPLED_STEPS, SAMPLED_NOISE = 100, 20, 100, 1.0
 
 
-# Canaries, steps and sigma: with and without --unit, where a canary has several rows.
+# Canaries, steps in which each takes part, and sigma: with and without --unit, where a canary has
+# several rows.
 SIZES = {False: (4000, 16, 4.0), True: (2000, 4, 2.0)}
 
 
@@ -312,6 +316,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--bands {settings.bands} does not go with --unit; leave one of them out")
     if settings.broken == "correlation_kept_secretly_short" and settings.bands == 1:
         raise UsageError(f"--break {settings.broken} needs --bands 2 or more: white noise has none")
+    if steps % settings.bands:
+        raise UsageError(
+            f"--steps {steps}: must be a multiple of --bands {settings.bands}, so that all "
+            "canaries take part as often as epsilon counts"
+        )
     if not 100 <= canaries <= NUM_PARAMETERS:
         raise UsageError(
             f"--canaries {canaries}: must be between 100 and {NUM_PARAMETERS}, one for "
@@ -346,7 +355,7 @@ def sizes_of(settings: Settings) -> tuple[int, int, float]:
     canaries, steps, sigma = SIZES[settings.unit]
     return (
         canaries if settings.canaries is None else settings.canaries,
-        steps if settings.steps is None else settings.steps,
+        steps * settings.bands if settings.steps is None else settings.steps,
         sigma if settings.noise_multiplier is None else settings.noise_multiplier,
     )
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.signal import lfilter
 
 from privacy_checks import audit, randomness, replay
 from privacy_checks.observed_run import Observation
@@ -13,6 +14,8 @@ from privacy_checks.persons import CANARY_ROWS
 from tests.mutated_train import observe_mutated_training
 from tests.test_plan import small_plan
 from utils.cli import UsageError
+from utils.command_line.parser import read_flags
+from utils.privacy.accounting import SampledGaussian, compute_epsilon
 from utils.privacy.banded import band_coefficients
 from utils.secure_random import SecureRandom
 
@@ -122,6 +125,37 @@ def test_correlated_noise_passes_and_is_caught_where_it_is_not_what_is_accounted
     assert {"claim", "noise scale"} <= failed(half)
 
 
+def simulated(random, bands):
+    """Who was in, a sound run of the default sizes without a model, and its claim."""
+    canaries, steps, sigma = audit.sizes_of(read_flags(audit.Settings, "", [f"--bands={bands}"]))
+    plan = small_plan(
+        num_examples=canaries, expected_batch_size=canaries // bands, steps=steps, clip_norm=1.0,
+        band_coefficients=band_coefficients(bands, steps) if bands > 1 else None,
+    )  # fmt: skip
+    inside = random.random(canaries) < 0.5
+    groups = np.arange(inside.sum()) % bands
+    batches = [np.flatnonzero(groups == step % bands) for step in range(steps)]
+    sums = sigma * lfilter([1.0], plan.coefficients, random.normal(size=(steps, canaries)), axis=0)
+    for step, batch in enumerate(batches):
+        sums[step, np.flatnonzero(inside)[batch]] += 1
+    updates = np.zeros((steps, audit.NUM_PARAMETERS))
+    updates[:, audit.canary_coordinates(canaries)] = sums / plan.expected_batch_size
+    claim = compute_epsilon([SampledGaussian(1.0, sigma, -(-steps // bands))], 1e-5).upper
+    seen = Observation(batches=batches, updates=list(updates))
+    return inside, audit.Run(plan, seen, {}), claim
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4, 5])
+def test_a_sound_run_has_power_at_the_default_sizes_whatever_the_bands(bands):
+    """The least power is three deviations away, and more: less than one in a thousand fails."""
+    random, found = np.random.default_rng(bands), []
+    for _ in range(10):
+        inside, run, claim = simulated(random, bands)
+        found.append(max(audit._lower_bounds(inside, run).values()) / claim)
+    mean, deviation = np.mean(found), np.std(found, ddof=1)
+    assert mean - 3 * deviation > audit.POWER
+
+
 def of_steps(batches, bands):
     """A sampled run of which only the draws are known."""
     plan = small_plan(
@@ -151,6 +185,7 @@ def test_a_row_of_two_groups_is_noticed():
         (["--bands=3"], "must be 1, 2, 4 or 5"),
         (["--bands=4", "--unit"], "does not go with --unit"),
         (["--break=correlation_kept_secretly_short"], "needs --bands 2 or more"),
+        (["--bands=5", "--steps=16"], "--steps 16: must be a multiple of --bands 5"),
     ],
 )
 def test_bands_that_the_audit_cannot_have_are_refused(more, message):
