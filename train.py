@@ -52,7 +52,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, UsageError, in_one_line, run_cli, say
-from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
+from utils.dp_utils import PerExampleGradients, assign_gradient
 from utils.files import write_atomic, write_json
 from utils.folders import portable, whole_folder
 from utils.models.adapter_info import adapter_sha256, write_adapter_info
@@ -734,8 +734,9 @@ def tokens_at_once(
         return int(settings.perdevice_bs) * max_seq_len
     model = language_model.model.train()
     trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    # Next to the step's sum there will be the optimizer's two moments.
+    # Next to the step's sum there will be the optimizer's two moments, and on the host past noise.
     total, *_moments = torch.ones(3, trained, device=device)
+    _past = torch.ones(mechanism.bytes_of_past_noise, dtype=torch.uint8)
 
     def step(sequences: int) -> None:
         shapes = Shapes(max_seq_len, sequences * max_seq_len, None, memory)
@@ -801,7 +802,7 @@ def rehearse(run: Run) -> None:
     run.model.train()
     with PeakMemory(run.device) as memory:
         # Next to the step's sum there will be the optimizer's two moments.
-        total, *_moments = torch.zeros(3, trained, device=run.device)
+        total, *_moments = torch.ones(3, trained, device=run.device)
         for _ in range(2):  # the first one also pays for what is set up once
             began = time.monotonic()
             mechanism.expect(largest.examples, 1)
@@ -812,18 +813,18 @@ def rehearse(run: Run) -> None:
             mechanism.add(total)
             total.sum().item()  # waits for the device
             passing = time.monotonic() - began
-        if settings.eps != -1:
-            add_noise(total, 1.0, 1.0, SecureRandom())
-        releasing = time.monotonic() - began - passing
+        releasing = mechanism.rehearse_release(total)
     share = sum(each.rows * each.tokens for each in own) / (largest.rows * largest.tokens)
     seconds = largest_of_all(passing * share + releasing)
     gib = largest_of_all(memory.peak / GIB)
     disk = checkpoint_bytes(trained, settings.keep_checkpoints)
+    apart = mechanism.bytes_of_past_noise / GIB if run.device.type == "cuda" else 0
+    host = f" and {apart:.3g} GiB of host memory for past noise in one" if apart else ""
     if run.is_main:
         say(
             f"--dry_run: {seconds:.3g} s a step and {seconds * run.steps / 3600:.3g} h for "
             f"{run.steps:,} steps, without validation (private: as long as the rows are); "
-            f"{gib:.3g} GiB of memory at most in a process, {disk / 1e6:,.1f} MB of disk"
+            f"{gib:.3g} GiB of memory at most in a process{host}, {disk / 1e6:,.1f} MB of disk"
         )
 
 

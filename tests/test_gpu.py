@@ -5,6 +5,7 @@ Without one these tests are skipped, and most of them run on the pretend device
 """
 
 import linecache
+import re
 import shutil
 import sys
 import warnings
@@ -34,7 +35,7 @@ from tests.training import flags, in_process, run_process, save_dataset
 from utils.cli import EXIT_OK, UsageError
 from utils.command_line.parser import read_flags
 from utils.dp_utils import PerExampleGradients, add_noise
-from utils.models.footprint import RowMemory
+from utils.models.footprint import GIB, RowMemory
 from utils.models.language_model import LanguageModel
 from utils.models.loading import load_quantised_model, resolve_dtype
 from utils.models.lora import default_target_modules, load_adapted
@@ -218,6 +219,20 @@ def test_memory_that_runs_out_in_the_middle_of_a_step_changes_nothing(
     assert "out of memory in the middle of a step" in capsys.readouterr().err
     whole, halved = adapters
     assert all(torch.allclose(whole[name], halved[name], atol=1e-5) for name in whole)
+
+
+@pytest.mark.parametrize("banded", [[], ["--noise=banded", "--bands=4"]])
+def test_a_rehearsal_says_the_host_memory_of_past_noise_apart(
+    one_layer, data, tmp_path, capsys, banded
+):
+    rehearsed = ["--num_epochs=2", "--dtype=float32", "--dry_run", *banded]
+    argv = flags(one_layer, data, tmp_path, *SHORT, *rehearsed)
+    assert in_process(train.main, argv) == EXIT_OK
+    said = re.search(r"in a process(?: and (\S+) GiB of host memory)?", capsys.readouterr().err)
+    adapter = 8 * (64 + 48 + 48 + 64)
+    expected = [f"{8 * 3 * adapter / GIB:.3g}"] if banded else [None]
+    assert said is not None
+    assert [*said.groups()] == expected
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -20,7 +20,8 @@ from tests.test_plan import small_plan
 from utils.cli import UsageError
 from utils.dp_utils import PerExampleGradients, add_noise, assign_gradient
 from utils.models.language_model import LanguageModel
-from utils.privacy.banded import band_coefficients, groups_of
+from utils.privacy import mechanism as mechanisms
+from utils.privacy.banded import CorrelatedNoise, band_coefficients, groups_of
 from utils.privacy.ledger import LEDGER_FILE
 from utils.privacy.mechanism import (
     Plain,
@@ -284,6 +285,31 @@ def fresh_noise(releases):
     """What the noise of releases of zeros was made of, where all are of one process start."""
     noise = torch.stack(releases).numpy() / (BANDED.noise_multiplier * BANDED.clip_norm)
     return whitened(noise, BANDED.coefficients)
+
+
+def test_a_rehearsed_release_records_nothing_and_keeps_as_much_noise_as_steps_do(
+    gradients, tmp_path, monkeypatch
+):
+    kept = []
+
+    class Watched(CorrelatedNoise):
+        def following(self, step, fresh):
+            noise = super().following(step, fresh)
+            kept.append(sum(past.nbytes for past in self._past))
+            return noise
+
+    monkeypatch.setattr(mechanisms, "CorrelatedNoise", Watched)
+    mechanism, _ = banded(gradients)
+    total = torch.zeros(gradients.num_parameters)
+    assert mechanism.rehearse_release(total) > 0  # and there is no record yet
+    rehearsed, kept[:] = kept[-1], []
+    mechanism.open(tmp_path)
+    for step in range(6):
+        mechanism.release(total, step)
+    mechanism.close()
+    assert rehearsed == max(kept) == mechanism.bytes_of_past_noise > 0
+    elsewhere, _ = banded(gradients, is_main=False)
+    assert elsewhere.rehearse_release(total) == elsewhere.bytes_of_past_noise == 0
 
 
 def test_released_sums_have_noise_that_c_makes_white_again(gradients, tmp_path):

@@ -6,6 +6,7 @@ import re
 from datetime import date, datetime
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,6 +22,7 @@ from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from tests.json_lines import jsonl
 from tests.training import flags, in_process, save_dataset
 from utils.cli import UsageError, run_cli
+from utils.models.footprint import GIB
 from utils.models.loading import load_base_model, load_skeleton
 from utils.runs import preflight
 from utils.runs.preflight import (
@@ -127,6 +129,30 @@ def test_a_rehearsed_training_of_units_is_of_the_shapes_of_units(here, tiny_mode
     assert in_process(train.main, argv) == 0
     assert "h for 4 steps" in capsys.readouterr().err
     assert not (here / "outputs").exists()
+
+
+def test_a_rehearsal_counts_the_noise_that_a_run_with_bands_keeps(
+    here, letters, tiny_model_dir, capsys, monkeypatch
+):
+    """39 of 40 vectors of past noise; also where it is asked how many sequences fit."""
+    fitted = []
+
+    def fitting(_step, _device):
+        fitted.append(psutil.Process().memory_info().rss / GIB)
+        return 2
+
+    monkeypatch.setattr(train, "fitting_sequences", fitting)
+    wide = ["--lora_r=1024", "--target_modules=all-linear", "--total_bs=1", "--perdevice_bs=auto"]
+    taken = []
+    for noise in ([], ["--noise=banded", "--bands=40"]):
+        argv = flags(tiny_model_dir, letters, here / "outputs", *wide, *noise, "--dry_run")
+        assert in_process(train.main, argv) == 0
+        words = capsys.readouterr().err
+        taken.append(float(re.search(r"(\S+) GiB of memory", words)[1]))
+    # Of each of two layers, the sum of the features on both sides of seven Linear layers.
+    trained = 2 * 1024 * 512
+    for without, with_bands in (taken, fitted):
+        assert with_bands - without > 0.9 * 8 * 39 * trained / GIB
 
 
 def test_rehearsals_of_a_run_that_is_there_change_nothing(here, letters, tiny_model_dir):

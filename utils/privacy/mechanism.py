@@ -5,6 +5,7 @@ without privacy. The training loop calls the same methods of either and knows no
 constant that decides privacy comes from the plan.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -121,6 +122,21 @@ class Mechanism(ABC):
 
         Called on every process; what the main process gets counts.
         """
+
+    def rehearse_release(self, total: torch.Tensor) -> float:
+        """Release a sum of nobody once, with all that `release` has in memory at its height.
+
+        Nothing is on record.
+
+        Returns:
+            Seconds that `release` takes at most.
+        """
+        return 0.0
+
+    @property
+    def bytes_of_past_noise(self) -> int:
+        """Of host memory, what this process keeps for the noise of steps to come."""
+        return 0
 
     @abstractmethod
     def statistics(self, norms: Sequence[torch.Tensor]) -> dict:
@@ -276,6 +292,21 @@ class Private(Mechanism):
         plan, random = self.plan, self._random("noise", step)
         correlate = partial(self._noise.following, step)
         return add_noise(total, plan.noise_multiplier, plan.clip_norm, random, correlate)
+
+    def rehearse_release(self, total: torch.Tensor) -> float:
+        if not self._is_main:
+            return 0.0
+        noise, last = CorrelatedNoise(self.plan.coefficients), self.plan.bands - 1
+        for step in range(last):
+            noise.following(step, torch.ones(total.numel(), dtype=torch.float64))
+        began = time.monotonic()
+        correlate = partial(noise.following, last)
+        add_noise(total, 1.0, 1.0, SecureRandom(), correlate).sum().item()  # waits for the device
+        return time.monotonic() - began
+
+    @property
+    def bytes_of_past_noise(self) -> int:
+        return 8 * (self.plan.bands - 1) * self.gradients.num_parameters if self._is_main else 0
 
     def statistics(self, norms: Sequence[torch.Tensor]) -> dict:
         return clipping_summary(norms, self.plan.clip_norm)
