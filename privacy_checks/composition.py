@@ -105,12 +105,12 @@ def composed_report(
         "other runs and histograms of the same private dataset, whose ledgers are not named here: "
         "every one of them adds to epsilon",
     ]
-    reserved = {event.noise_multiplier for run in read for event in run.plan.reserved}
-    if reserved and not events:
+    if not events:
         not_covered += [
-            f"the histogram of sigma {sigma:g} that the run's target also pays for: name its "
-            "ledger with --histogram once it is made"
-            for sigma in sorted(reserved)
+            f"the histogram of sigma {event.noise_multiplier:g} that the target of {run.folder} "
+            "also pays for: name its ledger with --histogram once it is made"
+            for run in read
+            for event in run.plan.reserved
         ]
     return {
         "guarantee": True,

@@ -23,7 +23,7 @@ from utils.privacy.accounting import (
     compute_epsilon,
     group_epsilons,
 )
-from utils.privacy.guarantee import as_markdown, build_report, render, write_report
+from utils.privacy.guarantee import as_markdown, build_report, promise, render, write_report
 from utils.privacy.ledger import (
     ADAPTER,
     HISTOGRAM,
@@ -213,11 +213,13 @@ def test_without_anything_to_compare_with_every_step_counts_as_released(tmp_path
 
 
 def test_what_is_reserved_and_not_named_is_named_as_not_covered(tmp_path, histogram, monkeypatch):
-    reserved = PrivacyPlan(**(vars(PLAN) | {"reserved_histogram_sigma": 10.0}))
+    without, reserved = PLAN, PrivacyPlan(**(vars(PLAN) | {"reserved_histogram_sigma": 10.0}))
     monkeypatch.setattr(f"{__name__}.PLAN", reserved)
     run = make_run(tmp_path / "job")
     assert "sigma 10" in report.composed_report(run)["not_covered"][-1]
     assert "sigma 10" not in report.composed_report(run, [histogram])["not_covered"][-1]
+    other = make_run(tmp_path / "other", plan=without)
+    assert f"the target of {run} also" in report.composed_report([run, other])["not_covered"][-1]
 
 
 # ---------------------------------------------------------------- several runs
@@ -569,6 +571,19 @@ def test_a_row_of_several_owners_is_of_the_one_who_counts_in_every_ledger(tmp_pa
         report.composed_report(run, [tmp_path / "last.jsonl"])
 
 
+def test_what_is_true_of_one_run_alone_names_it(run, tmp_path):
+    banded = make_run(tmp_path / "banded", plan=BANDED)
+    write_json(run / "run_config.json", {"arguments": ARGUMENTS | {"num_canaries": 7}})
+    own = json.loads((banded / "privacy_report.json").read_text())
+    write_json(banded / "privacy_report.json", own | {"numerics": "exact"})
+    together, alone = (promise(report.composed_report(runs)) for runs in ([run, banded], [banded]))
+    for named, words in ((banded, "Noise of 4 bands is"), (run, "7 of N are canaries"),
+                         (banded, "Numerics: exact"), (run, "Numerics: not probed")):  # fmt: skip
+        (line,) = [line for line in together if words in line]
+        assert line.startswith(f"{named}: {words}")
+    assert sum(line.startswith(("Noise of 4 bands is", "Numerics: exact")) for line in alone) == 2
+
+
 def test_runs_that_use_another_number_of_a_persons_rows_compose(tmp_path):
     """The neighbours are the same: all rows of one person."""
     runs = [
@@ -580,6 +595,7 @@ def test_runs_that_use_another_number_of_a_persons_rows_compose(tmp_path):
     assert composed["epsilon"][ADD_REMOVE]["upper"] == compute_epsilon(events, 1e-5).upper
     assert composed["unit"].endswith("all rows of the train split with the same value of person")
     assert [run["max_rows_per_unit"] for run in composed["runs"]] == [8, 3]
+    assert "N = 500 persons and 500 rows, the sampling rate" in render(composed, as_markdown)
 
 
 def test_a_run_that_draws_rows_of_persons_does_not_know_how_many_there_are(tmp_path):

@@ -260,8 +260,11 @@ def promise(report: dict) -> list[str]:
         f"{exception(report, relation)}{f' ({relation})' if several_relations else ''}."
         for relation in relations_of(report)
     ]
-    if probed := {run["numerics"]: None for run in runs if "numerics" in run}:
-        lines.append(f"Numerics: {'; '.join(probed)}.")
+    lines += [
+        f"{of}Numerics: {numerics}."
+        for numerics, of in _of_runs(runs, "numerics").items()
+        if numerics
+    ]
     return lines + conditions(report)
 
 
@@ -270,30 +273,46 @@ def name_of_unit(report: dict) -> str:
     return report["unit"].partition(":")[0].removeprefix("one ")
 
 
+def _of_runs(runs: Sequence[dict], name: str) -> dict:
+    """The values that runs have of a fact, each with the runs that it is true of, if not of all."""
+    holders: dict = {}
+    for run in runs:
+        holders.setdefault(run.get(name), []).append(run)
+    return {
+        value: "" if len(of) == len(runs) else " and ".join(run["run"] for run in of) + ": "
+        for value, of in holders.items()
+    }
+
+
 def conditions(report: dict) -> list[str]:
     """What the promise holds under, and what of the plan was not done, or done and lost."""
     runs = report.get("runs", [report])
-    sizes, clip_norms = (
-        listed([run[name] for run in runs]) for name in ("num_examples", "clip_norm")
+    clip_norms = listed([run["clip_norm"] for run in runs])
+    counted = {True: " persons", False: ""}
+    if len({run.get("unit_sampling") == UNITS for run in runs}) > 1:
+        counted[False] = " rows"
+    sizes = dict.fromkeys(
+        f"{run['num_examples']}{counted[run.get('unit_sampling') == UNITS]}" for run in runs
     )
-    counted = " persons" if runs[0].get("unit_sampling") == UNITS else ""
     lines = [
-        f"N = {sizes}{counted}, the sampling rate, the number of steps and the clip norm "
+        f"N = {' and '.join(sizes)}, the sampling rate, the number of steps and the clip norm "
         f"{clip_norms} are public constants. N is the published size: with one "
         f"{name_of_unit(report)} more or less, sampling rate and divisor stay as they are."
     ]
-    if canaries := sum(run.get("canaries", 0) for run in runs):
-        lines.append(
-            f"{canaries:,} of N are canaries: made-up rows that are nobody's, put in to measure "
-            "what is memorised."
-        )
-    for bands in sorted({run.get("bands", 1) for run in runs} - {1}):
-        lines.append(
-            f"Noise of {bands} bands is correlated over steps, so that it partly cancels in their "
-            f"sum: what the {name_of_unit(report)} holds decides which of {bands} groups it is in, "
-            f"steps draw from one group after another, and epsilon counts one step in {bands}, at "
-            f"{bands} times the sampling rate."
-        )
+    lines += [
+        f"{of}{canaries:,} of N are canaries: made-up rows that are nobody's, put in to measure "
+        "what is memorised."
+        for canaries, of in _of_runs(runs, "canaries").items()
+        if canaries
+    ]
+    lines += [
+        f"{of}Noise of {bands} bands is correlated over steps, so that it partly cancels in their "
+        f"sum: what the {name_of_unit(report)} holds decides which of {bands} groups it is in, "
+        f"steps draw from one group after another, and epsilon counts one step in {bands}, at "
+        f"{bands} times the sampling rate."
+        for bands, of in _of_runs(runs, "bands").items()
+        if bands not in (None, 1)
+    ]
     if "runs" in report:
         lines.append(
             "The runs are composed as if each read the same rows; where they read different ones, "
