@@ -115,7 +115,6 @@ from utils.runs.metrics import LOCAL_TRACKERS, PrivateMetrics, start_tracker
 from utils.runs.optimizers import CorrectedAdamW, schedule
 from utils.runs.preflight import (
     check_positions,
-    checkpoint_bytes,
     embedding_rows,
     require_gpus,
     require_room,
@@ -404,7 +403,8 @@ def preflight(
     adapted = adapt(skeleton, settings)
     if PartialState().is_main_process:
         trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
-        require_room(settings.folder, checkpoint_bytes(trained, settings.keep_checkpoints))
+        frozen = sum(each.numel() for each in frozen_factors(adapted).values())
+        require_room(settings.folder, settings.disk(trained, frozen))
     return notices
 
 
@@ -734,8 +734,9 @@ def tokens_at_once(
         return int(settings.perdevice_bs) * max_seq_len
     model = language_model.model.train()
     trained = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
-    # Next to the step's sum there will be the optimizer's two moments, and on the host past noise.
-    total, *_moments = torch.ones(3, trained, device=device)
+    # Next to the step's sum there will be the optimizer's moments, an average, and on the host past
+    # noise.
+    total, *_others = torch.ones(settings.copies, trained, device=device)
     _past = torch.ones(mechanism.bytes_of_past_noise, dtype=torch.uint8)
 
     def step(sequences: int) -> None:
@@ -801,8 +802,8 @@ def rehearse(run: Run) -> None:
     trained = sum(tensor.numel() for tensor in run.parameters.values())
     run.model.train()
     with PeakMemory(run.device) as memory:
-        # Next to the step's sum there will be the optimizer's two moments.
-        total, *_moments = torch.ones(3, trained, device=run.device)
+        # Next to the step's sum there will be the optimizer's moments and an average.
+        total, *_others = torch.ones(settings.copies, trained, device=run.device)
         for _ in range(2):  # the first one also pays for what is set up once
             began = time.monotonic()
             mechanism.expect(largest.examples, 1)
@@ -817,7 +818,7 @@ def rehearse(run: Run) -> None:
     share = sum(each.rows * each.tokens for each in own) / (largest.rows * largest.tokens)
     seconds = largest_of_all(passing * share + releasing)
     gib = largest_of_all(memory.peak / GIB)
-    disk = checkpoint_bytes(trained, settings.keep_checkpoints)
+    disk = settings.disk(trained, sum(each.numel() for each in run.frozen.values()))
     apart = mechanism.bytes_of_past_noise / GIB if run.device.type == "cuda" else 0
     host = f" and {apart:.3g} GiB of host memory for past noise in one" if apart else ""
     if run.is_main:

@@ -111,13 +111,17 @@ def test_the_most_sequences_fit_and_one_more_does_not(card, checkpointing, rank)
 
 def test_everything_that_takes_memory_raises_the_total_and_what_saves_it_lowers_it():
     total = THIRTEEN.total(4)
-    more = {"rank": 16, "max_seq_len": 2048, "itemsize": 4, "units_at_once": 32,
+    more = {"rank": 16, "max_seq_len": 2048, "itemsize": 4, "units_at_once": 32, "copies": 4,
             "target_modules": ("all-linear",), "architecture": LLAMA["70b"]}  # fmt: skip
     less = {"bits": 8, "gradient_checkpointing": True, "shards": 4}
     for name, value in more.items():
         assert dataclasses.replace(THIRTEEN, **{name: value}).total(4) > total, name
     for name, value in less.items():
         assert dataclasses.replace(THIRTEEN, **{name: value}).total(4) < total, name
+    # A that is frozen is there, without gradient, moments and noise.
+    frozen = dataclasses.replace(THIRTEEN, frozen_a=True)
+    no_a = frozen.trained * 4 * (1 + frozen.copies)
+    assert no_a < frozen.adapters < THIRTEEN.adapters
     # The gradients of many examples count where activations are few.
     many = dataclasses.replace(THIRTEEN, rank=64, gradient_checkpointing=True)
     assert dataclasses.replace(many, is_private=False).total(4) < many.total(4)

@@ -46,7 +46,7 @@ from utils.models.lora import load_adapted, use_row_dropout
 from utils.privacy import mechanism, plan
 from utils.privacy.ledger import LEDGER_FILE, adapter_in, read_ledger, read_plan, steps_in
 from utils.row_dropout import RowMasks
-from utils.runs.run_folder import RELEASABLE, model_name_of
+from utils.runs.run_folder import LAST_ADAPTER, RELEASABLE, model_name_of
 from utils.texts import tokens
 from utils.texts.canaries import canary, secrets
 from utils.texts.data_sets import rows_fingerprint
@@ -151,7 +151,7 @@ def metrics(folder: Path) -> list[dict]:
 # ---------------------------------------------------------------- what a run leaves
 
 ALLOWED = [
-    r"adapter/(adapter_model\.safetensors|adapter_config\.json|training_style\.json|README\.md)",
+    r"adapter(_last)?/(adapter_model\.safetensors|adapter_config\.json|training_style\.json|README\.md)",
     r"checkpoints/step-\d{6}/(adapter\.safetensors|optimizer\.pt|state\.json|sha256\.json)",
     r"privacy_report\.(json|md)",
     r"privacy_ledger\.jsonl",
@@ -164,19 +164,21 @@ METRICS = {
 }  # fmt: skip
 
 
-def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch):
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch, averaged):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    folder = run()
+    folder = run(*(["--average=ema:0.5"] if averaged else []))
     files = [path for path in folder.rglob("*") if path.is_file()]
     names = [str(path.relative_to(folder)) for path in files]
-    assert {path.name for path in folder.iterdir()} == RELEASABLE | {"checkpoints", "private"}
+    released = RELEASABLE - (set() if averaged else {LAST_ADAPTER})
+    assert {path.name for path in folder.iterdir()} == released | {"checkpoints", "private"}
     unexpected = [n for n in names if not any(re.fullmatch(pattern, n) for pattern in ALLOWED)]
     assert unexpected == []
     assert all(any(re.fullmatch(p, name) for name in names) for p in ALLOWED), names
     assert not any(b"hf_secret" in path.read_bytes() for path in files)
     # Nothing under private/ is per example, and nothing computed without noise is elsewhere.
     for record in metrics(folder):
-        assert record.keys() <= METRICS
+        assert record.keys() - {"validation_loss_of_average"} <= METRICS
         assert all(not isinstance(v, list) or len(v) == 3 for v in record.values())
     public = "".join(
         path.read_text(errors="replace") for path in files if "private" not in path.parts
@@ -185,6 +187,24 @@ def test_a_private_run_leaves_these_files_and_no_others(run, monkeypatch):
     identity = json.loads((folder / "private" / "identity.json").read_text())
     assert identity["training_data"] not in public
     assert identity["rows_fingerprint"] not in public
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--average=ema:0.5"], ["--frozen_a"], ["--optimizer=sgd"],
+     slow(["--frozen_a", "--average=ema:0.5", "--keep_checkpoints=1"])],
+)  # fmt: skip
+def test_the_room_that_is_asked_for_is_what_a_run_takes(run, monkeypatch, more):
+    asked = mock.Mock()
+    monkeypatch.setattr(train, "require_room", asked)
+    folder = run("--lora_r=128", *more, dp=False)
+    (_, size), _ = asked.call_args
+    checkpoints, adapters = (
+        [sum(file.stat().st_size for file in path.rglob("*")) for path in folder.glob(pattern)]
+        for pattern in ("checkpoints/*", "adapter*")
+    )
+    taken = sum(adapters) + sum(checkpoints) + max(checkpoints)
+    assert size == pytest.approx(taken, rel=0.1)
 
 
 def test_what_is_released_says_nothing_of_the_machine(

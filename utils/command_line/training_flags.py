@@ -22,7 +22,7 @@ from utils.command_line.parser import (
     probability,
     seed_int,
 )
-from utils.models.footprint import Architecture, Training
+from utils.models.footprint import FLOAT, Architecture, Training
 from utils.privacy.accounting import MAX_ROWS
 from utils.privacy.banded import BANDED, WHITE
 from utils.privacy.plan import ROWS, UNITS, UNITS_AT_ONCE, PrivacyPlan, make_plan
@@ -378,6 +378,22 @@ class TrainingSettings(JobSettings):
         """Bits to which the base is quantised; None for a base as it is."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
+    @property
+    def copies(self) -> int:
+        """Numbers kept of each trained one: itself, the optimizer's moments, and an average."""
+        return 1 + (1 if self.optimizer == SGD else 2) + (self.average is not None)
+
+    def disk(self, trained: int, frozen: int) -> int:
+        """Bytes of the run's adapters and checkpoints, of which one more is there than is kept
+        while it is written.
+
+        Args:
+            trained, frozen: numbers of the adapter that are trained, and that are not.
+        """
+        adapters = 1 if self.average is None else 2
+        checkpoints = (self.keep_checkpoints + 1) * (trained * self.copies + frozen)
+        return FLOAT * (adapters * (trained + frozen) + checkpoints)
+
     def footprint(self, architecture: Architecture, itemsize: int) -> Training:
         """What of this run decides its memory.
 
@@ -395,6 +411,7 @@ class TrainingSettings(JobSettings):
             gradient_checkpointing=self.gradient_checkpointing,
             is_private=self.eps != -1,
             units_at_once=UNITS_AT_ONCE if self.draws_units else 0,
+            copies=self.copies,
         )
 
     @property

@@ -13,9 +13,9 @@ USABLE_SHARE = 0.9
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Logits held at a time, in elements: 32 Mi of them are 128 MiB in float32.
 CHUNK_ELEMENTS = 1 << 25
-# For each trained number, beside itself: AdamW's two moments and the sum of a step, float32; and
-# while a step is released, noise, sums and what is rounded, five float64 vectors.
-STATE_BYTES, RELEASE_BYTES = 3 * FLOAT, 5 * 8
+# For each trained number, while a step is released: noise, sums and what is rounded, five float64
+# vectors.
+RELEASE_BYTES = 5 * 8
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -147,6 +147,7 @@ class Training:
         bits: of a weight of a quantised base.
         is_private: whether per-example gradients are kept.
         units_at_once: whose sums are kept.
+        copies: float32 numbers of each trained one, with itself: the optimizer's, an average.
         shards: devices that share the layers of the base.
     """
 
@@ -160,6 +161,7 @@ class Training:
     gradient_checkpointing: bool = False
     is_private: bool = True
     units_at_once: int = 0
+    copies: int = 3
     shards: int = 1
 
     @property
@@ -179,11 +181,13 @@ class Training:
     def matrices(self) -> tuple[tuple[int, int, int], ...]:
         """(count, d_in, d_out) of the LoRA matrices that are trained."""
         layers, rank = self.architecture.layers, self.rank
-        firsts = (
-            () if self.frozen_a else [(layers, d_in, rank) for d_in, _ in self.adapted.values()]
-        )
         lasts = [(layers, rank, d_out) for _, d_out in self.adapted.values()]
-        return (*firsts, *lasts)
+        return (*(() if self.frozen_a else self._firsts), *lasts)
+
+    @property
+    def _firsts(self) -> list[tuple[int, int, int]]:
+        """`matrices` of LoRA's A."""
+        return [(self.architecture.layers, d_in, self.rank) for d_in, _ in self.adapted.values()]
 
     @property
     def weights(self) -> float:
@@ -199,7 +203,9 @@ class Training:
     @property
     def adapters(self) -> int:
         """Bytes of the adapters and of what is kept for each of their numbers all the time."""
-        return self.trained * (FLOAT + STATE_BYTES + FLOAT * self.units_at_once)
+        frozen = sum(count * d_in * rank for count, d_in, rank in self._firsts if self.frozen_a)
+        # One copy more is the sum of a step.
+        return FLOAT * (self.trained * (self.copies + 1 + self.units_at_once) + frozen)
 
     @property
     def row(self) -> RowMemory:

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 GPUS_OF_THE_DRIVER = Path("/proc/driver/nvidia/gpus")
 # Tables of positions, which end where a rotation would go on.
 _TABLES = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
-# Copies of the adapter's size in a checkpoint: the adapter, and two moments of AdamW.
-CHECKPOINT_COPIES = 3
-FLOAT = 4
 
 
 def visible_gpus() -> int | None:
@@ -143,15 +140,6 @@ def check_positions(model: "PreTrainedModel", max_seq_len: int) -> list[str]:
         f"--max_seq_len {max_seq_len} goes beyond the {positions} positions that this base was "
         "trained with"
     ]
-
-
-def checkpoint_bytes(trained: int, keep_checkpoints: int) -> int:
-    """Disk that a run's adapter and checkpoints take, one more than are kept while one is written.
-
-    Args:
-        trained: numbers in the adapter.
-    """
-    return FLOAT * trained * (1 + CHECKPOINT_COPIES * (keep_checkpoints + 1))
 
 
 def require_room(folder: Path, size: int) -> None:

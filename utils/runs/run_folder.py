@@ -1,10 +1,11 @@
 """The folder of a training run: what is in it, what may leave it, and when it may be continued.
 
 adapter/              released: PEFT adapter, model card, training style
+adapter_last/         released, where adapter/ is an average: likewise, as the last step left it
 privacy_report.json   released, also as .md
 privacy_ledger.jsonl  released: the steps that were taken
 run_config.json       released: arguments, versions
-checkpoints/          noised, but kept: adapter and optimizer at some steps
+checkpoints/          noised, but kept: adapter, optimizer and average at some steps
 private/              computed from private data without noise: never leaves
 """
 
@@ -30,9 +31,11 @@ from utils.models.adapter_info import adapter_sha256
 from utils.privacy.guarantee import claim
 from utils.versions import versions_of
 
+# What the last step left, where adapter/ is an average.
+LAST_ADAPTER = "adapter_last"
 # What may leave the building; a test fails on anything else outside checkpoints/ and private/.
 RELEASABLE = {
-    "adapter", "privacy_report.json", "privacy_report.md", "privacy_ledger.jsonl",
+    "adapter", LAST_ADAPTER, "privacy_report.json", "privacy_report.md", "privacy_ledger.jsonl",
     "run_config.json",
 }  # fmt: skip
 CONFIG_FILE, REPORT_FILE = "run_config.json", "privacy_report.json"
@@ -41,8 +44,6 @@ BACKUP = "restore it from a backup"
 PLACES = ("dataset_name", "model_name", "output_dir")
 # In a report: the hash of the adapter that it is of; None as long as there is none.
 ADAPTER_HASH = "adapter_sha256"
-# What the last step left, where adapter/ is an average.
-LAST_ADAPTER = "adapter_last"
 # In a run's private identity: of the coins of its audit.
 COINS = "audit_coins"
 NO_GUARANTEE = "**No privacy guarantee**"
