@@ -449,7 +449,7 @@ def begun(run: Run, private_identity: dict, facts: dict[str, dict]) -> Run:
         run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
         run.scheduler.load_state_dict(checkpoint.optimizer["scheduler"])
         if average:
-            average.load_state_dict(checkpoint.optimizer.get("average"))
+            average.load_state_dict(checkpoint.optimizer["average"])
     if run.is_main:
         for name, fact in facts.items():
             write_json(run.folder / "private" / name, fact)

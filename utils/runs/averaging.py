@@ -12,8 +12,6 @@ from fractions import Fraction
 import torch
 from torch import nn
 
-from utils.cli import UsageError
-
 
 class Average:
     """The mean over steps so far of every trainable tensor.
@@ -61,17 +59,8 @@ class Average:
         """For a checkpoint."""
         return {"count": self._count, "mean": self._mean}
 
-    def load_state_dict(self, state: dict | None) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            UsageError: it has no average.
-        """
-        if state is None:
-            raise UsageError(
-                "--average: the run's checkpoint has no average of the steps before it; continue "
-                "without --average, or use another --job_sess"
-            )
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a checkpoint."""
         self._count = state["count"]
         _copy(state["mean"], self._mean)
 
