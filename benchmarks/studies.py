@@ -4,8 +4,10 @@ Every step of a study runs the toolkit's own commands, and one that has ended is
 the same command goes on after a stop.
 """
 
+import fcntl
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import sched_getaffinity, sched_setaffinity
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import numpy as np
 import yaml
@@ -253,37 +255,55 @@ def side_by_side(jobs: int, step: Callable[[Item], None], items: Sequence[Item])
         try:
             for future in futures:
                 future.result()
-        except BaseException as error:
-            say(f"{error or type(error).__name__}; stopping once running commands have ended")
+        except BaseException:
+            if any(future.running() for future in futures):
+                say("stopping once running commands have ended")
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def run_once(folder: Path, name: str, *command: str) -> None:
+def run_once(folder: Path, name: str, *command: str, makes: Sequence[Path] = ()) -> None:
     """Run a command of the toolkit, its output in a log; pass over one that has ended well.
 
     Args:
         folder: of the study.
+        makes: what the command refuses to find. It is removed first: a stop left it, and nobody
+            has used it.
 
     Raises:
         UsageError: it failed; the log is named.
     """
     finished = folder / "times" / f"{name.replace(' ', '-')}.json"
-    if finished.exists():
-        return
     log = folder / "logs" / f"{finished.stem}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    with open(log, "w") as file:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, stdout=file, stderr=file, check=False
-        )
-    if done.returncode:
-        last = log.read_text().strip().splitlines()[-1:]
-        raise UsageError(f"{name} failed: {''.join(last)[:200]} (all of it is in {log})")
-    seconds = time.monotonic() - began
-    say(f"{name}: {seconds:.0f} s")
-    write_json(finished, seconds)
+    with open(log, "a") as file:
+        # The command holds this lock too, and outlives a study that is killed.
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{name} runs already; waiting for its end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if finished.exists():
+            return
+        file.truncate(0)
+        for path in makes:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        began = time.monotonic()
+        if run_command(command, file):
+            last = log.read_text().strip().splitlines()[-1:]
+            raise UsageError(f"{name} failed: {''.join(last)[:200]} (all of it is in {log})")
+        seconds = time.monotonic() - began
+        say(f"{name}: {seconds:.0f} s")
+        write_json(finished, seconds)
+
+
+def run_command(command: Sequence[str], log: TextIO) -> int:
+    """Run a command of the toolkit, and give its exit code."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, check=False)
+    return done.returncode
 
 
 def losses_by_model(folder: Path) -> dict[str, dict]:

@@ -19,6 +19,7 @@ command goes on after a stop. --size small is for SmolLM2 on two cores, and --si
 the sizes of the paper, for GPUs; single flags change any size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,6 +122,7 @@ from utils.cli import UsageError, run_cli, say
 from utils.files import json_lines, read_jsonl, write_atomic, write_json
 from utils.folders import save_dataset
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
+from utils.privacy.ledger import head_file
 from utils.privacy.plan import num_steps
 from utils.sampling.shards import FINISHED, read_samples
 from utils.texts.prompts import TOPIC, TOPIC_TEMPLATE, UNCONDITIONAL
@@ -288,13 +290,14 @@ class Study:
             self.run(
                 "find topics", "-m", "topics.fit", f"--public={data / 'public.json'}",
                 f"--model={self.settings.embedder}", f"--num_topics={self.settings.num_topics}",
-                f"--output={topics}",
+                f"--output={topics}", makes=[topics],
             )  # fmt: skip
             if not self._given.model_name:
                 self._teach_prompts(topics)
+            rows = data / "rows_with_topics"
             self.run(
                 "assign topics", "-m", "topics.assign", f"--private={data / 'rows'}",
-                f"--topics={topics}", f"--output={data / 'rows_with_topics'}",
+                f"--topics={topics}", f"--output={rows}", makes=[rows],
             )  # fmt: skip
 
     def _teach_prompts(self, folder: Path) -> None:
@@ -316,10 +319,12 @@ class Study:
         wanted = ["--instruction_file=utils/syn_instruct.txt"]
         if source.by_topic:
             histogram = self.folder / "topic_histograms" / name
+            ledger = self._ledger("topic", name)
             self.run(
                 f"count {name}", "-m", "topics.histogram", f"--output={histogram}",
-                f"--assigned={self._dataset(source)}", f"--ledger={self._topic_ledger(source)}",
+                f"--assigned={self._dataset(source)}", f"--ledger={ledger}",
                 f"--histogram_sigma={settings.histogram_sigma}",
+                makes=[histogram, ledger, head_file(ledger)],
             )  # fmt: skip
             wanted = [f"--topic_histogram={histogram / HISTOGRAM_FILE}"]
         if source.generator:
@@ -357,7 +362,7 @@ class Study:
             write_atomic(taken, json_lines(samples))
         self.run(
             f"extract {name}", "-m", "resample_with_dp_histogram.extract",
-            f"--instructions={taken}", f"--output={pool}",
+            f"--instructions={taken}", f"--output={pool}", makes=[pool],
         )  # fmt: skip
         self._embed(name, pool / INSTRUCTIONS_FILE, "--synthetic")
 
@@ -397,19 +402,15 @@ class Study:
             random, pool = np.random.default_rng(chosen.seed), len(self._pool(chosen.source))
             return random.choice(pool, settings.num_selected, replace=False).tolist()
         output = self.folder / "selected" / chosen.name
-        # Each selection has a ledger of its own: a user makes one of them.
-        private = self.folder / "counted" / chosen.name
-        private.mkdir(parents=True, exist_ok=True)
-        if not (private / "private").exists():
-            (private / "private").symlink_to(self.folder / "embeddings" / "private" / "private")
+        ledger = self._ledger("selection", chosen.name)
         self.run(
             f"select {chosen.name}", "-m", "resample_with_dp_histogram.resample",
-            f"--private_embeddings={private}",
+            f"--private_embeddings={self.folder / 'embeddings' / 'private'}", f"--ledger={ledger}",
             f"--synthetic_embeddings={self.folder / 'embeddings' / name}",
             f"--synthetic_instructions={self.folder / 'pools' / name / INSTRUCTIONS_FILE}",
             f"--num_bins={settings.num_bins}", f"--histogram_sigma={settings.histogram_sigma}",
             f"--num_samples={settings.num_selected}", f"--seed={chosen.seed}",
-            f"--output={output}",
+            f"--output={output}", makes=[output, ledger, head_file(ledger)],
         )  # fmt: skip
         return [row["row"] for row in read_jsonl(output / "selected.jsonl")]
 
@@ -532,8 +533,8 @@ class Study:
         source = chosen.source
         if source.generator is None or source.generator.epsilon is None:
             return None
-        ledgers = [self.folder / "counted" / chosen.name / "histogram_ledger.jsonl"]
-        ledgers = ledgers * (chosen.kind == AFTER) + [self._topic_ledger(source)] * source.by_topic
+        ledgers = [self._ledger("selection", chosen.name)] * (chosen.kind == AFTER)
+        ledgers += [self._ledger("topic", source.name)] * source.by_topic
         report = composed_report(self.folder / "outputs" / source.name, ledgers)
         return report["epsilon"][ADD_REMOVE]["upper"]
 
@@ -592,9 +593,9 @@ class Study:
             f"--output={self.folder / 'embeddings' / name}",
         )  # fmt: skip
 
-    def run(self, name: str, *command: str) -> None:
+    def run(self, name: str, *command: str, makes: Sequence[Path] = ()) -> None:
         """`run_once` in the folder of the study."""
-        run_once(self.folder, name, *command)
+        run_once(self.folder, name, *command, makes=makes)
 
     def _save(self, name: str, **splits: list[str]) -> None:
         """Write a data set of texts, by split."""
@@ -608,9 +609,10 @@ class Study:
     def _dataset(self, source: Source) -> Path:
         return self.folder / "data" / ("rows_with_topics" if source.by_topic else "rows")
 
-    def _topic_ledger(self, source: Source) -> Path:
-        # A user makes one histogram of topics, so each generator's has a ledger of its own.
-        return self.folder / "topic_ledgers" / f"{source.name}.jsonl"
+    def _ledger(self, kind: str, name: str) -> Path:
+        # A user makes one histogram of a kind, so each has a ledger of its own, which begins anew
+        # where a stop came before its output.
+        return self.folder / f"{kind}_ledgers" / f"{name}.jsonl"
 
     def _adapter(self, name: str) -> Path:
         return self.folder / "outputs" / name / "adapter"

@@ -4,23 +4,18 @@ import importlib
 from pathlib import Path
 
 from tests.training import in_process
-from utils.files import write_json
 
 TEXTS = [f"{a}{b} {c}" for a in "abcdef" for b in "abcdef" for c in "abcd"]
-# Names of the commands that were run.
+# Names of the commands that were run, as their logs have them.
 ran: list[str] = []
 
 
-def run_here_once(folder: Path, name: str, *command: str) -> None:
-    """`studies.run_once` in this process."""
-    finished = folder / "times" / f"{name.replace(' ', '-')}.json"
-    if finished.exists():
-        return
-    module = command[1] if command[0] == "-m" else command[0].removesuffix(".py")
-    arguments = list(command[2:] if command[0] == "-m" else command[1:])
-    assert in_process(importlib.import_module(module).main, arguments) == 0, name
-    ran.append(name)
-    write_json(finished, 1.0)
+def run_here(command, log) -> int:
+    """`studies.run_command` in this process."""
+    module, *arguments = command[1:] if command[0] == "-m" else command
+    main = importlib.import_module(module.removesuffix(".py")).main
+    ran.append(Path(log.name).stem)
+    return in_process(main, arguments)
 
 
 def one_by_one(jobs, step, items) -> None:

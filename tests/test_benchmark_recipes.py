@@ -5,9 +5,9 @@ import json
 import pytest
 from datasets import load_from_disk
 
-from benchmarks import recipes, small_base
+from benchmarks import recipes, small_base, studies
 from benchmarks.studies import interval, mean_of, read_generators
-from tests.studies import TEXTS, one_by_one, run_here_once
+from tests.studies import TEXTS, one_by_one, ran, run_here
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
@@ -28,7 +28,6 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     write_json(folder / "texts.json", TEXTS)
     (folder / "arms.yaml").write_text(ARMS)
-    ran = []
 
     def run(*more):
         ran.clear()
@@ -38,16 +37,16 @@ def study(tmp_path_factory):
             "--max_seq_len=24", "--num_test=10", "--num_public=40", "--num_private=50",
             "--pretraining_tokens=64", "--delta=1e-3", "--perdevice_bs=5", *more,
         ])  # fmt: skip
-        return list(ran), json.loads((folder / "found.json").read_text())
+        return ["-".join(name.split("-")[:2]) for name in ran], json.loads(
+            (folder / "found.json").read_text()
+        )
 
-    def run_once(place, name, *command):
-        if not (place / "times" / f"{name.replace(' ', '-')}.json").exists():
-            ran.append(name.split("-")[0])
+    def run_command(command, log):
         assert "--perdevice_bs=5" in command
-        run_here_once(place, name, *command)
+        return run_here(command, log)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "run_once", run_once)
+        patch.setattr(studies, "run_command", run_command)
         patch.setattr(recipes, "side_by_side", one_by_one)
         shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
         patch.setattr(small_base, "SHAPE", small_base.SHAPE | shape)
@@ -58,13 +57,15 @@ def study(tmp_path_factory):
 
 def test_a_study_goes_on_where_it_stopped_and_grows(study):
     ran, found = study("--num_seeds=1", "--only", "slow", "no privacy")
-    assert ran == ["train slow", "train no_privacy", ran[2]]
+    assert ran == ["train-slow", "train-no_privacy", ran[2]]
     assert [(arm["arm"], arm["epsilon"]) for arm in found["arms"]] == [
         ("slow", 5.94), ("no privacy", None),
     ]  # fmt: skip
     before = found["arms"][0]["loss"]
     ran, found = study("--num_seeds=2")
-    assert ran[:4] == ["train very_fast", "train slow", "train very_fast", "train no_privacy"]
+    assert ran[:4] == [
+        "train-very_fast", "train-slow", "train-very_fast", "train-no_privacy"
+    ]  # fmt: skip
     slow, fast, free = found["arms"]
     assert slow["loss"][:1] == before
     assert [len(arm["loss"]) for arm in found["arms"]] == [2, 2, 2]

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import units
-from tests.studies import TEXTS, one_by_one, run_here_once
+from benchmarks import studies, units
+from tests.studies import TEXTS, one_by_one, run_here
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
 from utils.files import write_json
@@ -22,7 +22,7 @@ def found(tiny_model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("units")
     write_json(folder / "texts.json", TEXTS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "run_once", run_here_once)
+        patch.setattr(studies, "run_command", run_here)
         patch.setattr(units, "side_by_side", one_by_one)
         units.main([
             f"--instructions={folder / 'texts.json'}", f"--work_dir={folder / 'work'}",

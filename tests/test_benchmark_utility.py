@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import utility
+from benchmarks import studies, utility
 from benchmarks.studies import interval, read_generators, side_by_side
 from tests.resampling import save_tiny_encoder
-from tests.studies import TEXTS, one_by_one, ran, run_here_once
+from tests.studies import TEXTS, one_by_one, ran, run_here
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
 from utils.command_line.training_flags import TrainingSettings
@@ -36,7 +36,10 @@ SIGMA = 3.0
 
 @pytest.fixture(scope="module")
 def study(tiny_model_dir, tmp_path_factory):
-    """The flags of a study that was run, and what it found."""
+    """The flags of a study that was run, and what it found.
+
+    It is stopped after the first command of each kind, before its end is noted.
+    """
     folder = tmp_path_factory.mktemp("utility")
     write_json(folder / "texts.json", TEXTS)
     (folder / "arms.yaml").write_text(ARMS)
@@ -50,9 +53,21 @@ def study(tiny_model_dir, tmp_path_factory):
         "--num_bins=3", f"--histogram_sigma={SIGMA}", "--num_topics=3", "--num_other_topics=4",
         "--tuning_bs=4",
     ]  # fmt: skip
+    stopped = set()
+
+    def run_command(command, log):
+        code, kind = run_here(command, log), Path(log.name).stem.split("-")[0]
+        if kind not in stopped:
+            stopped.add(kind)
+            raise KeyboardInterrupt
+        return code
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utility, "run_once", run_here_once)
+        patch.setattr(studies, "run_command", run_command)
         patch.setattr(utility, "side_by_side", one_by_one)
+        for _ in range(10):
+            with pytest.raises(KeyboardInterrupt):
+                utility.main(flags)
         utility.main(flags)
         yield flags, json.loads((folder / "found.json").read_text())
 
