@@ -30,7 +30,6 @@ class Settings(studies.ArmsSettings):
     )
     epsilons: list[float] = flag("targets", [5.94], type=positive_float, nargs="+")
     num_seeds: int = flag("generators of each arm", 3, type=positive_int)
-    num_public: int = flag("public instructions, for the small base", 4000, type=positive_int)
     max_seq_len: int = flag("tokens", 256)
     perdevice_bs: int = flag("sequences of max_seq_len on a device at once", 8)
     row_tokens: int = flag(
@@ -48,20 +47,23 @@ import numpy as np
 from benchmarks.figures import markdown
 from benchmarks.small_base import small_base
 from benchmarks.studies import (
+    RECORD,
     Generator,
+    begun_alike,
     cut_at_words,
+    held_out_and_private,
     losses_by_model,
     mean_of,
     model_flags,
+    public_and_rest,
     read_generators,
-    require_same_settings,
+    recorded,
+    require_trainable,
     run_once,
-    shuffled_instructions,
     side_by_side,
-    unseen,
     words_of,
 )
-from utils.cli import UsageError, run_cli
+from utils.cli import run_cli
 from utils.files import write_json
 from utils.folders import save_dataset
 from utils.privacy.plan import num_steps
@@ -75,14 +77,15 @@ VERSIONED = ("torch", "transformers", "peft", "dp-accounting")
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, argv)
-    # Arms come and go in one study; all else stays.
-    require_same_settings(replace(settings, epsilons=[], num_seeds=1))
     folder = settings.work_dir.resolve()
     generators = generators_of(settings)
+    for each in generators:
+        require_trainable(each.arm, training(settings, folder, each))
     based = replace(settings, model_name=save_data(settings, folder))
     side_by_side(settings.jobs, lambda each: train(based, folder, each), generators)
     scored = score(based, folder, generators)
     found = findings(settings, folder, generators, scored)
+    found["settings"] |= {"base": Path(based.model_name).name}
     print(table(found))
     settings.write(found)
 
@@ -98,39 +101,37 @@ def save_data(settings: Settings, folder: Path) -> str:
     """Part the instructions, save the private and held-out ones, and say what the base is.
 
     Raises:
-        UsageError: there are too few instructions.
+        UsageError: there are too few instructions, or the folder was begun with others.
     """
-    texts = shuffled_instructions(settings)
-    public, test = settings.num_public, settings.num_test
-    private = settings.num_private or len(texts) - public - test
-    if private < 1 or len(texts) < public + test + private:
-        raise UsageError(
-            f"{len(texts):,} distinct instructions are fewer than --num_public, --num_test and "
-            f"--num_private together ({public + test + max(1, private):,})"
-        )
+    public, rest = public_and_rest(settings)
+    # Arms come and go in one study; all else stays.
+    record = begun_alike(replace(settings, epsilons=[], num_seeds=1), [*public, *rest])
     base = settings.model_name or str(
-        small_base(folder / "bases", texts[:public], settings.pretraining_tokens)
+        small_base(folder / "bases", public, settings.pretraining_tokens)
     )
     if not (folder / "data").exists():
-        texts = cut_at_words(base, texts[public : public + test + private], settings.row_tokens)
-        held_out, train = texts[:test], texts[test:]
-        parts = {"train": train, "test": unseen(held_out, train)}
+        texts = cut_at_words(base, rest, settings.row_tokens)
+        parts = dict(zip(("test", "train"), held_out_and_private(settings, texts)))
+        write_json(settings.work_dir / RECORD, record)
         rows = {name: [{"instruction": text} for text in part] for name, part in parts.items()}
         save_dataset(folder / "data", rows, ["instruction"], {"rows": "study"})
     return base
 
 
+def training(settings: Settings, folder: Path, generator: Generator) -> list[str]:
+    """The flags of a generator's training."""
+    target = {"eps": generator.epsilon, "delta": settings.delta} if generator.epsilon else {}
+    return [
+        *model_flags(settings), f"--dataset_name={folder / 'data'}",
+        f"--job_sess={generator.name}", f"--output_dir={folder / 'outputs'}",
+        "--no_eval_at_start", "--resume=auto", f"--perdevice_bs={settings.perdevice_bs}",
+        f"--seed={generator.seed}", *words_of(target | generator.flags),
+    ]  # fmt: skip
+
+
 def train(settings: Settings, folder: Path, generator: Generator) -> None:
     """Train one generator."""
-    flags = dict(generator.flags)
-    if generator.epsilon:
-        flags |= {"eps": generator.epsilon, "delta": settings.delta}
-    run_once(
-        folder, f"train {generator.name}", "train.py", *model_flags(settings),
-        f"--dataset_name={folder / 'data'}", f"--job_sess={generator.name}",
-        f"--output_dir={folder / 'outputs'}", "--no_eval_at_start", "--resume=auto",
-        f"--perdevice_bs={settings.perdevice_bs}", f"--seed={generator.seed}", *words_of(flags),
-    )  # fmt: skip
+    run_once(folder, f"train {generator.name}", "train.py", *training(settings, folder, generator))
 
 
 def score(settings: Settings, folder: Path, generators: list[Generator]) -> dict[str, float]:
@@ -173,11 +174,13 @@ def findings(
         arm["seconds"].append(json.loads(seconds.read_text()))
         report = json.loads((output / "privacy_report.json").read_text())
         arm["noise_multiplier"] = report.get("noise_multiplier")
-        arm["steps"] = num_steps(each.flags["num_epochs"], private, each.flags["total_bs"])
+        arm["steps"] = num_steps(
+            float(each.flags["num_epochs"]), private, int(each.flags["total_bs"])
+        )
     return {
         "base": losses["base"],
         "arms": list(arms.values()),
-        "settings": settings.on_record(),
+        "settings": recorded(settings),
         "versions": versions_of(VERSIONED),
     }
 

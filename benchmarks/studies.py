@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import sched_getaffinity, sched_setaffinity
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 import numpy as np
 import yaml
@@ -26,13 +26,20 @@ from benchmarks import figures
 from benchmarks.environments import ROOT
 from evaluation.results import read_results
 from resample_with_dp_histogram.extract import distinct_instructions
-from utils.cli import UsageError, say
-from utils.command_line.parser import flag, positive_int
+from utils.cli import UsageError, in_one_line, say
+from utils.command_line.parser import flag, natural_int, parser_of, positive_int
+from utils.command_line.training_flags import TrainingSettings, check_training_settings
 from utils.files import write_json
+from utils.folders import require_same_settings
+from utils.texts.data_sets import rows_fingerprint
 from utils.texts.prompts import UNCONDITIONAL, training_ids
 from utils.texts.text_inputs import FORMATS, read_entries
 
 Item = TypeVar("Item")
+# In the folder of a study, made with its data.
+RECORD = "settings.json"
+# Rows of tables that are of no arm.
+RESERVED = ("base", "real")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,9 @@ class ArmsSettings(Settings):
     only: list[str] | None = flag("names of the arms to take; all of them if left out", nargs="+")
     model_name: str = flag("base model; a small one, made on the spot, if left out", "")
     dtype: str = flag("of the frozen base", "bfloat16", choices=("bfloat16", "float32"))
+    num_public: int = flag(
+        "public instructions, for the small base and for topics", 4000, type=natural_int
+    )
     pretraining_tokens: int = flag("of the small base", 4_000_000, type=positive_int)
     delta: float = flag("of the guarantee", 1e-5)
     num_private: int | None = flag(
@@ -70,10 +80,48 @@ def distinct(settings: Settings) -> list[str]:
     return list(kept.values())
 
 
-def shuffled_instructions(settings: Settings) -> list[str]:
-    """`distinct`, in a random order, always the same."""
-    texts = distinct(settings)
+def shuffled(texts: list[str]) -> list[str]:
+    """The texts in a random order, always the same."""
     return [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
+
+
+def public_and_rest(settings: ArmsSettings) -> tuple[list[str], list[str]]:
+    """Public instructions, and those that are left.
+
+    Raises:
+        UsageError: there are too few.
+    """
+    texts, number = shuffled(distinct(settings)), settings.num_public
+    if not number and not settings.model_name:
+        raise UsageError(
+            "--num_public 0: a small base is made of public rows; give some, or --model_name"
+        )
+    _require_enough(settings, texts[number:], f"are left besides --num_public {number}")
+    return texts[:number], texts[number:]
+
+
+def held_out_and_private(settings: ArmsSettings, texts: list[str]) -> tuple[list[str], list[str]]:
+    """Held-out instructions, without those that a private one equals, and private ones.
+
+    Args:
+        texts: what is left of the public ones, as it is to be learnt.
+
+    Raises:
+        UsageError: there are too few.
+    """
+    _require_enough(settings, texts, f"fit into --max_seq_len {settings.max_seq_len}")
+    test, number = settings.num_test, settings.num_private
+    private = texts[test:] if number is None else texts[test : test + number]
+    return unseen(texts[:test], private), private
+
+
+def _require_enough(settings: ArmsSettings, texts: list[str], which: str) -> None:
+    wanted = settings.num_test + (settings.num_private or 1)
+    if len(texts) < wanted:
+        raise UsageError(
+            f"{len(texts):,} distinct instructions {which}, fewer than --num_test and "
+            f"--num_private together ({wanted:,})"
+        )
 
 
 def cut_at_words(model_name: str, texts: list[str], most: int) -> list[str]:
@@ -128,12 +176,6 @@ def that_fit(settings: Settings, texts: list[str]) -> list[str]:
     return fitting
 
 
-def fitting_instructions(settings: Settings) -> list[str]:
-    """The distinct ones `that_fit`, in a random order, always the same."""
-    fitting = that_fit(settings, distinct(settings))
-    return [fitting[row] for row in np.random.default_rng(0).permutation(len(fitting))]
-
-
 @dataclass(frozen=True)
 class Generator:
     """One run of training.
@@ -152,7 +194,67 @@ class Generator:
     def name(self) -> str:
         """A file name, of its flags too."""
         digest = hashlib.sha256(json.dumps(self.flags, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.arm.replace(' ', '_')}-{self.epsilon or 'inf'}-{self.seed}-{digest}"
+        return f"{folded(self.arm)}-{self.epsilon or 'inf'}-{self.seed}-{digest}"
+
+
+def folded(arm: str) -> str:
+    """The name of an arm in those of files."""
+    return arm.replace(" ", "_")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key!r} is there twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_arms(file: Path) -> dict[str, dict]:
+    """Flags of train.py by the name of an arm, with those of all arms.
+
+    Args:
+        file: YAML of `arms`, and maybe `common` for all of them.
+
+    Raises:
+        UsageError: the file is not such a one.
+    """
+    where = f"--arms {file}"
+    try:
+        given = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{where}: {in_one_line(error, 200)}") from None
+    is_table = isinstance(given, dict) and {"arms"} <= set(given) <= {"arms", "common"}
+    arms = given["arms"] if is_table else None
+    tables = [given.get("common"), *arms.values()] if isinstance(arms, dict) else [arms]
+    if not arms or not all(isinstance(each, dict | None) for each in tables):
+        raise UsageError(
+            f"{where}: needs `arms`, flags of train.py by the name of an arm, and maybe `common`, "
+            "those of all arms, and nothing else"
+        )
+    flags = {arm: (tables[0] or {}) | (own or {}) for arm, own in arms.items()}
+    for arm, own in flags.items():
+        if not isinstance(arm, str) or arm in RESERVED:
+            raise UsageError(
+                f"{where}: {arm!r} cannot name an arm: it is no text without quotes, or a row of "
+                f"the table; use another name than {' and '.join(RESERVED)}"
+            )
+        for name, value in own.items():
+            if not (isinstance(name, str) and isinstance(value, str | int | float)):
+                raise UsageError(f"{where}: {arm}: {name}: {value} is not a flag and its one value")
+        # They are the study's, for all arms alike.
+        if own.get("eps", -1) != -1 or {"delta", "noise_multiplier"} & set(own):
+            raise UsageError(
+                f"{where}: {arm} has an eps other than -1, a delta or a noise_multiplier"
+            )
+    if len({folded(arm) for arm in flags}) < len(flags):
+        raise UsageError(f"{where}: two arms are the same but for a space; use other names")
+    return flags
 
 
 def read_generators(
@@ -161,27 +263,15 @@ def read_generators(
     """What a YAML of arms asks to train: all arms for one seed after the other.
 
     Args:
-        file: `arms`, flags of train.py by the name of an arm, and `common`, those of all arms; an
-            arm with `eps: -1` is without privacy, and every other one is for each epsilon.
+        file: see `read_arms`; an arm with `eps: -1` is without privacy, and every other one is for
+            each epsilon.
         only: names of arms; all of them if None.
         defaults: flags of arms that do not say.
 
     Raises:
-        UsageError: the file is not such a one, or has no arm that `only` names.
+        UsageError: the file has no arms, or none that `only` names.
     """
-    try:
-        given = yaml.safe_load(file.read_text())
-        common, arms = given.get("common", {}), given["arms"]
-        flags = {arm: defaults | common | own for arm, own in arms.items()}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"--arms {file}: needs `arms`, flags of train.py by the name of an arm, and "
-            f"maybe `common`: {error}"
-        ) from error
-    for arm, own in flags.items():
-        # They are the study's, for all arms alike.
-        if own.get("eps", -1) != -1 or "delta" in own:
-            raise UsageError(f"--arms {file}: {arm} has an eps other than -1, or a delta")
+    flags = {arm: defaults | own for arm, own in read_arms(file).items()}
     if unknown := set(only or flags) - set(flags):
         raise UsageError(f"--only: {file} has no arm {', '.join(sorted(unknown))}")
     return [
@@ -189,8 +279,33 @@ def read_generators(
         for seed in range(num_seeds)
         for arm, own in flags.items()
         if only is None or arm in only
-        for epsilon in (epsilons if own.get("eps") != -1 else epsilons[:1])
+        for epsilon in (dict.fromkeys(epsilons) if own.get("eps") != -1 else epsilons[:1])
     ]
+
+
+def require_trainable(arm: str, words: Sequence[str]) -> None:
+    """Refuse a command of train.py as it would itself, before hours of other work.
+
+    Args:
+        words: FLAG=VALUE each, those of the study and of the arm.
+
+    Raises:
+        UsageError: names the arm.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(message)
+
+    parser = parser_of(TrainingSettings, None)
+    parser.error = refuse  # type: ignore[method-assign]
+    names = [word.partition("=")[0] for word in words]
+    try:
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"{name} is the study's own")
+        check_training_settings(TrainingSettings(**vars(parser.parse_args(words))))
+    except UsageError as error:
+        raise UsageError(f"--arms: {arm}: {error}") from None
 
 
 def words_of(flags: dict) -> list[str]:
@@ -228,21 +343,28 @@ def model_flags(settings: Settings, style: str = UNCONDITIONAL) -> list[str]:
     ]  # fmt: skip
 
 
-def require_same_settings(settings: Settings) -> None:
-    """Refuse to go on in a folder that was begun with other settings.
+def begun_alike(settings: Settings, texts: list[str], **more: object) -> dict:
+    """What is to be on record of a study, once it is known that its data can be made.
+
+    Args:
+        texts: what all its rows come from.
+        more: what else decides its figures.
 
     Raises:
-        UsageError: names the first setting that differs.
+        UsageError: its folder was begun with something else.
     """
-    file, given = settings.work_dir / "settings.json", settings.on_record()
-    begun = json.loads(file.read_text()) if file.exists() else given
-    for name, value in given.items():
-        if begun.get(name) != value:
-            raise UsageError(
-                f"{settings.work_dir} was begun with --{name} {begun.get(name)}, not {value}; use "
-                "another --work_dir"
-            )
-    write_json(file, given)
+    file = settings.work_dir / RECORD
+    given = settings.on_record() | {"instructions_sha256": rows_fingerprint(texts)} | more
+    before = json.loads(file.read_text()) if file.exists() else given
+    require_same_settings(
+        before, given, f"{settings.work_dir} was begun with", "use another --work_dir"
+    )
+    return given
+
+
+def recorded(settings: Settings) -> dict:
+    """Flags and what `begun_alike` has put on record, for the figures."""
+    return json.loads((settings.work_dir / RECORD).read_text()) | settings.on_record()
 
 
 def side_by_side(jobs: int, step: Callable[[Item], None], items: Sequence[Item]) -> None:

@@ -43,15 +43,20 @@ import numpy as np
 
 from benchmarks.figures import markdown
 from benchmarks.studies import (
-    fitting_instructions,
+    RECORD,
+    begun_alike,
+    distinct,
     losses_by_model,
     model_flags,
-    require_same_settings,
+    recorded,
     run_once,
+    shuffled,
     side_by_side,
+    that_fit,
 )
 from evaluation.measures.intervals import plus_minus
 from utils.cli import UsageError, run_cli
+from utils.files import write_json
 from utils.folders import save_dataset
 from utils.privacy.plan import ROWS, UNITS
 
@@ -79,13 +84,15 @@ class Arm:
 
 def main(argv: list[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, argv)
-    require_same_settings(settings)
     folder = settings.work_dir.resolve()
     sizes = {owners: rows_of_persons(owners, settings) for owners in (EVEN, ZIPF)}
     save_data(settings, folder, sizes)
     arms = [Arm(EVEN, None, None)]
     arms += [
-        Arm(owners, by, cap) for owners in sizes for by in (ROWS, UNITS) for cap in settings.caps
+        Arm(owners, by, cap)
+        for owners in sizes
+        for by in (ROWS, UNITS)
+        for cap in dict.fromkeys(settings.caps)
     ]
     jobs = [(arm, seed) for arm in arms for seed in range(settings.num_seeds)]
     side_by_side(
@@ -122,15 +129,17 @@ def save_data(settings: Settings, folder: Path, sizes: dict[str, np.ndarray]) ->
     Raises:
         UsageError: there are too few instructions.
     """
+    texts = shuffled(that_fit(settings, distinct(settings)))
+    record = begun_alike(settings, texts)
     if (folder / "data" / ZIPF).exists():
         return
-    texts = fitting_instructions(settings)
     wanted = settings.num_test + settings.num_private
     if len(texts) < wanted:
         raise UsageError(
             f"{len(texts):,} instructions fit, fewer than --num_test and --num_private together "
             f"({wanted:,})"
         )
+    write_json(settings.work_dir / RECORD, record)
     test = [{"instruction": text, COLUMN: ""} for text in texts[: settings.num_test]]
     for owners, rows in sizes.items():
         whose = np.random.default_rng(0).permutation(np.repeat(np.arange(len(rows)), rows))
@@ -193,7 +202,7 @@ def findings(settings: Settings, folder: Path, arms: list[Arm]) -> dict:
             | {"loss": [losses[str(output / "adapter")]["value"] for output in outputs]}
         )
     base = losses[settings.model_name]
-    return {"base": base, "arms": found, "settings": settings.on_record()}
+    return {"base": base, "arms": found, "settings": recorded(settings)}
 
 
 def table(found: dict) -> str:

@@ -27,7 +27,6 @@ from benchmarks import studies
 from utils.command_line.parser import (
     answer_early,
     flag,
-    natural_int,
     positive_float,
     positive_int,
     read_flags,
@@ -63,9 +62,6 @@ class Settings(studies.ArmsSettings):
         "is cut if left out",
         30, type=positive_int,
     )  # fmt: skip
-    num_public: int = flag(
-        "public instructions, for the small base and for topics", 4000, type=natural_int
-    )
     total_bs: int = flag("expected logical batch of DP training", 256)
     num_epochs: float = flag("of DP training", 1.0)
     clip: float = flag("clip norm", 0.5)
@@ -96,18 +92,22 @@ from benchmarks.figures import markdown
 from benchmarks.next_tokens import FILE as ACCURACY_FILE
 from benchmarks.small_base import small_base, taught
 from benchmarks.studies import (
+    RECORD,
     Generator,
+    begun_alike,
     cut_at_words,
+    held_out_and_private,
     losses_by_model,
     mean_of,
     model_flags,
+    public_and_rest,
+    read_arms,
     read_generators,
-    require_same_settings,
+    recorded,
+    require_trainable,
     run_once,
-    shuffled_instructions,
     side_by_side,
     that_fit,
-    unseen,
     words_of,
 )
 from evaluation.measures.manifold import overlap
@@ -200,8 +200,11 @@ def main(argv: list[str] | None = None) -> None:
     if settings.size != "quick":
         defaults = SMALL if settings.size == "small" else PAPER
         settings = read_flags(Settings, __doc__, argv, **defaults)
-    # More generators and other arms may come; all else stays.
-    require_same_settings(replace(settings, epsilons=[], num_generators=1, num_seeds=1))
+    if min(settings.num_selected, settings.num_test) <= NEIGHBOURS:
+        raise UsageError(
+            f"--num_selected {settings.num_selected}, --num_test {settings.num_test}: coverage "
+            f"looks at the {NEIGHBOURS} nearest rows of each; use more than these"
+        )
     study = Study(settings)
     study.part_instructions()
     side_by_side(settings.jobs, study.sample, study.sampled)
@@ -235,6 +238,8 @@ class Study:
             settings.arms, settings.only, settings.epsilons, settings.num_generators, sizes
         )
         trained = [Source(each.name, each) for each in generators]
+        for source, each in zip(trained, generators):
+            require_trainable(each.arm, self._learning(source, each))
         self.sources, self.sampled = [BASE, REAL, *trained], [BASE, *trained]
         self.sets = [
             SyntheticSet(source, kind, seed)
@@ -258,25 +263,34 @@ class Study:
 
     def _part(self, settings: Settings) -> Settings:
         """Part the instructions once, and give the settings with the base that is used."""
-        data, texts = self.folder / "data", shuffled_instructions(settings)
-        public, rest = texts[: settings.num_public], texts[settings.num_public :]
-        if not public and (not settings.model_name or self._has_topics):
+        data, (public, rest) = self.folder / "data", public_and_rest(settings)
+        if not public and self._by_topic:
             raise UsageError(
-                "--num_public 0: a small base and topics are made of public rows; give some, or "
-                "--model_name and arms without topics"
+                "--num_public 0: topics are found in public rows; give some, or arms without topics"
             )
+        # More generators and other arms may come, but none that another base is made for.
+        record = begun_alike(
+            replace(settings, epsilons=[], num_generators=1, num_seeds=1), [*public, *rest],
+            prompts_taught=self._teaches,
+        )  # fmt: skip
         if not settings.model_name:
             base = small_base(self.folder / "bases", public, settings.pretraining_tokens)
             settings = replace(settings, model_name=str(base))
         if not (data / "test.json").exists():
             if settings.row_tokens:
                 rest = cut_at_words(settings.model_name, rest, settings.row_tokens)
-            fitting, test = that_fit(settings, rest), settings.num_test
+            held_out, private = held_out_and_private(settings, that_fit(settings, rest))
+            least = max(settings.num_other_topics, NEIGHBOURS + 1)
+            if len(held_out) < least or len(private) < settings.num_selected:
+                raise UsageError(
+                    f"{len(held_out):,} held-out rows that no private one equals and "
+                    f"{len(private):,} private ones are too few for --num_other_topics "
+                    f"{settings.num_other_topics} and --num_selected {settings.num_selected}"
+                )
+            write_json(self.folder / RECORD, record)
             write_json(data / "public.json", public)
-            last = len(fitting) if settings.num_private is None else test + settings.num_private
-            held_out, private = fitting[:test], fitting[test:last]
             write_json(data / "private.json", private)
-            write_json(data / "test.json", unseen(held_out, private))
+            write_json(data / "test.json", held_out)
         return settings
 
     def _save_data(self) -> None:
@@ -285,15 +299,16 @@ class Study:
         self._save("rows", train=self._texts("private"), test=self._texts("test"))
         for name, kind in (("private", "--private"), ("test", "--synthetic")):
             self._embed(name, data / f"{name}.json", kind)
-        if self._has_topics:
+        if self._by_topic or self._teaches:
             topics = self.folder / "topics"
             self.run(
                 "find topics", "-m", "topics.fit", f"--public={data / 'public.json'}",
                 f"--model={self.settings.embedder}", f"--num_topics={self.settings.num_topics}",
                 f"--output={topics}", makes=[topics],
             )  # fmt: skip
-            if not self._given.model_name:
+            if self._teaches:
                 self._teach_prompts(topics)
+        if self._by_topic:
             rows = data / "rows_with_topics"
             self.run(
                 "assign topics", "-m", "topics.assign", f"--private={data / 'rows'}",
@@ -389,7 +404,7 @@ class Study:
         texts = self._pool(chosen.source)
         self._save(chosen.name, train=[texts[row] for row in self.rows(chosen)])
         self.run(
-            f"tune {chosen.name}", *self._training(chosen.name, UNCONDITIONAL),
+            f"tune {chosen.name}", "train.py", *self._training(chosen.name, UNCONDITIONAL),
             f"--dataset_name={self.folder / 'data' / chosen.name}", "--num_epochs=1", "--eps=-1",
             "--loss_normalization=tokens", f"--total_bs={self.settings.tuning_bs}",
             f"--lr={self.settings.lr / 2}", f"--seed={chosen.seed}",
@@ -515,7 +530,7 @@ class Study:
             "generators": generators,
             "sets": sets,
             "seconds": {path.stem: json.loads(path.read_text()) for path in times},
-            "settings": self._given.on_record(),
+            "settings": recorded(self._given) | {"base": Path(settings.model_name).name},
             "versions": versions_of(VERSIONED),
         }  # fmt: skip
 
@@ -541,8 +556,14 @@ class Study:
     # -------------------------------------------------------------- commands and places
 
     @property
-    def _has_topics(self) -> bool:
+    def _by_topic(self) -> bool:
         return any(source.by_topic for source in self.sources)
+
+    @property
+    def _teaches(self) -> bool:
+        # Whatever --only says, so that all arms of a file are on one base.
+        arms = read_arms(self._given.arms).values()
+        return not self._given.model_name and any(own.get("prompt_style") == TOPIC for own in arms)
 
     @property
     def _sized(self) -> Settings:
@@ -553,38 +574,48 @@ class Study:
         return model_flags(self._sized, TOPIC if source.by_topic else UNCONDITIONAL)
 
     def _training(self, job: str, style: str) -> list[str]:
-        """The command of a training run, but for its data and what it learns."""
+        """The flags of a training run, but for its data and what it learns."""
         return [
-            "train.py", *model_flags(self._sized, style), f"--job_sess={job}",
+            *model_flags(self._sized, style), f"--job_sess={job}",
             f"--output_dir={self.folder / 'outputs'}",
             f"--perdevice_bs={self.settings.perdevice_bs}", "--no_eval_at_start", "--resume=auto",
         ]  # fmt: skip
 
     def _train(self, source: Source, generator: Generator) -> None:
-        """Train a generator, whose guarantee leaves room for the histograms of its sets."""
-        settings, flags = self.settings, dict(generator.flags)
-        accountant = flags.pop("accountant", None)
+        """Train a generator."""
+        words, flags = self._learning(source, generator), generator.flags
+        if generator.epsilon and "accountant" in flags:
+            rows, batch = len(self._texts("private")), int(flags["total_bs"])
+            steps = num_steps(float(flags["num_epochs"]), rows, batch)
+            noise = loose_noise_multiplier(
+                generator.epsilon, self.settings.delta, batch / rows, steps, self._reserved(source)
+            )
+            words.append(f"--noise_multiplier={noise}")
+        self.run(f"train {generator.name}", "train.py", *words)
+
+    def _learning(self, source: Source, generator: Generator) -> list[str]:
+        """The flags of a generator's training, whose guarantee leaves room for histograms."""
+        flags, target = dict(generator.flags), {}
+        if flags.pop("accountant", LOOSE) != LOOSE:
+            raise UsageError(f"--arms: {generator.arm}: accountant may be {LOOSE} alone")
         if generator.epsilon:
-            # One for a selection, and maybe one of topics: two of one sigma cost what one does of
-            # sigma over the root of 2.
-            reserved = settings.histogram_sigma / math.sqrt(1 + source.by_topic)
-            flags |= {
-                "eps": generator.epsilon, "delta": settings.delta,
-                "reserve_histogram_sigma": reserved,
+            target = {
+                "eps": generator.epsilon, "delta": self.settings.delta,
+                "reserve_histogram_sigma": self._reserved(source),
             }  # fmt: skip
-            if accountant == LOOSE:
-                rows = len(self._texts("private"))
-                rate = flags["total_bs"] / rows
-                steps = num_steps(flags["num_epochs"], rows, flags["total_bs"])
-                flags["noise_multiplier"] = loose_noise_multiplier(
-                    generator.epsilon, settings.delta, rate, steps, reserved
-                )
         style = flags.pop("prompt_style", UNCONDITIONAL)
-        self.run(
-            f"train {generator.name}", *self._training(generator.name, style),
-            f"--dataset_name={self._dataset(source)}", f"--seed={generator.seed}",
-            *words_of(flags),
-        )  # fmt: skip
+        return [
+            *self._training(generator.name, style), f"--dataset_name={self._dataset(source)}",
+            f"--seed={generator.seed}", *words_of(target), *words_of(flags),
+        ]  # fmt: skip
+
+    def _reserved(self, source: Source) -> float:
+        """The sigma of a histogram that costs what those of a set cost together.
+
+        One is for a selection, and maybe one of topics: two of one sigma cost what one does of
+        sigma over the root of 2.
+        """
+        return self.settings.histogram_sigma / math.sqrt(1 + source.by_topic)
 
     def _embed(self, name: str, texts: Path, kind: str) -> None:
         self.run(

@@ -6,7 +6,7 @@ import pytest
 from datasets import load_from_disk
 
 from benchmarks import recipes, small_base, studies
-from benchmarks.studies import interval, mean_of, read_generators
+from benchmarks.studies import interval, mean_of
 from tests.studies import TEXTS, one_by_one, ran, run_here
 from utils.cli import UsageError
 from utils.command_line.parser import read_flags
@@ -87,14 +87,45 @@ def test_an_interval_is_students():
     assert (mean_of([1.0, 2.0, 3.0]), mean_of([1.0], "+")) == ("2.000 +- 2.484", "+1.000")
 
 
-def test_arms_that_cannot_be_read_are_a_line(study, tmp_path):
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("{lrr: 1e-3}", "unrecognized arguments: --lrr=1e-3"),
+        ("{lr: true}", "argument --lr: expected one argument"),
+        ("{lr: fast}", "argument --lr: 'fast' is not a number above 0"),
+        ("{eps: -1, noise: banded}", "--noise needs --eps"),
+        ("{seed: 7}", "--seed is the study's own"),
+        ("{prompt_style: topic_generation}", "--prompt_style is the study's own"),
+        ("{max_seq_len: 64}", "--max_seq_len is the study's own"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_it(study, tmp_path, own, message):
     file = tmp_path / "arms.yaml"
-    for text in ("arms: [1, 2]", "common: {}", "a: [", "- 1"):
-        file.write_text(text)
-        with pytest.raises(UsageError, match="arms.yaml: needs `arms`"):
-            study(f"--arms={file}")
-    with pytest.raises(UsageError, match="has no arm fastest"):
-        study("--only", "slow", "fastest")
+    file.write_text(f"common: {{clip: 1}}\narms: {{good: {{}}, odd: {own}}}")
+    with pytest.raises(UsageError, match=f"--arms: odd: {message}"):
+        study(f"--arms={file}")
+    file.write_text("arms: {a/b: {clip: 1}}")
+    with pytest.raises(UsageError, match="--arms: a/b: .* must be a folder name"):
+        study(f"--arms={file}")
+    assert ran == []
+
+
+def test_a_study_stays_with_its_instructions(study, tmp_path):
+    _, found = study("--num_seeds=1", "--only", "slow")
+    assert found["settings"]["base"].startswith("small-")
+    assert len(found["settings"]["instructions_sha256"]) == 64
+    write_json(tmp_path / "others.json", TEXTS[1:])
+    with pytest.raises(UsageError, match="was begun with instructions_sha256 .*another --work_dir"):
+        study(f"--instructions={tmp_path / 'others.json'}")
+
+
+def test_a_remedy_is_not_refused(study, tmp_path):
+    few = (f"--work_dir={tmp_path}", "--num_seeds=1", "--only", "slow")
+    with pytest.raises(UsageError, match="104 distinct .* are left besides --num_public 40, fewer"):
+        study(*few, "--num_private=5000")
+    assert study(*few, "--num_private=50")[1]["arms"]
+    with pytest.raises(UsageError, match="--num_public 0: a small base is made of public rows"):
+        study("--num_public=0")
 
 
 def test_the_arms_that_come_with_it_are_flags_of_training():
@@ -133,11 +164,3 @@ def test_a_base_is_made_once_for_its_texts(tmp_path, monkeypatch):
     assert small_base.small_base(tmp_path, TEXTS, 10) == one
     assert (one / "model.safetensors").stat().st_mtime_ns == made
     assert small_base.small_base(tmp_path, TEXTS[1:], 10) != one
-
-
-@pytest.mark.parametrize("own", ["eps: 3", "delta: 1e-6"])
-def test_an_arm_has_no_guarantee_of_its_own(tmp_path, own):
-    file = tmp_path / "arms.yaml"
-    file.write_text(f"arms: {{one: {{{own}}}}}")
-    with pytest.raises(UsageError, match="one has an eps other than -1, or a delta"):
-        read_generators(file, None, [6.0], 1, {})

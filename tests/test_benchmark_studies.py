@@ -1,5 +1,6 @@
 """What studies share: commands that are run once, whatever stops the study."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from benchmarks.studies import run_once, side_by_side
+from benchmarks.studies import read_generators, run_once, side_by_side
 from tests.paths import ROOT
 from utils.cli import UsageError
 
@@ -62,3 +63,52 @@ def test_a_failure_is_said_once(tmp_path, capsys):
     with pytest.raises(UsageError, match="one failed: no such thing"):
         side_by_side(1, step, ["one", "two"])
     assert "no such thing" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "needs `arms`") for text in (
+            "", "- 1", "arms:", "arms: {}", "arms: [1, 2]", "common: {}", "arms: {a: 1}",
+            "common: [1]\narms: {a: {}}", "arms: {a: {}}\ncomon: {lr: 1e-2}",
+        )),
+        ("a: [", "while parsing"),
+        ("arms: {a: {lr: 1}, a: {lr: 2}}", "'a' is there twice"),
+        ("arms: {a: {lr: 1, lr: 2}}", "'lr' is there twice"),
+        ("arms: {a: {lr: 2020-13-45}}", "month must be in"),
+        ("arms: {1: {}}", "1 cannot name an arm"),
+        ("arms: {no: {}}", "False cannot name an arm"),
+        ("arms: {null: {}}", "None cannot name an arm"),
+        ("arms: {real: {eps: -1}}", "'real' cannot name an arm"),
+        ("arms: {base: {}}", "'base' cannot name an arm"),
+        ("arms: {a b: {}, a_b: {}}", "the same but for a space"),
+        ("arms: {a: {1: 2, lr: 3}}", "a: 1: 2 is not a flag"),
+        ("arms: {a: {lr: 2020-01-01}}", "a: lr: 2020-01-01 is not a flag"),
+        ("arms: {a: {lr: }}", "a: lr: None is not a flag"),
+        *((f"arms: {{one: {{{own}}}}}", "one has an eps other than -1, a delta or a noise_mu")
+          for own in ("eps: 3", "delta: 1e-6", "noise_multiplier: 0.1")),
+    ],
+)  # fmt: skip
+def test_odd_arms_are_a_line(tmp_path, text, message):
+    file = tmp_path / "arms.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=f"--arms .*arms.yaml: .*{re.escape(message)}"):
+        read_generators(file, None, [6.0], 1, {})
+    file.write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(UsageError, match="can't decode"):
+        read_generators(file, None, [6.0], 1, {})
+
+
+def test_generators_are_each_there_once(tmp_path):
+    file = tmp_path / "arms.yaml"
+    file.write_text("common: {lr: 1}\narms: {plain:, free: {eps: -1}}")
+    made = read_generators(file, None, [6.0, 3.0, 6.0], 2, {"lr": 2, "clip": 3})
+    assert [(each.arm, each.epsilon, each.seed) for each in made] == [
+        (arm, epsilon, seed)
+        for seed in (0, 1)
+        for arm, epsilon in (("plain", 6.0), ("plain", 3.0), ("free", None))
+    ]
+    assert made[0].flags == {"lr": 1, "clip": 3}
+    assert len(read_generators(file, ["free", "free"], [6.0], 1, {})) == 1
+    with pytest.raises(UsageError, match="has no arm fastest"):
+        read_generators(file, ["plain", "fastest"], [6.0], 1, {})

@@ -181,7 +181,7 @@ def test_it_goes_on_where_it_was(study):
     utility.main(flags)
     assert len(ran) == before
     assert json.loads(Path(flags[2].removeprefix("--json=")).read_text()) == found
-    with pytest.raises(UsageError, match="was begun with --num_selected 8, not 9"):
+    with pytest.raises(UsageError, match="was begun with num_selected 8, not 9"):
         utility.main([*flags, "--num_selected=9"])
 
 
@@ -259,8 +259,65 @@ def test_too_small_a_pool_is_refused(tmp_path, tiny_model_dir):
     own = [*flags, f"--model_name={tiny_model_dir}", "--num_test=30", "--num_public=0"]
     with pytest.raises(UsageError, match="50 distinct instructions fit .* too few"):
         utility.main([*own, "--only", "unconditioned"])
-    with pytest.raises(UsageError, match="--num_public 0: a small base and topics are made of pub"):
+    with pytest.raises(UsageError, match="--num_public 0: topics are found in public rows"):
         utility.main(own)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["--num_selected=5"], "--num_selected 5, --num_test 20: coverage looks at the 5 nearest"),
+        (["--num_public=200"], "0 distinct instructions are left besides --num_public 200"),
+        (["--num_private=5000"], "144 distinct instructions are left .* together .5,020"),
+        (["--row_tokens=100", "--max_seq_len=4"], "too few for --num_test 20"),
+        (["--num_selected=125"], "20 held-out rows .* and 124 private ones are too few"),
+        (["--num_other_topics=21", "--num_selected=10"], "are too few for --num_other_topics 21"),
+    ],
+)
+def test_what_cannot_end_is_refused_at_the_start(tmp_path, tiny_model_dir, own, message):
+    write_json(tmp_path / "texts.json", TEXTS)
+    with pytest.raises(UsageError, match=message):
+        utility.main([
+            f"--instructions={tmp_path / 'texts.json'}", f"--work_dir={tmp_path / 'work'}",
+            f"--model_name={tiny_model_dir}", "--num_test=20", "--num_public=0",
+            "--max_seq_len=100", "--num_other_topics=4", "--only", "unconditioned", *own,
+        ])  # fmt: skip
+    assert not (tmp_path / "work" / "settings.json").exists()
+
+
+def test_arms_of_a_file_are_on_one_base_whatever_is_taken(tmp_path, monkeypatch):
+    write_json(tmp_path / "texts.json", TEXTS)
+    file, began = tmp_path / "arms.yaml", []
+    monkeypatch.setattr(studies, "run_command", lambda command, log: began.append(command))
+    monkeypatch.setattr(utility, "small_base", lambda *given: tmp_path / "small")
+    monkeypatch.setattr(utility, "cut_at_words", lambda name, texts, most: texts)
+    monkeypatch.setattr(utility, "that_fit", lambda settings, texts: texts)
+    monkeypatch.setattr(
+        utility.Study, "_teach_prompts", lambda self, folder: began.append(["taught"])
+    )
+
+    def begin(arms):
+        began.clear()
+        file.write_text(f"arms: {arms}")
+        utility.Study(read_flags(utility.Settings, None, [
+            f"--instructions={tmp_path / 'texts.json'}", f"--work_dir={tmp_path / 'work'}",
+            f"--arms={file}", "--only", "plain", "--num_test=20", "--num_public=40",
+            "--num_other_topics=4", "--num_selected=10",
+        ])).part_instructions()  # fmt: skip
+
+    begin("{plain: {}, by topic: {prompt_style: topic_generation}}")
+    assert began[-1] == ["taught"]
+    assert not any("topics.assign" in command for command in began)
+    with pytest.raises(UsageError, match="was begun with prompts_taught True, not False"):
+        begin("{plain: {}}")
+
+
+def test_an_accountant_that_is_not_known_is_refused(tmp_path):
+    (tmp_path / "arms.yaml").write_text("arms: {a: {accountant: tight}}")
+    with pytest.raises(UsageError, match="a: accountant may be loose alone"):
+        utility.main([
+            "--instructions=x", f"--work_dir={tmp_path}", f"--arms={tmp_path / 'arms.yaml'}"
+        ])  # fmt: skip
 
 
 def test_commands_side_by_side_share_the_cores(tmp_path):
