@@ -147,6 +147,7 @@ def score(settings: Settings, folder: Path, generators: list[Generator]) -> dict
         folder, f"score {output.name}", "-m", "evaluation.perplexity", "--public",
         *model_flags(settings), f"--dataset_name={folder / 'data'}",
         f"--perdevice_bs={settings.perdevice_bs}", f"--output={output}",
+        f"--num_rows={settings.num_test}",
         "--adapter_path", *adapters, makes=[output],
     )  # fmt: skip
     found = {name: each["value"] for name, each in losses_by_model(output).items()}

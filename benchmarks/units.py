@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     run_once(
         folder, "score", "-m", "evaluation.perplexity", *model_flags(settings), "--public",
         f"--dataset_name={folder / 'data' / EVEN}", f"--perdevice_bs={settings.perdevice_bs}",
-        f"--output={folder / 'losses'}", "--adapter_path", *adapters, makes=[folder / "losses"],
+        f"--num_rows={settings.num_test}", f"--output={folder / 'losses'}",
+        "--adapter_path", *adapters, makes=[folder / "losses"],
     )  # fmt: skip
     found = findings(settings, folder, arms)
     print(table(found))

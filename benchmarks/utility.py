@@ -443,6 +443,7 @@ class Study:
                 self._score(
                     "evaluation.perplexity", "losses", adapters, *model_flags(self._sized, style),
                     f"--dataset_name={self.folder / 'data' / dataset}", "--public",
+                    f"--num_rows={self.settings.num_test}",
                 )  # fmt: skip
         self._score(
             "benchmarks.next_tokens", "accuracy", tuned, *self._model(BASE),

@@ -43,6 +43,7 @@ def study(tmp_path_factory):
 
     def run_command(command, log):
         assert "--perdevice_bs=5" in command
+        assert "--num_rows=10" in command or command[0] == "train.py"
         return run_here(command, log)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -21,8 +21,13 @@ def found(tiny_model_dir, tmp_path_factory):
     """What a study of one cap found."""
     folder = tmp_path_factory.mktemp("units")
     write_json(folder / "texts.json", TEXTS)
+
+    def run_command(command, log):
+        assert "--num_rows=20" in command or command[0] == "train.py"
+        return run_here(command, log)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, "run_command", run_here)
+        patch.setattr(studies, "run_command", run_command)
         patch.setattr(units, "side_by_side", one_by_one)
         units.main([
             f"--instructions={folder / 'texts.json'}", f"--work_dir={folder / 'work'}",

@@ -56,6 +56,7 @@ def study(tiny_model_dir, tmp_path_factory):
     stopped = set()
 
     def run_command(command, log):
+        assert "--num_rows=24" in command or "evaluation.perplexity" not in command
         code, kind = run_here(command, log), Path(log.name).stem.split("-")[0]
         if kind not in stopped:
             stopped.add(kind)
