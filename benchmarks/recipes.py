@@ -210,7 +210,8 @@ def table(found: dict) -> str:
             if private and not is_first and gap > 0 else "",
         ])  # fmt: skip
     headings = [
-        "arm", "epsilon", "steps", "sigma", "s", "held-out loss", "against the first", "closed"
+        "arm", "epsilon", "steps", "sigma", "s", "held-out loss",
+        "against the first of its epsilon", "closed",
     ]  # fmt: skip
     return markdown(headings, rows)
 

@@ -93,6 +93,7 @@ from benchmarks.next_tokens import FILE as ACCURACY_FILE
 from benchmarks.small_base import small_base, taught
 from benchmarks.studies import (
     RECORD,
+    RESERVED,
     Generator,
     begun_alike,
     cut_at_words,
@@ -178,7 +179,7 @@ class Source:
 
 
 # The untuned base, and private rows in the place of synthetic ones.
-BASE, REAL = Source("base", kinds=()), Source("real", kinds=(BEFORE,))
+BASE, REAL = Source(RESERVED[0], kinds=()), Source(RESERVED[1], kinds=(BEFORE,))
 
 
 @dataclass(frozen=True)
@@ -715,15 +716,12 @@ def table(found: dict) -> str:
     """Markdown: a line for each kind of set, with 95% t intervals over generators.
 
     `pairs` is MAUVE less that of the first arm at the same epsilon after selection, generator by
-    generator of one seed, and in how many of the pairs it is more.
+    generator of one seed, and in how many of the pairs it is more; empty where that has no sets.
     """
     groups: dict[tuple, list[dict]] = {}
     for each in found["sets"]:
         groups.setdefault((each["arm"], each["target"], each["kind"]), []).append(each)
-    firsts: dict[float | None, tuple[str, dict[int, float]]] = {}
-    for (arm, target, kind), sets in groups.items():
-        if kind == AFTER:
-            firsts.setdefault(target, (arm, by_generator(sets, "mauve")))
+    firsts = {each["epsilon"]: each["arm"] for each in reversed(found["generators"].values())}
     rows = []
     for (arm, target, kind), sets in groups.items():
         costs = [each["epsilon"] for each in sets if each["epsilon"] is not None]
@@ -731,10 +729,10 @@ def table(found: dict) -> str:
         for measure in MEASURES:
             values = list(by_generator(sets, measure).values())
             cells.append(mean_of(values) if values else "")
-        first, reference = firsts.get(target, ("", {}))
-        own = by_generator(sets, "mauve")
+        first = (firsts.get(target), target, AFTER)
+        own, reference = (by_generator(each, "mauve") for each in (sets, groups.get(first, [])))
         pairs = [own[seed] - reference[seed] for seed in own if seed in reference]
-        is_first = (arm, kind) == (first, AFTER) or arm in (BASE.name, REAL.name)
+        is_first = (arm, target, kind) == first or arm in RESERVED
         more = sum(pair > 0 for pair in pairs)
         cells.append(
             "" if is_first or not pairs else f"{mean_of(pairs, '+')}, {more} of {len(pairs)}"

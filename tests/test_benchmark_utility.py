@@ -234,16 +234,22 @@ def test_the_table_has_a_line_for_each(study):
     assert f"{np.mean(gains):+.3f} +- {interval(gains):.3f}, {(gains > 0).sum()} of 2 |" in line
 
 
-def test_an_arm_that_equals_the_first_is_compared_with_it():
+def test_arms_are_compared_with_the_first_or_with_none():
+    arms = ("one", "another", "third")
     sets = [
         dict.fromkeys(utility.MEASURES, 0.5)
         | {"arm": arm, "target": 5.94, "kind": "after", "generator": seed, "epsilon": 5.9}
-        for arm in ("one", "another")
+        for arm in arms
         for seed in range(2)
     ]
-    first, other = utility.table({"sets": sets}).splitlines()[2:]
+    generators = {arm: {"arm": arm, "epsilon": 5.94} for arm in arms}
+    found = {"generators": generators, "sets": sets}
+    first, other, _ = utility.table(found).splitlines()[2:]
     assert first.endswith("|  |")
     assert "+0.000 +- 0.000, 0 of 2 |" in other
+    # The pools of the first were too small.
+    lines = utility.table(found | {"sets": sets[2:]}).splitlines()[2:]
+    assert all(line.endswith("|  |") for line in lines)
 
 
 def test_the_arms_that_come_with_it_are_flags_of_training():
