@@ -116,7 +116,7 @@ from evaluation.measures.mauve import mauve
 from privacy_checks.composition import composed_report
 from resample_with_dp_histogram.clusters import fit_clusters
 from resample_with_dp_histogram.embeddings import open_embeddings
-from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE
+from resample_with_dp_histogram.extract import INSTRUCTIONS_FILE, distinct_instructions
 from resample_with_dp_histogram.selection import total_variation
 from topics.folder import HISTOGRAM_FILE, read_topics
 from utils.cli import UsageError, run_cli, say
@@ -127,6 +127,7 @@ from utils.privacy.ledger import head_file
 from utils.privacy.plan import num_steps
 from utils.sampling.shards import FINISHED, read_samples
 from utils.texts.prompts import TOPIC, TOPIC_TEMPLATE, UNCONDITIONAL
+from utils.texts.text_inputs import read_entries
 from utils.versions import versions_of
 
 BEFORE, AFTER = "before", "after"
@@ -161,11 +162,18 @@ class Source:
         name: a file name.
         generator: None for the base as it is, and for the private rows themselves.
         kinds: how sets are taken that a model is tuned on.
+        budget: tokens of its pool, in a generator's, once all are sampled.
     """
 
     name: str
     generator: Generator | None = None
     kinds: tuple[str, ...] = (BEFORE, AFTER)
+    budget: int | None = None
+
+    @property
+    def pool(self) -> str:
+        """The name of its pool, and part of those of all that follows: another budget, others."""
+        return f"{self.name}-{self.budget}" if self.budget else self.name
 
     @property
     def by_topic(self) -> bool:
@@ -193,7 +201,7 @@ class SyntheticSet:
     @property
     def name(self) -> str:
         """A file name."""
-        return f"{self.source.name}-{self.kind}-{self.seed}"
+        return f"{self.source.pool}-{self.kind}-{self.seed}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -209,8 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     study = Study(settings)
     study.part_instructions()
     side_by_side(settings.jobs, study.sample, study.sampled)
-    budget = study.budget()
-    side_by_side(settings.jobs, lambda each: study.make_pool(each, budget), study.sampled)
+    budget = study.share_budget()
+    side_by_side(settings.jobs, study.make_pool, study.sampled)
     study.leave_out_small_pools()
     side_by_side(settings.jobs, study.tune, study.sets)
     study.score()
@@ -241,12 +249,16 @@ class Study:
         trained = [Source(each.name, each) for each in generators]
         for source, each in zip(trained, generators):
             require_trainable(each.arm, self._learning(source, each))
+        self._take(trained)
+
+    def _take(self, trained: list[Source]) -> None:
+        """Take these and what has no generator."""
         self.sources, self.sampled = [BASE, REAL, *trained], [BASE, *trained]
         self.sets = [
             SyntheticSet(source, kind, seed)
             for source in self.sources
             for kind in source.kinds
-            for seed in self._seeds(settings, source)
+            for seed in self._seeds(self.settings, source)
         ]
 
     @staticmethod
@@ -353,29 +365,31 @@ class Study:
             f"--output_dir={self.folder / 'samples'}",
         )  # fmt: skip
 
-    def budget(self) -> int:
-        """The tokens that every generator's pool is made of: those of the one with the fewest."""
-        return min(
-            sum(each["num_tokens"] for each in self._samples(source))
-            for source in self.sampled
-            if source.generator
+    def share_budget(self) -> int:
+        """Give every generator's pool the tokens of the generator with the fewest."""
+        trained = [source for source in self.sampled if source.generator]
+        budget = min(
+            sum(each["num_tokens"] for each in self._samples(source)) for source in trained
         )
+        self._take([replace(source, budget=budget) for source in trained])
+        return budget
 
-    def make_pool(self, source: Source, budget: int) -> None:
-        """Extract and embed texts of so many sampled tokens that ended by themselves."""
-        name, pool = source.name, self.folder / "pools" / source.name
+    def make_pool(self, source: Source) -> None:
+        """Extract and embed sampled texts that ended by themselves, if there are any."""
+        name, pool = source.pool, self.folder / "pools" / source.pool
         samples = self._samples(source)
-        if not source.generator:
+        if source.budget is None:
             # The base seldom ends a text, so those that were cut are taken too.
             samples = [each | {"finish_reason": FINISHED} for each in samples]
         else:
             # Not the first ones, which may be of the first topics alone.
             order = np.random.default_rng(0).permutation(len(samples))
             tokens = np.cumsum([samples[row]["num_tokens"] for row in order])
-            samples = [samples[row] for row in np.sort(order[tokens <= budget])]
+            samples = [samples[row] for row in np.sort(order[tokens <= source.budget])]
         taken = self.folder / "taken" / f"{name}.jsonl"
-        if not pool.exists():
-            write_atomic(taken, json_lines(samples))
+        write_atomic(taken, json_lines(samples))
+        if not samples or not distinct_instructions(read_entries(str(taken)))[0]:
+            return
         self.run(
             f"extract {name}", "-m", "resample_with_dp_histogram.extract",
             f"--instructions={taken}", f"--output={pool}", makes=[pool],
@@ -413,7 +427,7 @@ class Study:
 
     def rows(self, chosen: SyntheticSet) -> list[int]:
         """Which rows of its pool a set has."""
-        settings, name = self.settings, chosen.source.name
+        settings, name = self.settings, chosen.source.pool
         if chosen.kind == BEFORE:
             random, pool = np.random.default_rng(chosen.seed), len(self._pool(chosen.source))
             return random.choice(pool, settings.num_selected, replace=False).tolist()
@@ -478,7 +492,7 @@ class Study:
         """All figures, a JSON-able dict.
 
         Args:
-            budget: tokens of each pool.
+            budget: see `share_budget`.
         """
         settings = self.settings
         losses, accuracies = self._scored("losses"), self._scored("accuracy")
@@ -659,12 +673,12 @@ class Study:
     def _pool(self, source: Source) -> list[str]:
         if source is REAL:
             return self._texts("private")
-        rows = read_jsonl(self.folder / "pools" / source.name / INSTRUCTIONS_FILE)
-        return [row["instruction"] for row in rows]
+        file = self.folder / "pools" / source.pool / INSTRUCTIONS_FILE
+        return [row["instruction"] for row in read_jsonl(file)] if file.exists() else []
 
     def _vectors(self, source: Source) -> np.ndarray:
         is_private = source is REAL
-        folder = self.folder / "embeddings" / ("private" if is_private else source.name)
+        folder = self.folder / "embeddings" / ("private" if is_private else source.pool)
         return open_embeddings(folder, is_private).vectors
 
 

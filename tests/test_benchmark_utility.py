@@ -94,6 +94,45 @@ def test_a_generator_whose_texts_seldom_end_has_no_set_and_stops_nothing(
             study.leave_out_small_pools()
 
 
+def test_pools_are_cut_anew_where_the_budget_changes_and_may_be_none(tmp_path, monkeypatch):
+    (tmp_path / "arms.yaml").write_text("arms: {one: {}, endless: {}}")
+    tokens, ran = {"base": 10, "one": 8, "endless": 9}, []
+
+    def samples(source):
+        arm = source.name.split("-")[0]
+        reason = "length" if arm == "endless" else "stop"
+        return [
+            {"id": row, "text": f"text {row}", "num_tokens": 10, "finish_reason": reason}
+            for row in range(tokens[arm])
+        ]
+
+    def share(*only):
+        study = utility.Study(read_flags(utility.Settings, None, [
+            "--instructions=x", f"--work_dir={tmp_path}", f"--arms={tmp_path / 'arms.yaml'}",
+            "--num_generators=1", *only,
+        ]))  # fmt: skip
+        monkeypatch.setattr(study, "_samples", samples)
+        monkeypatch.setattr(study, "run", lambda name, *command, makes=(): ran.append(name))
+        study.share_budget()
+        for source in study.sampled:
+            study.make_pool(source)
+        return study
+
+    first = share("--only", "endless")
+    assert [name.split("-")[0] for name in ran] == ["extract base", "embed base"]
+    assert first._pool(first.sampled[1]) == []
+    first, second = share("--only", "one"), share()
+    tokens["one"] = 5
+    third = share()
+    for study, budget in ((first, 80), (second, 80), (third, 50)):
+        one = study.sampled[1]
+        assert one.budget == budget
+        assert len(list(read_jsonl(tmp_path / "taken" / f"{one.pool}.jsonl"))) == budget / 10
+    names = [{each.name for each in study.sets} for study in (first, second, third)]
+    assert names[0] < names[1]
+    assert {name.split("-")[0] for name in names[1] & names[2]} == {"real"}
+
+
 def of_arm(found: dict, arm: str) -> list[dict]:
     """The generators of an arm."""
     return [each for each in found["generators"].values() if each["arm"] == arm]
@@ -137,7 +176,7 @@ def test_pools_have_as_many_tokens_and_a_selection_pays_for_all_of_them(study):
     assert budget == min(each["tokens"] for each in found["generators"].values())
     work = Path(flags[1].removeprefix("--work_dir="))
     for name, generator in found["generators"].items():
-        lines = read_jsonl(work / "taken" / f"{name}.jsonl")
+        lines = read_jsonl(work / "taken" / f"{name}-{budget}.jsonl")
         taken = sum(line["num_tokens"] for line in lines)
         assert budget - 100 < taken <= budget
         before, after = (each["tokens"] for each in found["sets"] if each["source"] == name)
