@@ -56,7 +56,10 @@ class Settings(studies.ArmsSettings):
         "of the small base's pre-training on public instructions after their topics, where an arm "
         "has topics: a base that reads no prompts has none to learn by", 1_000_000,
     )  # fmt: skip
-    max_seq_len: int = flag("tokens; longer instructions are left out", 40)
+    max_seq_len: int = flag(
+        "tokens; longer instructions are left out; models of every arm have 48 more, room for the "
+        "keywords of a topic, which a loss over max_seq_len is divided by too", 40,
+    )  # fmt: skip
     row_tokens: int | None = flag(
         "cut private and held-out instructions at a word, so that none has more than these; none "
         "is cut if left out",
