@@ -303,7 +303,10 @@ def require_trainable(arm: str, words: Sequence[str]) -> None:
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"{name} is the study's own")
-        check_training_settings(TrainingSettings(**vars(parser.parse_args(words))))
+        given = TrainingSettings(**vars(parser.parse_args(words)))
+        check_training_settings(given)
+        if given.is_rehearsal:
+            raise UsageError("a rehearsal trains nothing")
     except UsageError as error:
         raise UsageError(f"--arms: {arm}: {error}") from None
 

@@ -95,6 +95,7 @@ def test_an_interval_is_students():
         ("{lr: true}", "argument --lr: expected one argument"),
         ("{lr: fast}", "argument --lr: 'fast' is not a number above 0"),
         ("{eps: -1, noise: banded}", "--noise needs --eps"),
+        ("{dry_run: true}", "a rehearsal trains nothing"),
         ("{seed: 7}", "--seed is the study's own"),
         ("{prompt_style: topic_generation}", "--prompt_style is the study's own"),
         ("{max_seq_len: 64}", "--max_seq_len is the study's own"),
