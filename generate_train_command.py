@@ -570,9 +570,10 @@ def of_bands(plan: PrivacyPlan, trained: int | None) -> str:
     kept = plan.bands - 1
     memory = f", {8 * kept * trained / GIB:.2g} GiB" if trained else ""
     times = plan.participations(range(plan.steps))
+    often = "one step" if times == 1 else f"{times} steps"
     return (
         f"{plan.bands} bands: a {'row' if plan.unit_column is None else 'unit'} takes part in at "
-        f"most {times} steps; {kept} past noises{memory} in the main process's memory"
+        f"most {often}; {kept} past noises{memory} in the main process's memory"
     )
 
 

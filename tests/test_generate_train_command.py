@@ -593,7 +593,7 @@ def test_the_number_of_bands_is_settled_in_the_line(
     assert (plan.bands, plan.noise_multiplier) == (8, args.noise_multiplier)
     # All of one group of eight in a step; the tiny model's adapter has 3,584 numbers.
     kept = f"7 past noises, {7 * 8 * 3584 / 2**30:.2g} GiB in the main process's memory"
-    assert f"8 bands: a row takes part in at most 1 steps; {kept}" in summary
+    assert f"8 bands: a row takes part in at most one step; {kept}" in summary
     white = understood(generate(*command, "--noise=white")[0]).noise_multiplier
     inverse = np.linalg.inv(toeplitz([*plan.coefficients, *[0] * plan.steps][: plan.steps]))
     of_a_step, of_all = (
