@@ -371,10 +371,10 @@ def more_to_gain(settings: Settings) -> str:
 
 
 def of_unknown_width(settings: Settings, plan: PrivacyPlan) -> str:
-    """A sentence on the rate, where the width of the base is not known."""
-    if footprint_of(settings):
-        return ""
+    """A sentence on the rate, where it follows from a width that is not known."""
     rate = learning_rate(plan, settings.optimizer)
+    if footprint_of(settings) or rate == learning_rate(plan, settings.optimizer, WIDE):
+        return ""
     return (
         f"{settings.model_name} has no config.json here that tells its width, so --lr is that of "
         f"{WIDE:,} features a token; a base of up to {TRIED_WIDTH} learns more at {rate:g}. "

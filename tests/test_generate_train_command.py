@@ -384,6 +384,8 @@ def test_a_wide_base_begins_at_a_lower_rate_and_so_does_one_of_unknown_width(gen
         assert "up to 576 learns more at 0.012" in text
     _, summary = generate(*SIZED, "--clip=1", "--total_bs=128", "--num_epochs=1", "--lr=1")
     assert "what to start from" not in summary
+    of_sgd, _ = generate(*SIZED, "--num_epochs=1", "--advise", "--optimizer=sgd")
+    assert "tells its width" not in of_sgd  # of any width it is the same
     for width, expected in ((4096, 0.0031), (2304, 0.0046), (576, 0.012)):
         base(width)
         lr, advice, summary = rates()
