@@ -23,18 +23,21 @@ python data/prepare_quickstart.py
 
 base="--model_name data/quickstart_model --max_seq_len 128 --perdevice_bs 16"
 sampling="--top_p 0.95 --temperature 0.8"
-# Two runs and a histogram read the same rows, so they share one budget: epsilon 6.4 for the first
-# with its histogram, and at its noise multiplier the second makes it 7.89 for all together.
-private="--delta 1e-5 --resume auto"
+# Two runs and a histogram read the same rows, so they share one budget: at these noise multipliers all
+# of them together spend epsilon 7.89, where two runs calibrated for 8 each would spend more.
+private="--eps 8 --delta 1e-5 --loss_normalization tokens --resume auto"
 
 say "2/8  Type A: learn to write instructions, with differential privacy"
-# The planner chooses batch, steps, rate and clip norm for a quarter of an epoch. 500 made-up rows
-# more, and a checkpoint of every step, to audit this very run by.
-python generate_train_command.py --run --dataset_name quickstart_instructions \
-    --job_sess quickstart_instructions --prompt_style uncond_generation $base $private \
-    --eps 6.4 --reserve_histogram_sigma 10 --advised --num_epochs 0.24 \
-    --target_modules all-linear --noise banded \
-    --max_eval_examples 128 --audit_canaries 500 --save_steps 1 --keep_checkpoints 100
+instructions="--dataset_name quickstart_instructions --job_sess quickstart_instructions
+    --prompt_style uncond_generation --target_modules all-linear --noise banded --audit_canaries 500
+    --reserve_histogram_sigma 10"
+# What could be had for a quarter of an epoch at the 6.4 that leaves room for Type C, and the run that
+# is marked. 500 made-up rows more, and a checkpoint of every step, to audit this very run by.
+python generate_train_command.py --advise $instructions $base --eps 6.4 --delta 1e-5 --num_epochs 0.24 >&2
+python generate_train_command.py --run $instructions $base $private \
+    --total_bs 64 --num_epochs 0.239685 --clip 0.5 --lr_scheduler cosine --warmup_steps 1 --lr 0.02 \
+    --bands 19 --noise_multiplier 0.577 \
+    --max_eval_examples 128 --save_steps 1 --keep_checkpoints 100
 
 say "3/8  Type B: sample synthetic instructions"
 python generate_inference_command.py --run --instruction_file utils/syn_instruct.txt \
@@ -64,7 +67,7 @@ say "5/8  Type C: learn to answer, with differential privacy"
 # A small rank leaves the noise fewer numbers to be in, and so few steps need a high rate.
 python generate_train_command.py --run --dataset_name labelled_quickstart \
     --job_sess quickstart_answers --prompt_style vicuna $base $private \
-    --eps 8 --noise_multiplier 0.42 --clip 1.0 --loss_normalization tokens \
+    --noise_multiplier 0.42 --clip 1.0 \
     --lora_r 2 --lr 4e-3 --total_bs 64 --num_epochs 0.075 --max_eval_examples 64
 
 say "6/8  Type D: answer held-out questions"

@@ -396,6 +396,21 @@ def test_a_wide_base_begins_at_a_lower_rate_and_so_does_one_of_unknown_width(gen
     assert "warning: --lr 0.02 is 4.3 times what to start from in 45 steps" in summary
 
 
+def test_the_quick_start_trains_what_is_marked_for_it(generate, base):
+    base(576)
+    script = (ROOT / "quickstart.sh").read_text().replace("\\\n", " ")
+    run_of_both = re.search(r'instructions="([^"]*)"', script)[1].split()
+    asked = re.search(r"--advise \$instructions \$base (.*) >&2", script)[1].split()
+    sizes = ("--model_name=m", "--max_seq_len=128", "--num_train_examples=4576")
+    marked = understood(generate(*sizes, *run_of_both, *asked, "--advised")[0])
+    trained = re.search(r"--run \$instructions \$base \$private(.*)", script)[1].split()
+    for flag, value in zip(trained[::2], trained[1::2]):
+        name = flag.removeprefix("--")
+        if name not in ("max_eval_examples", "save_steps", "keep_checkpoints"):
+            assert str(getattr(marked, name)) == value, flag
+    assert {"--lr", "--bands", "--noise_multiplier", "--total_bs"} <= set(trained)
+
+
 def test_advice_names_the_flags_that_learnt_more(generate):
     def sentence(*more):
         out, _ = generate(*SIZED, "--compute=60000", "--advise", *more)
