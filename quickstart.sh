@@ -6,7 +6,7 @@
 #     ./quickstart.sh --annotate     # also label the synthetic instructions with the local model
 #                                    # through the annotation script, and tune on that
 #
-# It takes about 16 minutes on two cores and 3 GB of disk (more where PyTorch comes with CUDA), and is
+# It takes about 17 minutes on two cores and 3 GB of disk (more where PyTorch comes with CUDA), and is
 # a demonstration: a model this small, tuned in minutes, writes in the form of the private prompts,
 # and seldom makes sense. Interrupted, it goes on where it was; finished, it shows its summary again.
 set -euo pipefail
@@ -17,7 +17,7 @@ use_venv requirements.txt
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*" >&2; }
 
-say "The whole pipeline on a small real model: about 16 minutes on two cores, 3 GB of disk"
+say "The whole pipeline on a small real model: about 17 minutes on two cores, 3 GB of disk"
 say "1/8  base model and private data"
 python data/prepare_quickstart.py
 
