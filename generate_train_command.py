@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = read_config_and_flags(Settings, __doc__, argv)
     run = settings.run or settings.is_rehearsal
-    check_advice(settings, run, {word.removeprefix("--").partition("=")[0] for word in argv})
+    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    check_advice(settings, run, given)
     if settings.advise or settings.advised:
         settings = replace(settings, **RECIPE)
     warnings = check_training_settings(settings)

@@ -502,6 +502,11 @@ def test_what_is_advised_is_not_given_as_well(generate, own):
         generate(*SIZED, "--advised", *own.split("="))
 
 
+def test_a_value_that_is_the_name_of_a_flag_is_no_flag(generate):
+    line, _ = generate(*SIZED, "--num_epochs=1", "--advised", "--job_sess", "lr")
+    assert understood(line).job_sess == "lr"
+
+
 def test_a_schedule_that_leads_nowhere_is_warned_of(generate, base):
     base(576)
     sizes = ["--clip=1", "--total_bs=256", "--num_epochs=1", "--lr_scheduler=cosine"]
