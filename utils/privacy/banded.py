@@ -123,16 +123,13 @@ def best_bands(
     Args: see `PrivacyPlan` and `calibrate_noise_multiplier`.
 
     Returns:
-        b; 1 where white noise is best.
-
-    Raises:
-        UsageError: no accountant has so small a sampling rate.
+        b; 1 where white noise is best, or no accountant has so small a sampling rate.
     """
     rate = batch_size / num_examples
     most = min(MOST_CHOSEN, steps, num_examples // batch_size)
     best, least = 1, math.inf
     for bands in bands_to_try(steps, most):
-        if bands * rate < MIN_RATE and bands < most:
+        if bands * rate < MIN_RATE:
             continue
         error = prefix_error(band_coefficients(bands, steps), steps)
         worth = least / error
