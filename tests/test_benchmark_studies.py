@@ -99,6 +99,15 @@ def test_odd_arms_are_a_line(tmp_path, text, message):
         read_generators(file, None, [6.0], 1, {})
 
 
+def test_a_file_of_arms_runs_nothing(tmp_path):
+    file, made = tmp_path / "arms.yaml", tmp_path / "made"
+    for tag in ("apply:os.mkdir", "new:os.mkdir"):
+        file.write_text(f"arms: {{a: {{lr: !!python/object/{tag} ['{made}']}}}}")
+        with pytest.raises(UsageError, match="could not determine a constructor"):
+            read_generators(file, None, [6.0], 1, {})
+    assert not made.exists()
+
+
 def test_generators_are_each_there_once(tmp_path):
     file = tmp_path / "arms.yaml"
     file.write_text("common: {lr: 1}\narms: {plain:, free: {eps: -1}}")
