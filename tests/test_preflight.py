@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import re
+import subprocess
+import sys
 from datetime import date, datetime
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import inference
 import train
 from privacy_checks.tiny_model import byte_tokenizer, tiny_llama
 from tests.json_lines import jsonl
+from tests.paths import ROOT
 from tests.training import flags, in_process, save_dataset
 from utils.cli import UsageError, run_cli
 from utils.models.footprint import GIB
@@ -131,27 +135,37 @@ def test_a_rehearsed_training_of_units_is_of_the_shapes_of_units(here, tiny_mode
     assert not (here / "outputs").exists()
 
 
-def test_a_rehearsal_counts_the_noise_that_a_run_with_bands_keeps(
-    here, letters, tiny_model_dir, capsys, monkeypatch
-):
-    """39 of 40 vectors of past noise; also where it is asked how many sequences fit."""
-    fitted = []
+def memory_of_rehearsals(*argv: str) -> None:
+    """Rehearse with white noise, then with 40 bands, and print what is in use where it counts.
+
+    For a process whose allocator gives back what is freed.
+    """
 
     def fitting(_step, _device):
-        fitted.append(psutil.Process().memory_info().rss / GIB)
+        print(psutil.Process().memory_info().rss / GIB)
         return 2
 
-    monkeypatch.setattr(train, "fitting_sequences", fitting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fitting_sequences", fitting)
+        for noise in ([], ["--noise=banded", "--bands=40"]):
+            assert in_process(train.main, [*argv, *noise]) == 0
+
+
+def test_a_rehearsal_counts_the_noise_that_a_run_with_bands_keeps(here, letters, tiny_model_dir):
+    """39 of 40 vectors of past noise; also where it is asked how many sequences fit."""
     wide = ["--lora_r=1024", "--target_modules=all-linear", "--total_bs=1", "--perdevice_bs=auto"]
-    taken = []
-    for noise in ([], ["--noise=banded", "--bands=40"]):
-        argv = flags(tiny_model_dir, letters, here / "outputs", *wide, *noise, "--dry_run")
-        assert in_process(train.main, argv) == 0
-        words = capsys.readouterr().err
-        taken.append(float(re.search(r"(\S+) GiB of memory", words)[1]))
+    argv = flags(tiny_model_dir, letters, here / "outputs", *wide, "--dry_run")
+    script = "import sys; from tests.test_preflight import *; memory_of_rehearsals(*sys.argv[1:])"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, *argv],
+        cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    rehearsed = [float(gib) for gib in re.findall(r"(\S+) GiB of memory", done.stderr)]
+    fitted = [float(gib) for gib in done.stdout.split()]
     # Of each of two layers, the sum of the features on both sides of seven Linear layers.
     trained = 2 * 1024 * 512
-    for without, with_bands in (taken, fitted):
+    for without, with_bands in (rehearsed, fitted):
         assert with_bands - without > 0.9 * 8 * 39 * trained / GIB
 
 
