@@ -43,8 +43,8 @@ from utils.texts.units import is_owner_column
 
 TEMPLATE = "pipeline.sh.j2"
 LONGEST_LINE = 88
-# Peak learning rate of training on answers, without privacy, if none is given.
-ANSWERS_LR = 1e-3
+# Peak learning rate of training on answers, without privacy, and clip norm, if none is given.
+ANSWERS_LR, CLIP = 1e-3, 0.5
 
 
 def _shares(text: str) -> str:
@@ -107,7 +107,11 @@ class Settings(ConfigSettings, RowSettings):
         f"advises, and {ANSWERS_LR:g} of the other",
         type=positive_float,
     )
-    clip: float = _model("clip norm C: l2 bound of one example's gradient", 1.0)
+    clip: float | None = _model(
+        "clip norm C of the private training with a --total_bs of your own: the l2 bound of one "
+        f"example's gradient; {CLIP:g} if left out, as the generator advises",
+        type=positive_float,
+    )
     num_samples: int = _model("synthetic instructions to sample; a quarter is selected", 10_000)
 
     annotator: list[str] | None = _annotation(
@@ -176,7 +180,7 @@ def check(settings: Settings) -> None:
         )
     if (settings.total_bs is None) != (settings.lr is None):
         raise UsageError("--total_bs and --lr go together: give both, or neither for advised ones")
-    if settings.is_advised and settings.clip != 1:
+    if settings.is_advised and settings.clip is not None:
         raise UsageError(f"--clip {settings.clip:g} needs --total_bs and --lr of your own")
     if settings.max_cost and not settings.annotator:
         raise UsageError(f"--max_cost {settings.max_cost:g} needs --annotator BASE_URL MODEL")
@@ -218,7 +222,7 @@ def script(settings: Settings, folder: Path) -> str:
         gpus=settings.gpus,
         num_epochs=settings.num_epochs,
     )
-    recipe = words(clip=settings.clip, total_bs=settings.total_bs, lr=settings.lr)
+    recipe = words(clip=settings.clip or CLIP, total_bs=settings.total_bs, lr=settings.lr)
     rows = to_argv(parser_of(RowSettings, None), settings) + words(split=settings.split)
     owner = words(unit_column=settings.unit_column) if units else []
     owner_flags = owner + ["--unowned_rows_are_units"] * settings.unowned_rows_are_units

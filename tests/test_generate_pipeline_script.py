@@ -321,6 +321,7 @@ def test_a_recipe_is_advised_unless_it_is_given(shell, tmp_path, capsys):
     given = first_commands(shell, printed(capsys, *flags))[1]
     assert [word for word in ("--total_bs", "--clip", "--lr") if word not in given] == []
     assert "--advised" not in given
+    assert given[given.index("--clip") + 1] == "0.5"
     shell.commands.clear()
     script = printed(capsys, *without(flags, "--total_bs", "--lr"), "--project", "other")
     advised = first_commands(shell, script)[1]
@@ -341,6 +342,7 @@ def without(flags: list[str], *names: str) -> list[str]:
         (["--lr"], [], "--total_bs and --lr go together"),
         (["--total_bs"], [], "--total_bs and --lr go together"),
         (["--total_bs", "--lr"], ["--clip", "0.5"], "--clip 0.5 needs --total_bs and --lr"),
+        (["--total_bs", "--lr"], ["--clip", "1"], "--clip 1 needs --total_bs and --lr"),
     ],
 )
 def test_half_a_recipe_is_refused(tmp_path, names, more, message):
