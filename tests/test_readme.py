@@ -23,6 +23,8 @@ from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
 from tests.training import in_process
 from utils.privacy.accounting import SampledGaussian, compute_epsilon
+from utils.privacy.banded import prefix_error
+from utils.privacy.plan import make_plan, num_steps
 from utils.texts.prompts import write_instruction_file
 
 README = (ROOT / "README.md").read_text()
@@ -304,6 +306,51 @@ def test_epsilon_of_a_person_with_two_rows():
     assert results == [pytest.approx(epsilons[2], abs=0.03)]
     alone = compute_epsilon([SampledGaussian(4096 / 180_000, 1.125, 439)], 5e-7)
     assert epsilons[1] == pytest.approx(alone.upper, abs=0.01)
+
+
+def test_the_audit_of_the_quick_start():
+    """What its run of Type A claims, and which share of its canaries some step drew."""
+    script = (ROOT / "quickstart.sh").read_text().replace("\\\n", " ")
+    (line,) = (line for line in script.splitlines() if "--bands" in line)
+    flags = dict(re.findall(r"--(\w+) ([\d.]+)", line))
+    rows = 4576 + int(re.search(r"--audit_canaries (\d+)", script)[1])
+    steps = num_steps(float(flags["num_epochs"]), rows, int(flags["total_bs"]))
+    assert int(flags["bands"]) == steps  # so that each row is drawn from once
+    drawn = steps * int(flags["total_bs"]) / rows
+    claimed = compute_epsilon([SampledGaussian(drawn, float(flags["noise_multiplier"]), 1)], 1e-5)
+    audit = re.sub(r"\s+", " ", PAGES["audit.md"])
+    assert f"drawn with probability {drawn:.2f}: a claim of {claimed.upper:.2f}" in audit
+    (shown,) = re.findall(r"a run without noise would show ([\d.]+) at 99% and", audit)
+    readme = re.sub(r"\s+", " ", README)
+    assert f"and {claimed.upper:.2f} is claimed" in readme
+    assert round(1 / drawn) == 4
+    assert "drew a quarter" in readme
+    assert f"a run without noise would have shown {shown} (" in readme
+
+
+@pytest.mark.slow
+def test_noise_of_the_bands_that_auto_takes():
+    """The second column of the table; each of the others takes as long."""
+    found = re.findall(
+        r"^\| N ([\d,]+), batch ([\d,]+), (\d+) steps, delta (\S+) \| [^|]* \| ([^|]*) \|",
+        PAGES["guarantee.md"], re.MULTILINE,
+    )  # fmt: skip
+    assert len(found) == 2
+    for *numbers, delta, cell in found:
+        rows, batch, steps = (int(number.replace(",", "")) for number in numbers)
+        white, banded = (
+            make_plan(
+                rows, expected_batch_size=batch, num_epochs=(steps + 0.01) * batch / rows,
+                clip_norm=0.5, clip_function="flat", loss_normalization="tokens",
+                target_epsilon=5.94, delta=float(delta), bands=bands,
+            )[0]
+            for bands in (1, "auto")
+        )  # fmt: skip
+        noise, of_white = (
+            plan.noise_multiplier * prefix_error(plan.coefficients, steps)
+            for plan in (banded, white)
+        )
+        assert cell.replace(" bands", "") == f"{noise / of_white:.2f} ({banded.bands})"
 
 
 def test_noise_of_persons():
