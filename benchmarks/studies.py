@@ -120,7 +120,7 @@ def _require_enough(settings: ArmsSettings, texts: list[str], which: str) -> Non
     if len(texts) < wanted:
         raise UsageError(
             f"{len(texts):,} distinct instructions {which}, fewer than --num_test and "
-            f"--num_private together ({wanted:,})"
+            f"--num_private together ({wanted:,}); lower one of them"
         )
 
 
@@ -170,8 +170,8 @@ def that_fit(settings: Settings, texts: list[str]) -> list[str]:
     fitting = [text for text, (each, _) in zip(texts, ids) if len(each) <= most]
     if len(fitting) < 4 * settings.num_test:
         raise UsageError(
-            f"{len(fitting):,} distinct instructions fit into --max_seq_len {most}: too few for "
-            f"--num_test {settings.num_test}"
+            f"{len(fitting):,} distinct instructions fit into --max_seq_len {most}, fewer than 4 x "
+            f"--num_test = {4 * settings.num_test:,}; raise --max_seq_len, or lower --num_test"
         )
     return fitting
 
