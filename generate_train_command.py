@@ -31,6 +31,7 @@ from utils.command_line.training_flags import (
     check_training_settings,
     default_settings,
     plan_of,
+    plan_to_follow,
     settle_delta,
 )
 from utils.models.base_folder import read_config
@@ -42,6 +43,7 @@ from utils.privacy.recipe import (
     FIRST_STEPS,
     HALF_STEPS,
     LEAST_SIZE,
+    LOW_RANK,
     MOST_STEPS,
     TRIED_WIDTH,
     batch_sizes,
@@ -107,14 +109,18 @@ class Settings(ConfigSettings, TrainingSettings):
         False,
     )
     compute: float | None = _advice(
-        "tokens that all steps may take, padding included; those of --num_epochs if left out",
+        "tokens that all steps may take, where a row counts as --max_seq_len of them and a unit as "
+        "--max_rows_per_unit rows; those of --num_epochs if left out",
         type=positive_float,
         metavar="TOKENS",
     )
     hours: float | None = _advice(
-        "the same in hours, with --tokens_per_second, which --dry_run measures", type=positive_float
+        "the same in hours, with --tokens_per_second", type=positive_float
     )
-    tokens_per_second: float | None = _advice("see --hours", type=positive_float)
+    tokens_per_second: float | None = _advice(
+        "what a --dry_run of the run measures and says, counted as those of --compute",
+        type=positive_float,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,13 +137,17 @@ def main(argv: list[str] | None = None) -> int:
     num_examples = counted + settings.num_canary_rows
     is_auto = settings.delta == "auto"
     settings = settle_delta(settings, num_examples)
+    warnings += size_warnings
     if settings.advise:
-        print(advice(settings, num_examples))
+        table, table_warnings = advice(settings, num_examples)
+        for warning in warnings + table_warnings:
+            say(f"warning: {warning}")
+        print(table)
         return EXIT_OK
     if settings.advised:
         settings = replace(settings, **followed(settings, num_examples), **WITHOUT_ADVICE)
     require_usable(settings.folder, settings.run_settings, settings.resume, default_settings())
-    plan, plan_warnings = plan_of(settings, num_examples)
+    plan, plan_warnings = plan_to_follow(settings, num_examples)
     compared = over_white(settings, plan, num_examples) if plan and plan.bands > 1 else None
     settings = replace(
         settings,
@@ -149,20 +159,21 @@ def main(argv: list[str] | None = None) -> int:
 
     footprint = footprint_of(settings)
     trained = footprint.trained if footprint else None
-    warnings += size_warnings + plan_warnings + memory_warnings(settings, footprint)
+    warnings += plan_warnings + memory_warnings(settings, footprint)
     if plan:
-        warnings += recipe_warnings(plan, trained, settings.max_seq_len)
+        warnings += recipe_warnings(plan, settings.max_seq_len)
     steps = plan.steps if plan else num_steps(settings.num_epochs, num_examples, settings.total_bs)
-    best_rate = None
+    best_rate, bears_more = None, False
     if plan and footprint:
         best_rate = learning_rate(plan, settings.optimizer, footprint.architecture.hidden)
+        bears_more = settings.noise == WHITE and footprint.rank <= LOW_RANK
     warnings += schedule_warnings(
         settings.lr_scheduler,
         settings.warmup_steps,
         steps,
         settings.lr,
         best_rate,
-        settings.lora_r,
+        bears_more,
     )
     for warning in warnings:
         say(f"warning: {warning}")
@@ -222,11 +233,13 @@ class Recipe:
     Attributes:
         promise: see `recipe.promise`.
         epochs: as --num_epochs.
+        warnings: of the plan.
     """
 
     promise: float
     epochs: float
     plan: PrivacyPlan
+    warnings: list[str]
 
 
 def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageError | None]:
@@ -239,10 +252,14 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
     Raises:
         UsageError: there is nothing to choose from.
     """
-    a_draw = tokens_of_a_draw(settings)
+    a_draw = settings.tokens_of_a_draw
     num_draws = int(tokens_to_spend(settings, num_examples * a_draw) / a_draw)
     if num_draws < 1:
-        raise UsageError(f"one draw takes {a_draw:,} tokens, and there are fewer to spend")
+        rows = " x --max_rows_per_unit" if a_draw > settings.max_seq_len else ""
+        raise UsageError(
+            f"one draw takes {a_draw:,} tokens, --max_seq_len{rows}, and there are fewer to spend; "
+            "lower these, or raise --compute, --hours or --num_epochs"
+        )
     if num_draws > MAX_STEPS * num_examples:
         raise UsageError(
             f"{num_draws:,} draws of {num_examples:,} take more than {MAX_STEPS:,} steps, the most "
@@ -258,12 +275,12 @@ def recipes(settings: Settings, num_examples: int) -> tuple[list[Recipe], UsageE
         epochs = float(f"{(steps + 0.01) * size / num_examples:.6g}")
         try:
             sized = replace(settings, **RECIPE, total_bs=size, num_epochs=epochs)
-            plan, _ = plan_of(sized, num_examples)
+            plan, warnings = plan_of(sized, num_examples)
         except UsageError as error:
             refused[place] = error
             return None
         assert plan is not None
-        return Recipe(promise(plan, settings.max_seq_len), epochs, plan)
+        return Recipe(promise(plan, settings.max_seq_len), epochs, plan, warnings)
 
     def promised(place: int) -> float:
         recipe = of_size(place)
@@ -320,8 +337,8 @@ def words_of(flags: dict[str, Any]) -> str:
     )
 
 
-def advice(settings: Settings, num_examples: int) -> str:
-    """A table of `recipes`, and the flags of the best."""
+def advice(settings: Settings, num_examples: int) -> tuple[str, list[str]]:
+    """A table of `recipes` with the flags of the best, and warnings of its plan."""
     found, refused = recipes(settings, num_examples)
     best = max(found, key=lambda each: each.promise)
     rows = [("total_bs", "num_epochs", "steps", "sigma", "sigma / total_bs", "tokens", "promise")]
@@ -330,7 +347,7 @@ def advice(settings: Settings, num_examples: int) -> str:
         size, sigma = plan.expected_batch_size, plan.noise_multiplier
         rows.append((
             f"{size:,}", f"{each.epochs:g}", f"{plan.steps:,}", f"{sigma:.3f}",
-            f"{sigma / size:.2e}", f"{plan.steps * size * tokens_of_a_draw(settings):,}",
+            f"{sigma / size:.2e}", f"{plan.steps * size * settings.tokens_of_a_draw:,}",
             f"{each.promise:.2f}{' <-' if each is best else ''}",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -344,7 +361,7 @@ def advice(settings: Settings, num_examples: int) -> str:
         )
     else:
         reason = f"No batch is {wanted}; this is the largest that leaves steps to learn in."
-    return "\n".join([
+    table = "\n".join([
         *lines,
         *([f"Another size is left out: {refused}"] if refused else []),
         f"{reason} All are ({best.plan.target_epsilon:g}, {best.plan.delta:g})-DP; from public "
@@ -352,6 +369,7 @@ def advice(settings: Settings, num_examples: int) -> str:
         "flags, or give --advised in place of --advise:",
         words_of(recipe_flags(settings, best)),
     ])  # fmt: skip
+    return table, best.warnings
 
 
 def more_to_gain(settings: Settings) -> str:
@@ -380,12 +398,6 @@ def of_unknown_width(settings: Settings, plan: PrivacyPlan) -> str:
         f"{settings.model_name} has no config.json here that tells its width, so --lr is that of "
         f"{WIDE:,} features a token; a base of up to {TRIED_WIDTH} learns more at {rate:g}. "
     )
-
-
-def tokens_of_a_draw(settings: Settings) -> int:
-    """What one draw of a step takes at most."""
-    rows = (settings.max_rows_per_unit or 1) if settings.draws_units else 1
-    return settings.max_seq_len * rows
 
 
 def over_white(

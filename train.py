@@ -21,7 +21,7 @@ from utils.command_line.training_flags import (
     check_training_settings,
     default_settings,
     module_settings,
-    plan_of,
+    plan_to_follow,
     settle_delta,
 )
 
@@ -82,9 +82,7 @@ from utils.models.lora import (
 )
 from utils.models.losses import normalise
 from utils.models.memory import PeakMemory, fitting_sequences, use_expandable_segments
-from utils.privacy.banded import BANDED
 from utils.privacy.guarantee import write_report
-from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.mechanism import Mechanism, Plain, Private
 from utils.privacy.plan import UNITS_AT_ONCE, PrivacyPlan, num_steps
 from utils.privacy.unit_sums import Units
@@ -557,34 +555,6 @@ def several_rows_notice(column: str) -> str:
     )
 
 
-def plan_to_follow(
-    settings: TrainingSettings, num_examples: int
-) -> tuple[PrivacyPlan | None, list[str]]:
-    """The plan that the flags ask for, with notices; for a run that is there, its own.
-
-    Raises:
-        UsageError: the run that is there follows another plan.
-    """
-    ledger = settings.folder / LEDGER_FILE
-    # A kill in the middle of its first line leaves nothing that was recorded.
-    begun = read_plan(ledger) if ledger.exists() and read_ledger(ledger) else None
-    coefficients = None
-    if begun and settings.noise_multiplier is None:
-        # Another release of the accountant may calibrate another one for the same target.
-        settings = replace(settings, noise_multiplier=begun.noise_multiplier)
-    if begun and settings.noise == BANDED:
-        if settings.bands not in ("auto", begun.bands):
-            raise UsageError(
-                f"{settings.folder} holds a run with --bands {begun.bands}, not {settings.bands}; "
-                "use that value and --resume auto, or another --job_sess"
-            )
-        coefficients = begun.band_coefficients
-    plan, notices = plan_of(settings, num_examples, coefficients)
-    if plan and begun:
-        plan.require_same(begun, str(settings.folder))
-    return plan, notices
-
-
 def require_one_job(
     settings: TrainingSettings,
     plan: PrivacyPlan | None,
@@ -820,11 +790,13 @@ def rehearse(run: Run) -> None:
     gib = largest_of_all(memory.peak / GIB)
     disk = settings.disk(trained, sum(each.numel() for each in run.frozen.values()))
     apart = mechanism.bytes_of_past_noise / GIB if run.device.type == "cuda" else 0
+    rate = settings.total_bs * settings.tokens_of_a_draw / seconds
     host = f" and {apart:.3g} GiB of host memory for past noise in one" if apart else ""
     if run.is_main:
         say(
             f"--dry_run: {seconds:.3g} s a step and {seconds * run.steps / 3600:.3g} h for "
-            f"{run.steps:,} steps, without validation (private: as long as the rows are); "
+            f"{run.steps:,} steps, without validation (private: as long as the rows are), which is "
+            f"--tokens_per_second {rate:.3g} of --advise; "
             f"{gib:.3g} GiB of memory at most in a process{host}, {disk / 1e6:,.1f} MB of disk"
         )
 

@@ -24,6 +24,7 @@ from utils.command_line.training_flags import (
 )
 from utils.files import write_json
 from utils.privacy.banded import band_coefficients, deviations
+from utils.privacy.ledger import LEDGER_FILE, Ledger
 from utils.privacy.plan import num_steps
 from utils.texts.data_sets import count_train_examples, load_splits
 
@@ -523,6 +524,28 @@ def test_a_schedule_that_leads_nowhere_is_warned_of(generate, base):
     assert "what to start from" not in summary
 
 
+def test_a_rate_that_low_ranks_bore_with_white_noise_is_warned_of_with_any_other(generate, base):
+    base(576)
+    sizes = ["--clip=0.5", "--total_bs=128", "--num_epochs=1", "--lr=0.04", "--warmup_steps=2"]
+    high = "what to start from in 45 steps, and fell apart"
+    for more, is_warned in (
+        (["--lora_r=4"], False),
+        (["--lora_r=4", "--rank_pattern", "q_proj=8"], True),
+        (["--lora_r=8"], True),
+        (["--lora_r=4", "--noise=banded", "--bands=45"], True),
+    ):
+        assert (high in generate(*SIZED, *sizes, *more)[1]) is is_warned
+
+
+def test_advice_comes_after_what_is_to_be_warned_of(generate):
+    sized = [word for word in SIZED if "delta" not in word]
+    known = ["--num_epochs=1", "--delta=1e-4", "--insecure_fixed_noise_seed=3", "--advise"]
+    _, summary = generate(*sized, *known)
+    assert "warning: --insecure_fixed_noise_seed: the noise is known" in summary
+    assert "warning: --delta 0.0001 is above 1/(10 N)" in summary
+    assert "warning: elsewhere is not here" in summary
+
+
 def test_advice_spends_the_compute_that_there_is():
     def spent(*more):
         argv = ["--model_name=m", "--dataset_name=d", "--eps=1", "--job_sess=t", "--num_epochs=3",
@@ -553,9 +576,46 @@ def test_a_size_that_cannot_be_had_is_left_out_and_named(generate, monkeypatch):
     assert " ".join(left_out) == "Another size is left out: cannot be met"
 
 
-def test_a_plan_of_more_steps_than_are_accounted_for_is_a_line(generate):
-    with pytest.raises(UsageError, match=r"steps .*e\+3.*: must be between 0 and 100000"):
-        generate(*SIZED, "--clip=1", "--num_epochs=1e300")
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--num_epochs=1e300"], r"--num_epochs 1e\+300 .* takes more than 100,000 steps"),
+        (["--num_epochs=1e308", "--total_bs=1"], r"takes more than 100,000 steps, the most"),
+        (["--delta=0.5"], "--delta 0.5: must be below 1/N"),
+        (["--delta=nan"], "--delta nan: must be between 0 and 1"),
+        (["--delta=1e-13"], "--delta 1e-13: must be between 1e-12 and 0.01"),
+        (["--noise_multiplier=0.01"], "--noise_multiplier 0.01: must be between 0.3 and 100"),
+        (["--reserve_histogram_sigma=1e3"], "--reserve_histogram_sigma 1000: must be between 0.3"),
+        (["--clip=1e308"], r"clip norm of 1e-06 to 1e\+06, found --clip 1e\+308; use --clip 0.5"),
+        (["--clip=1e-320"], "clip norm of 1e-06 .*, found --clip 9.99"),
+        (["--clip=nan"], "clip norm of 1e-06 .*, found --clip nan"),
+        (["--eps=-1", "--bands=4"], "--bands needs --eps"),
+    ],
+)
+def test_a_number_that_nothing_is_accounted_for_is_a_line_that_names_its_flag(generate, more, why):
+    with pytest.raises(UsageError, match=why):
+        generate(*SIZED, "--clip=1", *more)
+
+
+def test_a_sampling_rate_that_is_too_small_is_a_line_with_the_batch_that_is_not(generate):
+    command = [*SIZED, "--clip=1", "--num_train_examples=100000000", "--delta=auto"]
+    command += ["--num_epochs=0.00001"]
+    with pytest.raises(
+        UsageError, match="sampling rate below 1e-05 .* use --total_bs 1000 or more"
+    ):
+        generate(*command, "--total_bs=999")
+    assert generate(*command, "--total_bs=1000")
+
+
+def test_a_single_example_gets_the_largest_delta_that_there_is(generate):
+    line, _ = generate(*SIZED, "--clip=1", "--num_train_examples=1", "--delta=auto", "--total_bs=1")
+    assert understood(line).delta == 0.01
+
+
+def test_a_number_that_no_computer_has_is_a_line(generate, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        generate(*SIZED, "--clip=1", f"--num_train_examples={'9' * 331}")
+    assert "is not a whole number below 2^63; --help" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -574,7 +634,16 @@ def test_a_plan_of_more_steps_than_are_accounted_for_is_a_line(generate):
         (["--noise=banded", "--bands=1000"], "use --bands 91 or fewer"),
         (["--compute=1e5", "--num_epochs=3"], "--compute and --num_epochs both say how much"),
         (["--hours=1", "--tokens_per_second=9", "--num_epochs=3"], "--hours and --num_epochs both"),
-        (["--compute=63"], "one draw takes 64 tokens, and there are fewer"),
+        (["--compute=63"], "one draw takes 64 tokens, --max_seq_len, and there are fewer to spend"),
+        (
+            [
+                "--compute=9999",
+                "--unit_column=who",
+                "--max_rows_per_unit=500",
+                "--num_train_units=5824",
+            ],
+            "one draw takes 32,000 tokens, --max_seq_len x --max_rows_per_unit, .*; lower these",
+        ),
         (
             ["--hours=1e9", "--tokens_per_second=1e3"],
             "take more than 100,000 steps.*; lower --comp",
@@ -624,6 +693,25 @@ def test_the_number_of_bands_is_settled_in_the_line(
     )
     assert f"{of_a_step:.2g} times in a step, {of_all:.2g} times in the sum" in summary
     assert of_all < 1 < of_a_step
+
+
+def test_a_run_that_is_continued_keeps_the_noise_it_began_with(generate, tmp_path, monkeypatch):
+    command = [*SIZED, "--clip=1", "--total_bs=128", "--num_epochs=1", "--noise=banded"]
+    begun = understood(generate(*command, "--bands=9")[0])
+    folder = tmp_path / "outputs" / "t"
+    folder.mkdir(parents=True)
+    write_json(folder / "run_config.json", {"arguments": begun.run_settings})
+    plan, _ = plan_of(begun, 5824)
+    Ledger(folder / LEDGER_FILE, plan)
+    # Another release has other bands for the same target, and more noise for the same bands.
+    monkeypatch.setattr("utils.privacy.plan.best_bands", lambda *_: 22)
+    assert understood(generate(*command, "--job_sess=other")[0]).bands == 22
+    more = lambda *_: 2 * plan.noise_multiplier  # noqa: E731
+    monkeypatch.setattr("utils.privacy.plan.calibrate_noise_multiplier", more)
+    args = understood(generate(*command, "--resume=auto")[0])
+    assert (args.bands, args.noise_multiplier) == (9, plan.noise_multiplier)
+    with pytest.raises(UsageError, match="holds a run with --bands 9, not 22; use that value"):
+        generate(*command, "--bands=22", "--resume=auto")
 
 
 def test_many_machines_get_one_line_each_which_differ_in_the_rank(generate, tmp_path):

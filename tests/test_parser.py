@@ -11,7 +11,7 @@ from tests.faults import ENVIRONMENT
 from tests.paths import ROOT
 from tests.test_structure import FILES, module_name
 from utils.cli import EXIT_CODE_VARIABLE
-from utils.command_line.parser import average_rule, port, probability, seed_int
+from utils.command_line.parser import average_rule, natural_int, port, probability
 
 COMMANDS = sorted(module_name(path) for path in FILES if "run_cli(main)" in path.read_text())
 OFTEN = {
@@ -84,7 +84,7 @@ def test_what_asks_to_stop_during_imports_is_obeyed_in_one_line(tmp_path, number
     ("kind", "good", "bad"),
     [
         (probability, ["auto", "0.5"], ["x", ""]),
-        (seed_int, ["0", "9223372036854775807"], ["-1", "9223372036854775808", "1.5"]),
+        (natural_int, ["0", "9223372036854775807"], ["-1", "9223372036854775808", "1.5"]),
         (port, ["1", "65535"], ["0", "65536", "http"]),
     ],
 )

@@ -120,6 +120,9 @@ def test_a_rehearsed_training_leaves_nothing_behind(
         seconds, hours, gib = map(float, found.groups())
         assert 0 < seconds < 60
         assert hours == pytest.approx(8 * seconds / 3600, rel=0.01)
+        # 8 rows of 32 tokens in a step, however long they are, as advice counts them.
+        (rate,) = re.findall(r"--tokens_per_second (\S+) of --advise", words)
+        assert float(rate) == pytest.approx(8 * 32 / seconds, rel=0.01)
         assert 0.05 < gib < 10
         assert f"{DISK / 1e6:,.1f} MB of disk" in words
 
@@ -131,7 +134,10 @@ def test_a_rehearsed_training_of_units_is_of_the_shapes_of_units(here, tiny_mode
     units.append("--noise_multiplier=5")
     argv = flags(tiny_model_dir, "rows.jsonl", here / "outputs", *units)
     assert in_process(train.main, argv) == 0
-    assert "h for 4 steps" in capsys.readouterr().err
+    words = capsys.readouterr().err
+    assert "h for 4 steps" in words
+    seconds, rate = re.search(r"(\S+) s a step .* --tokens_per_second (\S+) of", words).groups()
+    assert float(rate) == pytest.approx(4 * 3 * 32 / float(seconds), rel=0.01)
     assert not (here / "outputs").exists()
 
 

@@ -12,6 +12,7 @@ from utils.dp_utils import add_noise
 from utils.privacy.banded import band_coefficients
 from utils.privacy.plan import PrivacyPlan
 from utils.privacy.recipe import (
+    LOW_RANK,
     batch_sizes,
     best_places,
     clip_share,
@@ -24,7 +25,7 @@ from utils.privacy.recipe import (
 )
 from utils.secure_random import SecureRandom
 
-LLAMA_13B, SMOLLM2 = 13_107_200, 921_600
+LLAMA_13B = 13_107_200
 PUBLISHED = PrivacyPlan(
     num_examples=180_000, expected_batch_size=4096, steps=439, clip_norm=0.5, clip_function="flat",
     loss_normalization="tokens", noise_multiplier=0.81, delta=5e-7, target_epsilon=5.94,
@@ -59,11 +60,11 @@ def test_correlated_noise_is_more_in_a_step_and_less_in_all():
 
 
 def test_recipes_that_were_seen_to_learn_pass():
-    assert recipe_warnings(PUBLISHED, LLAMA_13B, 1024) == []
+    assert recipe_warnings(PUBLISHED, 1024) == []
     for steps, batch, sigma in ((44, 128, 0.565), (22, 256, 0.619), (11, 512, 0.688),
                                 (5, 1024, 0.760), (20, 128, 0.6)):  # fmt: skip
         plan = replace(SMALL, steps=steps, expected_batch_size=batch, noise_multiplier=sigma)
-        assert recipe_warnings(plan, SMOLLM2, 128) == []
+        assert recipe_warnings(plan, 128) == []
 
 
 @pytest.mark.parametrize(
@@ -81,47 +82,51 @@ def test_recipes_that_are_taught_pass(file, sizes):
         plan = replace(
             SMALL, num_examples=rows, expected_batch_size=batch,
             steps=int(float(flags["num_epochs"]) * rows / batch),
-            noise_multiplier=float(flags["noise_multiplier"]),
+            noise_multiplier=float(flags["noise_multiplier"]), clip_norm=float(flags["clip"]),
         )  # fmt: skip
         if "bands" in flags:
             coefficients = band_coefficients(int(flags["bands"]), plan.steps)
             plan = replace(plan, band_coefficients=coefficients)
-        assert recipe_warnings(plan, SMOLLM2 * int(flags.get("lora_r", 8)) // 8, 128) == []
-        advised, rank = learning_rate(plan, "adamw"), int(flags.get("lora_r", 8))
+        assert recipe_warnings(plan, 128) == []
+        advised = learning_rate(plan, "adamw")
+        bears_more = plan.bands == 1 and int(flags.get("lora_r", 8)) <= LOW_RANK
         schedule = flags.get("lr_scheduler", "constant"), int(flags.get("warmup_steps", 30))
-        assert schedule_warnings(*schedule, plan.steps, float(flags["lr"]), advised, rank) == []
+        lr = float(flags["lr"])
+        assert schedule_warnings(*schedule, plan.steps, lr, advised, bears_more) == []
 
 
 def test_a_small_batch_for_two_steps_is_drowned_and_too_short():
     plan = replace(SMALL, steps=2, expected_batch_size=64, noise_multiplier=0.42)
-    drowned, short = recipe_warnings(plan, SMOLLM2, 1024)
-    assert "0.22 times the noise" in drowned
-    assert "--total_bs, --num_epochs or --eps, or lower --lora_r" in drowned
+    drowned, short = recipe_warnings(plan, 1024)
+    assert "leaves about 6.7% of what could be learnt" in drowned
+    assert "raise --total_bs, --num_epochs or --eps" in drowned
     assert "too few logical steps to learn from, 2: " in short
-    assert recipe_warnings(plan, None, 1024) == [short]
+    # Of 5,824 rows at epsilon 1 45 of 128 gained a third of what there is to gain.
+    gained = replace(SMALL, steps=45, expected_batch_size=128, noise_multiplier=1.097)
+    assert recipe_warnings(gained, 128) == []
 
 
 def test_a_loss_over_the_longest_length_leaves_short_texts_no_signal():
     plan = replace(PUBLISHED, loss_normalization="max_seq_len")
     assert clip_share(plan, 1024) == pytest.approx(1.5 * 100 / 1024 / 0.5)
-    (warning,) = recipe_warnings(plan, LLAMA_13B, 1024)
+    (warning,) = recipe_warnings(plan, 1024)
     assert "29% of the clip norm" in warning
     assert "--loss_normalization tokens" in warning
-    assert recipe_warnings(plan, LLAMA_13B, 128) == []  # texts are not so short of that
-    assert recipe_warnings(replace(plan, clip_function="automatic"), LLAMA_13B, 1024) == []
+    assert recipe_warnings(plan, 128) == []  # texts are not so short of that
+    assert recipe_warnings(replace(plan, clip_function="automatic"), 1024) == []
 
 
 def test_a_clip_norm_that_no_gradient_reaches_is_noise_alone():
-    (warning,) = recipe_warnings(replace(PUBLISHED, clip_norm=10.0), LLAMA_13B, 1024)
+    (warning,) = recipe_warnings(replace(PUBLISHED, clip_norm=10.0), 1024)
     assert "--clip 10 is above the norm of most gradients" in warning
     assert "use --clip 0.5" in warning
-    assert recipe_warnings(replace(PUBLISHED, clip_norm=0.01), LLAMA_13B, 1024) == []
+    assert recipe_warnings(replace(PUBLISHED, clip_norm=0.01), 1024) == []
 
 
 # Nats that an epoch of the small base of `benchmarks.recipes` gained, each size of batch at its
 # own rate; and 60 steps of 256 rows at epsilon 1, 2.86 and 5.94, where 0.341 was gained without
 # privacy.
-AN_EPOCH = {(64, 240, 0.473): 0.157, (128, 120, 0.506): 0.180, (256, 60, 0.546): 0.189,
+AN_EPOCH = {(64, 240, 0.473): 0.157, (128, 120, 0.506): 0.180, (256, 60, 0.546): 0.188,
             (512, 30, 0.596): 0.180}  # fmt: skip
 EPSILONS = {(256, 60, 1.005): 0.130, (256, 60, 0.709): 0.166, (256, 60, 0.546): 0.188}
 
@@ -138,7 +143,7 @@ def test_promises_are_to_each_other_as_what_sizes_of_batch_gained():
     found = promises(AN_EPOCH)
     assert max(found) == found[2]
     shares = [each / found[2] for each in found]
-    assert shares == pytest.approx([each / 0.189 for each in AN_EPOCH.values()], abs=0.03)
+    assert shares == pytest.approx([each / 0.188 for each in AN_EPOCH.values()], abs=0.03)
 
 
 def test_promises_are_the_share_that_noise_left():
@@ -193,7 +198,7 @@ def banded(size, steps, sigma, bands):
 
 
 def test_correlated_noise_bears_a_higher_rate_and_promises_more():
-    """At 4e-2 64 rows a step gained 0.243 nats, where the best of white noise gained 0.189."""
+    """At 4e-2 64 rows a step gained 0.243 nats, where the best of white noise gained 0.188."""
     plans = [banded(*sizes) for sizes in BANDED]
     of_256 = [learning_rate(plan, "adamw", width=256) for plan in plans]
     assert of_256 == [0.045, 0.042, 0.041, 0.039]
@@ -224,34 +229,35 @@ def test_warm_up_is_a_twentieth_of_the_steps():
 
 def test_rates_and_warm_ups_that_were_seen_to_learn_pass():
     # Published; on a small base, of ranks 8 and 1; on SmolLM2-135M.
-    for scheduler, warmup, steps, lr, rank in (
-        ("constant", 30, 439, 1e-3, 8), ("cosine", 3, 60, 1e-2, 8), ("cosine", 3, 60, 3e-2, 1),
-        ("cosine", 3, 22, 1.5e-2, 8), ("cosine", 3, 45, 7e-3, 8),
+    for scheduler, warmup, steps, lr, bears_more in (
+        ("constant", 30, 439, 1e-3, False), ("cosine", 3, 60, 1e-2, False),
+        ("cosine", 3, 60, 3e-2, True), ("cosine", 3, 22, 1.5e-2, False),
+        ("cosine", 3, 45, 7e-3, False),
     ):  # fmt: skip
         advised = learning_rate(replace(SMALL, steps=steps), "adamw")
-        assert schedule_warnings(scheduler, warmup, steps, lr, advised, rank) == []
+        assert schedule_warnings(scheduler, warmup, steps, lr, advised, bears_more) == []
 
 
 def test_a_rate_far_from_the_advised_one_is_warned_of():
-    (low,) = schedule_warnings("constant", 30, 60, 2.5e-3, 1e-2, 1)
+    (low,) = schedule_warnings("constant", 30, 60, 2.5e-3, 1e-2, True)
     assert "--lr 0.0025 is 0.25 times what to start from in 60 steps, and learns little" in low
     assert low.endswith("use --lr 0.01 --lr_scheduler cosine --warmup_steps 3")
-    (high,) = schedule_warnings("constant", 30, 60, 3e-2, 1e-2, 8)
+    (high,) = schedule_warnings("constant", 30, 60, 3e-2, 1e-2, False)
     assert "--lr 0.03 is 3 times what to start from in 60 steps, and fell apart" in high
-    (twice,) = schedule_warnings("constant", 30, 45, 4e-2, 2e-2, 8)
+    (twice,) = schedule_warnings("constant", 30, 45, 4e-2, 2e-2, False)
     assert "--lr 0.04 is 2 times what to start from in 45 steps, and fell apart" in twice
-    assert schedule_warnings("constant", 30, 60, 1.9e-2, 1e-2, 8) == []
-    assert schedule_warnings("constant", 30, 60, 2.6e-3, 1e-2, 8) == []
-    assert schedule_warnings("constant", 30, 60, 3e-2, None, 8) == []
+    assert schedule_warnings("constant", 30, 60, 1.9e-2, 1e-2, False) == []
+    assert schedule_warnings("constant", 30, 60, 2.6e-3, 1e-2, False) == []
+    assert schedule_warnings("constant", 30, 60, 3e-2, None, False) == []
 
 
 def test_a_warm_up_of_more_than_half_of_a_run_is_warned_of():
-    (late,) = schedule_warnings("linear", 31, 60, 1e-2, 1e-2, 8)
+    (late,) = schedule_warnings("linear", 31, 60, 1e-2, 1e-2, False)
     assert "--lr is reached in step 32; use --warmup_steps 3" in late
-    (never,) = schedule_warnings("cosine", 60, 60, 1e-2, 1e-2, 8)
+    (never,) = schedule_warnings("cosine", 60, 60, 1e-2, 1e-2, False)
     assert "--lr is reached never; use --warmup_steps 3" in never
-    assert schedule_warnings("cosine", 30, 60, 1e-2, 1e-2, 8) == []
-    assert schedule_warnings("constant", 60, 60, 1e-2, 1e-2, 8) == []
+    assert schedule_warnings("cosine", 30, 60, 1e-2, 1e-2, False) == []
+    assert schedule_warnings("constant", 60, 60, 1e-2, 1e-2, False) == []
 
 
 def test_sizes_to_choose_from_are_not_tiny_and_make_some_steps_and_not_too_many():

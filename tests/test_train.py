@@ -1124,7 +1124,7 @@ def test_pairs_are_trained_on_their_answers(run, tmp_path):
     [
         (["--dataset_name=nowhere/at/all"], "no data set 'nowhere/at/all'"),
         (["--model_name=/nowhere/model"], "no model at '/nowhere/model'"),
-        (["--clip=-1"], "needs a clip norm above 0"),
+        (["--clip=-1"], "needs a clip norm of 1e-06 to 1e+06"),
         (["--delta=0.02"], "must be below 1/N"),
         (["--eps=0"], "must be above 0"),
         (["--eps=nan"], "must be above 0"),

@@ -169,14 +169,6 @@ def natural_int(text: str) -> int:
     return _int_from(0, text)
 
 
-def seed_int(text: str) -> int:
-    """A whole number of 0 or more that torch takes for a seed."""
-    value = natural_int(text)
-    if value >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below 2^63")
-    return value
-
-
 def port(text: str) -> int:
     """A whole number from 1 to 65535."""
     value = positive_int(text)
@@ -192,6 +184,8 @@ def _int_from(lowest: int, text: str) -> int:
         value = lowest - 1
     if value < lowest:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {lowest} or more")
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below 2^63")
     return value
 
 

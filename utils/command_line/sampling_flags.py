@@ -10,7 +10,7 @@ import numpy as np
 
 from resample_with_dp_histogram.selection import largest_remainders
 from utils.cli import UsageError
-from utils.command_line.parser import flag, natural_int, positive_int, seed_int
+from utils.command_line.parser import flag, natural_int, positive_int
 from utils.command_line.training_flags import JobSettings
 from utils.models.adapter_info import read_adapter_info
 from utils.texts.prompts import TOPIC, UNCONDITIONAL, Instruction, read_instruction_file
@@ -42,7 +42,9 @@ class SamplingSettings(JobSettings):
         "an eighth of a CPU's memory, at most 64",
         type=positive_int,
     )
-    seed: int = flag("what is drawn; a sample's text depends on this and its id", 0, type=seed_int)
+    seed: int = flag(
+        "what is drawn; a sample's text depends on this and its id", 0, type=natural_int
+    )
     adapter_path: str | None = flag("folder of a LoRA adapter; the base model alone if left out")
     no_merge: bool = flag(
         "keep the adapter apart from the base's weights: slower, exact in bfloat16", False

@@ -20,11 +20,11 @@ from utils.command_line.parser import (
     positive_float,
     positive_int,
     probability,
-    seed_int,
 )
 from utils.models.footprint import FLOAT, Architecture, Training
-from utils.privacy.accounting import MAX_ROWS
+from utils.privacy.accounting import MAX_DELTA, MAX_ROWS
 from utils.privacy.banded import BANDED, WHITE
+from utils.privacy.ledger import LEDGER_FILE, read_ledger, read_plan
 from utils.privacy.plan import ROWS, UNITS, UNITS_AT_ONCE, PrivacyPlan, make_plan
 from utils.texts.audit_canaries import KINDS, TOKENS, AuditCanaries
 from utils.texts.canaries import Canaries
@@ -39,6 +39,8 @@ Settings = TypeVar("Settings", bound="TrainingSettings")
 REHEARSALS = ("check", "dry_run")
 ADAMW, CORRECTED, SGD = "adamw", "adamw_corrected", "sgd"
 MOMENTUM = 0.9
+# Beyond these the float32 of gradients and noise ends.
+LEAST_CLIP, MOST_CLIP = 1e-6, 1e6
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -139,7 +141,7 @@ class TrainingSettings(JobSettings):
         "initialisation; without --eps also dropout and who is sampled, which are secret in a DP "
         "run",
         0,
-        type=seed_int,
+        type=natural_int,
     )
     output_dir: str = flag("runs are written to its JOB_SESS", "outputs")
 
@@ -363,6 +365,11 @@ class TrainingSettings(JobSettings):
         return self.unit_column is not None and self.unit_sampling == UNITS
 
     @property
+    def tokens_of_a_draw(self) -> int:
+        """What one draw of a step takes at most."""
+        return self.max_seq_len * ((self.max_rows_per_unit or 1) if self.draws_units else 1)
+
+    @property
     def size_flag(self) -> str:
         """The flag that states how much of the data set a step draws from."""
         return "num_train_units" if self.draws_units else "num_train_examples"
@@ -476,10 +483,10 @@ def check_training_settings(settings: TrainingSettings) -> list[str]:
         raise UsageError(f"--eps {settings.eps}: must be above 0, or -1 to train without privacy")
     if not (settings.delta == "auto" or 0 < float(settings.delta) < 1):
         raise UsageError(f"--delta {settings.delta}: must be between 0 and 1, and below 1/N")
-    if not (math.isfinite(settings.clip) and settings.clip > 0):
+    if not LEAST_CLIP <= settings.clip <= MOST_CLIP:
         raise UsageError(
-            f"--eps {settings.eps} needs a clip norm above 0, found --clip {settings.clip}; add "
-            "--clip 0.5"
+            f"--eps {settings.eps} needs a clip norm of {LEAST_CLIP:g} to {MOST_CLIP:g}, found "
+            f"--clip {settings.clip:g}; use --clip 0.5"
         )
     _check_unit(settings)
     _check_noise(settings)
@@ -546,6 +553,7 @@ def _check_without_privacy(settings: TrainingSettings) -> list[str]:
     of_privacy = ("noise_multiplier", "reserve_histogram_sigma", "insecure_fixed_noise_seed")
     given = [name for name in of_privacy if getattr(settings, name) is not None]
     given += ["noise"] if settings.noise != WHITE else []
+    given += ["bands"] if settings.bands != "auto" else []
     given += [f"optimizer {CORRECTED}"] if settings.optimizer == CORRECTED else []
     for name in given + settings.unit_flags:
         raise UsageError(f"--{name} needs --eps: without it the run has no privacy")
@@ -555,14 +563,14 @@ def _check_without_privacy(settings: TrainingSettings) -> list[str]:
 
 
 def settle_delta(settings: Settings, num_examples: int) -> Settings:
-    """The settings with a number for --delta auto: 10 to the power of -k, at most 1/(10 N).
+    """The settings with a number for --delta auto: a power of ten, at most 1/(10 N) and 0.01.
 
     Args:
         num_examples: see `plan_of`.
     """
     if settings.delta != "auto":
         return settings
-    return replace(settings, delta=float(f"1e-{len(str(10 * num_examples - 1))}"))
+    return replace(settings, delta=min(MAX_DELTA, float(f"1e-{len(str(10 * num_examples - 1))}")))
 
 
 def plan_of(
@@ -609,6 +617,37 @@ def plan_of(
         bands=1 if settings.noise == WHITE else settings.bands,
         coefficients=coefficients,
     )
+
+
+def plan_to_follow(
+    settings: TrainingSettings, num_examples: int
+) -> tuple[PrivacyPlan | None, list[str]]:
+    """The plan that the flags ask for, with warnings; for a run that is there, its own.
+
+    Args:
+        num_examples: see `plan_of`.
+
+    Raises:
+        UsageError: the run that is there follows another plan.
+    """
+    ledger = settings.folder / LEDGER_FILE
+    # A kill in the middle of its first line leaves nothing that was recorded.
+    begun = read_plan(ledger) if ledger.exists() and read_ledger(ledger) else None
+    coefficients = None
+    if begun and settings.noise_multiplier is None:
+        # Another release of the accountant may calibrate another one for the same target.
+        settings = replace(settings, noise_multiplier=begun.noise_multiplier)
+    if begun and settings.noise == BANDED:
+        if settings.bands not in ("auto", begun.bands):
+            raise UsageError(
+                f"{settings.folder} holds a run with --bands {begun.bands}, not {settings.bands}; "
+                "use that value and --resume auto, or another --job_sess"
+            )
+        coefficients = begun.band_coefficients
+    plan, warnings = plan_of(settings, num_examples, coefficients)
+    if plan and begun:
+        plan.require_same(begun, str(settings.folder))
+    return plan, warnings
 
 
 def module_settings(given: list[str] | None, number: Callable[[str], Number]) -> dict[str, Number]:

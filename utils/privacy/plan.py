@@ -5,6 +5,7 @@ Generator, sampler, clipping, noise, ledger and report all read one frozen `Priv
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -13,7 +14,12 @@ from utils.cli import UsageError
 from utils.folders import require_same_settings
 from utils.privacy.accounting import (
     ADD_REMOVE,
+    MAX_DELTA,
+    MAX_NOISE,
     MAX_STEPS,
+    MIN_DELTA,
+    MIN_NOISE,
+    MIN_RATE,
     SampledGaussian,
     calibrate_noise_multiplier,
     compute_epsilon,
@@ -207,9 +213,17 @@ def make_plan(
     steps = num_steps(num_epochs, num_examples, expected_batch_size)
     if steps > MAX_STEPS:
         raise UsageError(
-            f"steps {steps:.3g}: must be between 0 and {MAX_STEPS}, the most that is accounted "
-            "for; use a larger --total_bs, or fewer --num_epochs"
+            f"--num_epochs {num_epochs:g} with --total_bs {expected_batch_size} takes more than "
+            f"{MAX_STEPS:,} steps, the most that is accounted for; use a larger --total_bs, or "
+            "fewer --num_epochs"
         )
+    for name, value, least, most in (
+        ("delta", delta, MIN_DELTA, MAX_DELTA),
+        ("noise_multiplier", noise_multiplier, MIN_NOISE, MAX_NOISE),
+        ("reserve_histogram_sigma", reserved_histogram_sigma, MIN_NOISE, MAX_NOISE),
+    ):
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"--{name} {value:g}: must be between {least:g} and {most:g}")
     reserved = _histogram(reserved_histogram_sigma)
     if coefficients is not None:
         bands = len(coefficients)
@@ -218,6 +232,12 @@ def make_plan(
             target_epsilon, delta, num_examples, expected_batch_size, steps, reserved
         )
     require_bands(int(bands), num_examples, expected_batch_size, steps)
+    if int(bands) * expected_batch_size / num_examples < MIN_RATE:
+        raise UsageError(
+            f"--total_bs {expected_batch_size} of {num_examples:,}: a sampling rate below "
+            f"{MIN_RATE:g} is not accounted for; use "
+            f"--total_bs {math.ceil(Fraction(str(MIN_RATE)) * num_examples / int(bands))} or more"
+        )
     if coefficients is None and bands != 1:
         coefficients = band_coefficients(int(bands), steps)
     plan = PrivacyPlan(

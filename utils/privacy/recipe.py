@@ -12,11 +12,12 @@ from utils.privacy.plan import PrivacyPlan
 TYPICAL_NORM = 1.5
 # Tokens of a text that a recipe should be able to learn from.
 SHORT_TEXT = 100
-# What is less than these is warned of. 20 steps with a ratio of 1 in all were seen to learn, and so
-# were 5 steps with one of 3.
-LEAST_SHARE, LEAST_RATIO, LEAST_STEPS = 0.5, 0.5, 5
+# What is less than these is warned of: of the clip norm, of what noise leaves of a recipe, and of
+# steps. SmolLM2-135M gained a third of what it can learn where noise leaves a fifth by `promise`,
+# and 5 steps were seen to learn.
+LEAST_SHARE, LEAST_LEFT, LEAST_STEPS = 0.5, 0.1, 5
 # Where steps and signal make half of what they could, see `promise`. An epoch of 15,392 rows at
-# epsilon 5.94 gained 0.157, 0.180, 0.189 and 0.180 nats in 240, 120, 60 and 30 steps of 7 million
+# epsilon 5.94 gained 0.157, 0.180, 0.188 and 0.180 nats in 240, 120, 60 and 30 steps of 7 million
 # weights, each at its own rate; in 60 it gained 0.130 at epsilon 1, 0.166 at 2.86 and 0.341 without
 # privacy.
 HALF_STEPS, HALF_SIGNAL = 12, 3000.0
@@ -31,8 +32,8 @@ HIGHEST_RATES = {"adamw": (1.5e-2, 2e-2), "adamw_corrected": (3e-3,), "sgd": (0.
 MOST_SHAKEN = 8.3e-3
 # Rates outside these multiples of that are warned of. With 0.4 of it SmolLM2-135M gained 0.50 nats
 # for 0.67 in 22 steps; with twice it fell apart by SGD and by correlated noise, and with three
-# times a smaller model did at this rank, and not at lower ones.
-LEAST_OF_RATE, MOST_OF_RATE, TRIED_RANK = 1 / 4, 2, 8
+# times a smaller model did at rank 8. With white noise ranks up to this one were good at twice.
+LEAST_OF_RATE, MOST_OF_RATE, LOW_RANK = 1 / 4, 2, 4
 # Warm-up is 3 of 60 steps in the study, and never longer than what is usual.
 STEPS_OF_WARMUP, MOST_WARMUP = 20, 30
 # Lines of a plan, each of which costs the accountant half a second; steps that are begun with in
@@ -42,7 +43,11 @@ MOST_CHOICES, FIRST_STEPS, MOST_STEPS, LEAST_SIZE = 5, 128, 512, 64
 
 
 def clip_share(plan: PrivacyPlan, max_seq_len: int) -> float:
-    """The share of the clip norm that the gradient of a short text reaches, about."""
+    """The share of the clip norm that the gradient of a short text reaches, about; up to 1.
+
+    Args:
+        max_seq_len: tokens, which a loss is divided by if it is not by those of its text.
+    """
     norm = TYPICAL_NORM
     if plan.loss_normalization == "max_seq_len":
         norm *= min(1.0, SHORT_TEXT / max_seq_len)
@@ -50,7 +55,7 @@ def clip_share(plan: PrivacyPlan, max_seq_len: int) -> float:
 
 
 def noise_of(plan: PrivacyPlan) -> tuple[float, float]:
-    """The deviation of a step's noise, and of the sum of all, over sigma C."""
+    """The deviation of a number's noise in one step, and in the sum of all, each over sigma C."""
     if plan.bands > 1:
         return deviations(plan.coefficients, plan.steps)
     return 1.0, math.sqrt(plan.steps)
@@ -74,11 +79,11 @@ def signal_to_noise(plan: PrivacyPlan, trained: int, max_seq_len: int) -> tuple[
     return signal / (noise * of_a_step), plan.steps * signal / (noise * of_all)
 
 
-def recipe_warnings(plan: PrivacyPlan, trained: int | None, max_seq_len: int) -> list[str]:
+def recipe_warnings(plan: PrivacyPlan, max_seq_len: int) -> list[str]:
     """What is wrong with a recipe, and the flags to change, one line each.
 
     Args:
-        trained: see `signal_to_noise`; None where it is not known.
+        max_seq_len: see `clip_share`.
     """
     warnings = []
     share = clip_share(plan, max_seq_len)
@@ -94,32 +99,44 @@ def recipe_warnings(plan: PrivacyPlan, trained: int | None, max_seq_len: int) ->
             f"--clip {plan.clip_norm:g} is above the norm of most gradients, which is about "
             f"{TYPICAL_NORM:g}: noise grows with it and signal does not; use --clip 0.5"
         )
-    ratio = signal_to_noise(plan, trained, max_seq_len)[1] if trained else LEAST_RATIO
-    if ratio < LEAST_RATIO:
+    if (left := noise_leaves(plan, max_seq_len)) < LEAST_LEFT:
         warnings.append(
-            f"noise drowns this recipe: if all gradients agreed, their sum over all steps would be "
-            f"{ratio:.2g} times the noise; raise --total_bs, --num_epochs or --eps, or lower "
-            "--lora_r"
+            f"noise drowns this recipe and leaves about {left:.1%} of what could be learnt; raise "
+            "--total_bs, --num_epochs or --eps"
         )
     if plan.steps < LEAST_STEPS:
         warnings.append(
-            f"too few logical steps to learn from, {plan.steps}: AdamW moves a weight by about "
-            "--lr in each; raise --num_epochs, or lower --total_bs"
+            f"too few logical steps to learn from, {plan.steps}: however exact a gradient, one "
+            "step does not get far; raise --num_epochs, or lower --total_bs"
         )
     return warnings
+
+
+def noise_leaves(plan: PrivacyPlan, max_seq_len: int) -> float:
+    """About which share of what could be learnt noise leaves of a recipe, 0 to 1.
+
+    It is q / (q + 3000), for q the signal over the noise of one number in all steps: how many
+    numbers an adapter has does not count, since ranks of 1 to 8 learnt the same, and all linear
+    layers no less than attention.
+
+    Args:
+        max_seq_len: see `clip_share`.
+    """
+    _, ratio = signal_to_noise(plan, 1, max_seq_len)
+    return ratio / (ratio + HALF_SIGNAL)
 
 
 def promise(plan: PrivacyPlan, max_seq_len: int) -> float:
     """About which share of the gain without noise and without end a recipe reaches, 0 to 1.
 
     AdamW moves a weight by about the learning rate in a step, however long the gradient, so few
-    steps lead nowhere though each be exact: T / (T + 12). And noise leaves q / (q + 3000) of it,
-    for q the signal over the noise of one number in all steps: how many numbers an adapter has does
-    not count, since ranks of 1 to 8 learnt the same, and all linear layers no less than attention.
-    It puts recipes in order, and forecasts no loss.
+    steps lead nowhere though each be exact: T / (T + 12) of what `noise_leaves`. It puts recipes in
+    order, and forecasts no loss.
+
+    Args:
+        max_seq_len: see `clip_share`.
     """
-    _, ratio = signal_to_noise(plan, 1, max_seq_len)
-    return plan.steps / (plan.steps + HALF_STEPS) * ratio / (ratio + HALF_SIGNAL)
+    return plan.steps / (plan.steps + HALF_STEPS) * noise_leaves(plan, max_seq_len)
 
 
 def learning_rate(plan: PrivacyPlan, optimizer: str, width: int = TRIED_WIDTH) -> float:
@@ -165,7 +182,7 @@ def warmup_steps(steps: int) -> int:
 
 
 def schedule_warnings(
-    lr_scheduler: str, warmup: int, steps: int, lr: float, advised: float | None, rank: int
+    lr_scheduler: str, warmup: int, steps: int, lr: float, advised: float | None, bears_more: bool
 ) -> list[str]:
     """What is wrong with a schedule of the learning rate, and the flags to change, a line each.
 
@@ -173,7 +190,7 @@ def schedule_warnings(
         lr_scheduler: as --lr_scheduler; warmup: its steps of warm-up.
         lr: its peak.
         advised: see `learning_rate`; None without privacy.
-        rank: as --lora_r.
+        bears_more: the noise is white, and no rank above `LOW_RANK`.
     """
     warnings = []
     fitting = f"--warmup_steps {warmup_steps(steps)}"
@@ -187,7 +204,7 @@ def schedule_warnings(
     times, seen = lr / advised, ""
     if times <= LEAST_OF_RATE:
         seen = "learns little"
-    elif times >= MOST_OF_RATE and rank >= TRIED_RANK:
+    elif times >= MOST_OF_RATE and not bears_more:
         seen = "fell apart where it was tried"
     if seen:
         warnings.append(
