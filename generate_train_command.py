@@ -118,7 +118,7 @@ class Settings(ConfigSettings, TrainingSettings):
         "the same in hours, with --tokens_per_second", type=positive_float
     )
     tokens_per_second: float | None = _advice(
-        "what a --dry_run of the run measures and says, counted as those of --compute",
+        "what a --dry_run of such a run says, counted as --compute is: shorter rows take less time",
         type=positive_float,
     )
 

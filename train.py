@@ -757,7 +757,8 @@ def shapes_to_try(
 def rehearse(run: Run) -> None:
     """Pass made-up tokens in the largest shape of a step, and say what the run would take.
 
-    A step is one that might be drawn; that time follows the lengths of private rows.
+    A step is one that might be drawn; that time follows the lengths of private rows. The rate that
+    plans are made with is of a step whose rows are all of the greatest length.
     """
     settings, mechanism = run.settings, run.mechanism
     mechanism.begin(0, run.accelerator.process_index)
@@ -785,19 +786,23 @@ def rehearse(run: Run) -> None:
             total.sum().item()  # waits for the device
             passing = time.monotonic() - began
         releasing = mechanism.rehearse_release(total)
-    share = sum(each.rows * each.tokens for each in own) / (largest.rows * largest.tokens)
-    seconds = largest_of_all(passing * share + releasing)
+    of_a_token = passing / (largest.rows * largest.tokens)
+    seconds = largest_of_all(of_a_token * sum(each.rows * each.tokens for each in own) + releasing)
+    longest = settings.total_bs * settings.tokens_of_a_draw
+    rate = longest / largest_of_all(
+        of_a_token * longest / run.accelerator.num_processes + releasing
+    )
     gib = largest_of_all(memory.peak / GIB)
     disk = settings.disk(trained, sum(each.numel() for each in run.frozen.values()))
     apart = mechanism.bytes_of_past_noise / GIB if run.device.type == "cuda" else 0
-    rate = settings.total_bs * settings.tokens_of_a_draw / seconds
     host = f" and {apart:.3g} GiB of host memory for past noise in one" if apart else ""
     if run.is_main:
         say(
             f"--dry_run: {seconds:.3g} s a step and {seconds * run.steps / 3600:.3g} h for "
-            f"{run.steps:,} steps, without validation (private: as long as the rows are), which is "
-            f"--tokens_per_second {rate:.3g} of --advise; "
-            f"{gib:.3g} GiB of memory at most in a process{host}, {disk / 1e6:,.1f} MB of disk"
+            f"{run.steps:,} steps, without validation (private: as long as the rows are); "
+            f"--tokens_per_second {rate:.3g} for --advise, were all rows of {settings.max_seq_len} "
+            f"tokens; {gib:.3g} GiB of memory at most in a process{host}, "
+            f"{disk / 1e6:,.1f} MB of disk"
         )
 
 
