@@ -23,9 +23,8 @@ from utils.cli import UsageError, run_cli, say
 from utils.command_line.parser import command_line, flag, read_flags
 from utils.files import hashes_of, sha256_of, write_json
 from utils.folders import PREPARATION_FILE, claimed, require_new, whole_folder
-from utils.sampling.shards import Origin, origins
 from utils.texts.text_filters import comparison_form
-from utils.texts.text_inputs import FORMATS, files_of, read_entries
+from utils.texts.text_inputs import FORMATS, Origin, files_of, origins, read_entries
 
 EXTRACT = "resample_with_dp_histogram.extract"
 # The texts that this command writes, and those that resample selects, in the same form.
@@ -59,8 +58,7 @@ def extract(settings: Settings) -> None:
     hashes: dict[str, str] = {}
     for path in settings.instructions:
         entries += read_entries(path, settings.split)
-        samples += origins(Path(path), cut=True)
-        samples += [Origin()] * (len(entries) - len(samples))
+        samples += origins(path, settings.split, cut=True)
         hashes |= hashes_of(files_of(path, settings.split))
     kept, dropped = distinct_instructions(entries)
     counts = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())

@@ -33,7 +33,7 @@ from utils.command_line.parser import (
     positive_int,
     read_flags,
 )
-from utils.texts.text_inputs import FORMATS, files_of, read_instructions
+from utils.texts.text_inputs import FORMATS, Origin, files_of, origins, read_instructions
 
 HISTOGRAM, CONDITIONAL = "histogram", "histogram_conditional"
 
@@ -108,7 +108,6 @@ from utils.cli import UsageError, run_cli, say
 from utils.files import hashes_of, sha256_of, write_json
 from utils.folders import claimed, private_folder, require_new, whole_folder
 from utils.progress import Progress
-from utils.sampling.shards import Origin, origins
 from utils.texts.data_sets import rows_fingerprint
 
 COVERED = [
@@ -145,7 +144,7 @@ def select(settings: Settings) -> None:
     check_unit(settings.unit_column, private)
     texts = read_instructions(settings.synthetic_instructions, settings.split)
     check_texts(settings.synthetic_instructions, texts, synthetic)
-    samples = origins(Path(settings.synthetic_instructions), cut=False) or [Origin()] * len(texts)
+    samples = origins(settings.synthetic_instructions, settings.split, cut=False)
     owner = private.manifest.get("owner")
     release = prepare_release(
         settings, settings.private_embeddings, private.num_examples, settings.unit_column, owner

@@ -25,9 +25,9 @@ from utils.privacy.ledger import (
     read_plan,
     steps_in,
 )
-from utils.sampling.shards import check_manifest, finish_reasons, origins, read_samples
+from utils.sampling.shards import check_manifest, finish_reasons, read_samples
 from utils.texts.rows import count_rows, names_of, read_table
-from utils.texts.text_inputs import COLUMNS, read_instructions
+from utils.texts.text_inputs import COLUMNS, origins, read_instructions
 
 EXAMPLES = 2000  # of each kind of file, 10,000 in all
 FUZZED = settings(max_examples=EXAMPLES, deadline=10_000, suppress_health_check=list(HealthCheck))
@@ -99,7 +99,7 @@ def test_shards(folder, content, manifest):
     for read in (
         finish_reasons,
         read_samples,
-        lambda folder: origins(folder, cut=True),
+        lambda folder: origins(str(folder), None, cut=True),
         lambda folder: check_manifest(folder, {"model": "m", "id": 1}),
     ):
         with suppress(UsageError):

@@ -26,8 +26,8 @@ from utils.privacy.ledger import (
     record_histogram,
 )
 from utils.privacy.plan import PrivacyPlan
-from utils.sampling.shards import origins
 from utils.texts.data_sets import rows_fingerprint
+from utils.texts.text_inputs import origins
 
 POOL, PRIVATE, BINS = 400, 120, 8
 TEXTS = [f"instruction {number}" for number in range(POOL)]
@@ -368,11 +368,32 @@ def test_a_pool_of_samples_or_of_bare_texts_is_traced_as_far_as_it_goes(tmp_path
     )
     shard = str(tmp_path / "shard-0.jsonl")
     for source in (tmp_path, tmp_path / "shard-0.jsonl"):
-        assert origins(source, cut=True) == [(4, shard), (9, shard)]
-        assert origins(source, cut=False) == [(9, shard)]
-    (tmp_path / "old.jsonl").write_text('{"instruction": "a"}\n')
-    assert origins(tmp_path / "old.jsonl", cut=False) == [(None, None)]
-    assert origins(tmp_path / "texts.json", cut=False) == []
+        assert origins(str(source), None, cut=True) == [(4, shard), (9, shard)]
+        assert origins(str(source), None, cut=False) == [(9, shard)]
+    foreign = '{"instruction": "a", "sample_id": {}, "shard": 5}\n\n"b"\n{"text": "c"}'
+    (tmp_path / "texts.jsonl").write_text(foreign)
+    assert origins(str(tmp_path / "texts.jsonl"), None, cut=False) == [(None, None)] * 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n".join(json.dumps({"instruction": text}) for text in TEXTS),  # the last line has no end
+        "".join(json.dumps(text) + "\n\n" for text in TEXTS),
+        json.dumps(TEXTS),
+    ],
+    ids=["no final newline", "bare texts and blank lines", "a list"],
+)
+def test_a_pool_in_any_form_that_is_read_is_selected_from(folders, content):
+    """No budget is spent on a pool whose rows are counted otherwise in the end."""
+    (folders / "pool.jsonl").write_text(content)
+    pool = f"--synthetic_instructions={folders / 'pool.jsonl'}"
+    resample.main([*flags(folders, "out", f"--num_samples={POOL}"), pool])
+    selected = list(read_jsonl(folders / "out" / "selected.jsonl"))
+    assert sorted(row["row"] for row in selected) == list(range(POOL))
+    extract.main([f"--instructions={folders / 'pool.jsonl'}", f"--output={folders / 'kept'}"])
+    kept = list(read_jsonl(folders / "kept" / "instructions.jsonl"))
+    assert [row["instruction"] for row in kept] == TEXTS
 
 
 def test_the_size_defaults_to_the_number_of_private_rows(folders):

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from utils.cli import UsageError
 from utils.files import read_jsonl
@@ -16,13 +15,6 @@ from utils.folders import LOCK_FILE, locked, require_same_settings
 
 MANIFEST_FILE = "manifest.json"
 FINISHED = "stop"  # the finish_reason of a text that has an end
-
-
-class Origin(NamedTuple):
-    """The sample that a text was: its number, and the path of its shard; None where unknown."""
-
-    sample_id: int | None = None
-    shard: str | None = None
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -109,26 +101,6 @@ def finish_reasons(folder: Path) -> dict[int, str]:
                                  "remove one of them, or use another --job_sess")  # fmt: skip
             reasons[sample_id] = reason
     return reasons
-
-
-def origins(source: Path, *, cut: bool) -> list[Origin]:
-    """The sample that each entry of `source` was, in its order; [] where it cannot say.
-
-    Args:
-        source: any source of texts. A sampling folder, a shard, and what `extract` made of them
-            know their samples.
-        cut: whether texts that were cut before their end have a place in the list.
-    """
-    single = [source] if source.suffix == ".jsonl" else []
-    files = shards_of(source) if source.is_dir() else single
-    return [
-        Origin(row.get("sample_id"), row.get("shard"))
-        if "finish_reason" not in row
-        else Origin(row.get("id"), str(file))
-        for file in files
-        for row in read_jsonl(file)
-        if cut or row.get("finish_reason", FINISHED) == FINISHED
-    ]
 
 
 def read_samples(folder: Path) -> list[dict]:

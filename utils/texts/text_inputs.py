@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.cli import UsageError, say
 from utils.texts.rows import (
@@ -19,6 +20,13 @@ from utils.texts.rows import (
 COLUMNS = {"instruction": ("instruction", "text")}
 # The finish_reason of a sampled text that has an end.
 _FINISHED = "stop"
+
+
+class Origin(NamedTuple):
+    """The sample that a text was: its number, and the path of its shard; None where unknown."""
+
+    sample_id: int | None = None
+    shard: str | None = None
 
 
 def read_instructions(path: str, split: str | None = None) -> list[str]:
@@ -86,6 +94,33 @@ def read_column(path: str, split: str | None, column: str) -> list[object]:
             if not _is_cut(row):
                 values.append(row[column])
     return values
+
+
+def origins(path: str, split: str | None, *, cut: bool) -> list[Origin]:
+    """The sample that each text of `path` was, in its order.
+
+    Args:
+        path, split: see `read_entries`. Samples, and what `extract` made of them, know theirs.
+        cut: whether texts that were cut before their end have a place, as they have among the
+            entries; those of `read_instructions` have none.
+    """
+    names = [*COLUMNS["instruction"], "finish_reason", "id", "sample_id", "shard"]
+    return [
+        _origin(row, file)
+        for file in files_of(path, split)
+        for row in raw_rows(file, names)
+        if cut or not _is_cut(row)
+    ]
+
+
+def _origin(row: object, file: Path) -> Origin:
+    if not isinstance(row, dict):
+        return Origin()
+    sampled = "finish_reason" in row
+    number, shard = row.get("id" if sampled else "sample_id"), row.get("shard")
+    # Foreign rows may hold anything under these names.
+    known = shard if isinstance(shard, str) else None
+    return Origin(number if isinstance(number, int) else None, str(file) if sampled else known)
 
 
 def _is_cut(row: object) -> bool:
