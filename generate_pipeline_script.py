@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import jinja2
 
-from data.prepare_instructions import SPLIT_SHARES, RowSettings, split_shares
+from data.prepare_instructions import CONVERSATION, SPLIT_SHARES, RowSettings, split_shares
 from utils.cli import UsageError, run_cli, say
 from utils.command_line.config import ConfigSettings, read_config_and_flags, write_config
 from utils.command_line.launch import ROOT
@@ -165,7 +165,8 @@ def check(settings: Settings) -> None:
     if settings.turn == "all" and not settings.protects_units:
         raise UsageError(
             "--turn all gives several rows of one conversation, and a guarantee for one row; name "
-            "whose they are with --unit_column, or leave --turn out"
+            f"whose they are with --unit_column, {CONVERSATION} where no column says it, or leave "
+            "--turn out"
         )
     if settings.max_seq_len < 2:
         raise UsageError("--max_seq_len 1 leaves no token to learn from; use 2 or more")

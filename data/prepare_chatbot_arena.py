@@ -31,6 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.prepare_instructions import require_output  # noqa: E402
 from utils.cli import UsageError, run_cli, say  # noqa: E402
 from utils.command_line.parser import flag, read_flags  # noqa: E402
 from utils.folders import claimed, save_dataset  # noqa: E402
@@ -78,7 +79,7 @@ class Settings:
         metavar="ROWS",
     )
     seed: int = flag("of the shuffle before the split; no secret", 0, type=int)
-    overwrite: bool = flag("replace an output that is there, which is refused otherwise", False)
+    overwrite: bool = flag("replace an output of this script, which is refused otherwise", False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,10 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(settings: Settings, output: Path) -> None:
     """Make `output`, which nobody else makes meanwhile."""
-    if output.exists() and not settings.overwrite:
-        raise UsageError(
-            f"--output {str(output)!r} exists; choose another, or replace it with --overwrite"
-        )
+    require_output(output, settings.overwrite, {"arguments", "dropped"})
     dropped: Counter[str] = Counter()
     rows = first_exchanges(read_conversations(settings.input), settings.pairs, dropped)
     rows = drop_shared_ngrams(rows, dropped)

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UsageError, run_cli, say  # noqa: E402
 from utils.command_line.parser import flag, positive_int, read_flags  # noqa: E402
-from utils.files import write_json  # noqa: E402
+from utils.files import json_object, write_json  # noqa: E402
 from utils.folders import PREPARATION_FILE, claimed, private_folder, whole_folder  # noqa: E402
 from utils.progress import Progress  # noqa: E402
 from utils.texts.data_sets import DATA_FOLDER, download_files, is_labelled  # noqa: E402
@@ -61,6 +61,7 @@ from utils.texts.rows import (  # noqa: E402
     FORMATS,
     WHOLE_TEXT,
     is_readable,
+    listed,
     saved_files,
     split_files,
     text_of,
@@ -71,6 +72,8 @@ SPLITS = ("train", "val", "test")
 SPLIT_SHARES = "train=0.95,val=0.02,test=0.03"
 # The unit of rows that come out of one conversation, where no column names another.
 CONVERSATION = "conversation"
+# What the preparation.json of this script's outputs holds, and no other's.
+OWN_ENTRIES = {"arguments", "forms"}
 SHOWN_ROWS, SHOWN_LETTERS = 3, 160
 CODES = {
     "english": "en", "german": "de", "french": "fr", "spanish": "es", "portuguese": "pt",
@@ -121,7 +124,8 @@ class RowSettings:
     )  # fmt: skip
     unit_column: str | None = flag(
         "the column that says whose a row is, for training with the same flag; one such as user_id "
-        f"is recognised; {NO_COLUMN!r} for none", metavar="NAME",
+        f"is recognised; {NO_COLUMN!r} for none; {CONVERSATION!r}, where no column has this name, "
+        "for each conversation", metavar="NAME",
     )  # fmt: skip
     owner: str | None = flag(
         "which of several owners of a row counts, where the column holds lists", choices=OWNERS
@@ -176,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(settings: Settings, output: Path) -> None:
     """Make the folder `output` of the flags' inputs."""
-    require_output(output, settings.overwrite)
+    require_output(output, settings.overwrite, OWN_ENTRIES)
     files = [found for name in settings.input for found in find_files(name, settings)]
     files = list(dict.fromkeys(files))
     for file, _ in files:
@@ -195,12 +199,21 @@ def prepare(settings: Settings, output: Path) -> None:
     say(f"next: {preparation.next_command(output)}")
 
 
-def require_output(output: Path, overwrite: bool) -> None:
-    """Raise a UsageError if `output` must not be made or replaced."""
+def require_output(output: Path, overwrite: bool, own: set[str]) -> None:
+    """Raise a UsageError if `output` must not be made or replaced.
+
+    Args:
+        own: what the preparation.json of an output that may be replaced holds.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / PREPARATION_FILE).is_file():
+    if not own <= json_object(output / PREPARATION_FILE).keys():
         raise UsageError(f"--output {str(output)!r} holds something else; choose another")
+    if ledger := next(output.rglob("*_ledger.jsonl"), None):
+        raise UsageError(
+            f"--output {str(output)!r} has a ledger, {ledger.relative_to(output)}, without which "
+            "nobody knows what budget is spent; choose another"
+        )
     if not overwrite:
         raise UsageError(
             f"--output {str(output)!r} exists; choose another, or replace it with --overwrite"
@@ -329,15 +342,13 @@ class Preparation:
 
     def _require_columns(self, file: Path, form: Form) -> None:
         """Decide about the units, by the first file, and see that a file has what flags ask for."""
-        if self._is_first_file:
-            self._decide_units(form)
+        self._decide_units(file, form)
         column = self.unit_column
         if column in ("instruction", "answer"):
             raise UsageError(f"--unit_column {column}: the output has another column of this name")
         if column and not self._by_conversation and column not in form.columns:
             raise UsageError(
-                f"--unit_column {column}: {file} has no such column, only "
-                f"{', '.join(form.columns) or 'texts'}"
+                f"--unit_column {column}: {file} has no such column, only {listed(form.columns)}"
             )
         if self.settings.max_rows_per_unit and not column:
             raise UsageError(
@@ -366,11 +377,21 @@ class Preparation:
                 "--answer_column, or choose another --output"
             )
 
-    def _decide_units(self, form: Form) -> None:
+    def _decide_units(self, file: Path, form: Form) -> None:
         stated = self.settings.unit_column
         owners = [name for name in form.columns if is_owner_column(name)]
         if stated:
             self.unit_column = None if stated == NO_COLUMN else stated
+            is_free = CONVERSATION not in form.columns or form.messages == CONVERSATION
+            self._by_conversation = stated == CONVERSATION and bool(form.messages) and is_free
+        elif not self._is_first_file:
+            if owners and (self._by_conversation or not self.unit_column):
+                raise UsageError(
+                    f"{file} has the column {owners[0]!r}, which seems to say whose a row is, and "
+                    "a file before it has none; give files that have it alone, with --unit_column "
+                    f"{owners[0]}, or say with --unit_column {self.unit_column or NO_COLUMN} that "
+                    f"{'conversations' if self._by_conversation else 'rows'} are meant"
+                )
         elif owners:
             self.unit_column = owners[0]
             say(

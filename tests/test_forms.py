@@ -178,14 +178,19 @@ def test_what_is_missing_is_empty_and_other_values_are_refused(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": None}, {"id": 1}])
     assert exchanges_in(file) == [[("a", "")], [("", "")], [("", "")]]
     write(file, [{"text": "a"}, {"text": 42}])
-    with pytest.raises(UsageError, match=r"a.jsonl, entry 2, column 'text' is of .* int, .*: 42"):
+    with pytest.raises(
+        UsageError, match=r"a.jsonl, entry 2, column 'text' is of type int, .* text$"
+    ):
         exchanges_in(file)
     write(file, [{"messages": CHAT}, {"messages": [{"role": "user", "content": 42}]}])
     with pytest.raises(UsageError, match=r"entry 2, column 'messages' is of type int, not text"):
         exchanges_in(file)
     for wrong in ("hello", {"a": 1}, [{"content": "x"}], [7]):
         write(file, [{"messages": CHAT}, {"messages": []}, {"messages": wrong}])
-        with pytest.raises(UsageError, match="entry 3, column 'messages' holds no list of turns: "):
+        kind = (
+            f"entry 3, column 'messages' holds no list of turns.* of type {type(wrong).__name__}$"
+        )
+        with pytest.raises(UsageError, match=kind):
             exchanges_in(file)
     write(file, [{"text": "a"}, {"text": "half \ud83d"}])
     with pytest.raises(UsageError, match="entry 2, column 'text' is not valid Unicode"):

@@ -246,6 +246,20 @@ def test_an_output_is_replaced_only_when_told(prepare, tmp_path):
     assert len(instructions(prepare(many(30), "--overwrite"))) == 30
 
 
+def test_only_an_output_of_this_script_is_replaced(prepare, tmp_path):
+    prepare(many(20))
+    (tmp_path / "out" / "private").mkdir()
+    ledger = tmp_path / "out" / "private" / "histogram_ledger.jsonl"
+    ledger.write_text("")
+    with pytest.raises(UsageError, match="has a ledger, private/histogram_ledger.jsonl, without"):
+        prepare(many(30), "--overwrite")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "preparation.json").write_text('{"kept": 1, "dropped": {}}')
+    with pytest.raises(UsageError, match="thesis' holds something else; choose another"):
+        prepare(many(30), "--overwrite", name="thesis")
+    assert ledger.exists()
+
+
 @pytest.mark.parametrize(("name", "flags"), [("labelled_x", []), ("x", ["--pairs"])])
 def test_the_name_must_say_whether_the_set_holds_pairs(prepare, name, flags):
     with pytest.raises(UsageError, match="starts with 'labelled'"):

@@ -232,6 +232,41 @@ def test_system_messages_and_turns_make_rows_of_one_conversation(prepare, tmp_pa
     assert len(read_units(str(tmp_path / "mine"), "conversation")) == len(splits["train"])
 
 
+def test_the_conversation_may_be_asked_for(prepare):
+    """It is a column that has this name, or what is made of a conversation."""
+    flags = ("--turn", "all", "--unit_column", "conversation", "--split", "train=1")
+    words = [chat(n) + chat(n + 100) for n in range(9)]
+    for number, name in enumerate(("messages", "conversation")):
+        rows = [{name: said, "user_id": "u"} for said in words]
+        found = prepare(rows, *flags, name=f"derived{number}")["train"]
+        assert [*Counter(row["conversation"] for row in found).values()] == [2] * 9
+    rows = [{"messages": said, "conversation": n // 3} for n, said in enumerate(words)]
+    found = prepare(rows, *flags, name="named")["train"]
+    assert Counter(row["conversation"] for row in found) == {"0": 6, "1": 6, "2": 6}
+    with pytest.raises(
+        UsageError, match="--unit_column conversation: .* no such column, only text"
+    ):
+        prepare(ONE, "--unit_column", "conversation", name="texts")
+
+
+@pytest.mark.parametrize("turn", ["first", "all"])
+def test_a_later_file_that_says_whose_its_rows_are_is_not_read_past(turn, tmp_path, capsys):
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    files[0].write_text(jsonl({"messages": chat(n)} for n in range(3)))
+    files[1].write_text(jsonl({"messages": chat(n), "user_id": n} for n in range(3)))
+    flags = ["--input", *map(str, files), "--output", str(tmp_path / "mine"), "--turn", turn,
+             "--split", "train=1"]  # fmt: skip
+    unit, meant = {"first": ("none", "rows"), "all": ("conversation", "conversations")}[turn]
+    with pytest.raises(
+        UsageError,
+        match=f"b.jsonl has the column 'user_id', .*--unit_column user_id, or say with "
+        f"--unit_column {unit} that {meant} are meant",
+    ):
+        main(flags)
+    main([*flags, "--unit_column", unit])
+    assert len(rows_of(tmp_path / "mine")["train"]) == 6
+
+
 def of_owners(owners, rows=3):
     return [
         {"text": f"{owner} says {n}", "user_id": owner} for n in range(rows) for owner in owners
@@ -361,6 +396,15 @@ def test_only_a_prepared_folder_that_is_not_read_may_be_replaced(prepare, tmp_pa
     with pytest.raises(UsageError, match="would replace .*train.jsonl', which is read"):
         prepare(tmp_path / "other", "--overwrite", name="other")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    # Of `topics.assign`, and of this script with a ledger.
+    (tmp_path / "mine" / "preparation.json").write_text('{"command": "", "splits": {}}')
+    with pytest.raises(UsageError, match="holds something else; choose another"):
+        prepare([{"text": "a"}], "--overwrite")
+    (tmp_path / "other" / "ledger").mkdir()
+    (tmp_path / "other" / "ledger" / "histogram_ledger.jsonl").write_text("")
+    with pytest.raises(UsageError, match="has a ledger, ledger/histogram_ledger.jsonl, without wh"):
+        prepare([{"text": "a"}], "--overwrite", name="other")
+    assert (tmp_path / "other" / "ledger" / "histogram_ledger.jsonl").exists()
 
 
 ONE = [{"text": "a", "id": 1}]
@@ -384,7 +428,7 @@ ONE = [{"text": "a", "id": 1}]
         ),
         (ONE, ["--input_split", "train"], "--input_split train: .*rows.jsonl' has no splits"),
         ([{"text": ""}], [], "no row is left to train on"),
-        ([{"text": 42}], [], "entry 1, column 'text' is of type int, not text: 42"),
+        ([{"text": 42}], [], "entry 1, column 'text' is of type int, not text$"),
         ([{"text": "a", "answer": "b"}], ["--unit_column", "answer"], "another column of this"),
         ([{"text": "a", "user": True}], [], "--unit_column user is of type bool, neither"),
         ([{"text": "a", "user": "\ud83d"}], [], "--unit_column user is not valid Unicode"),

@@ -12,6 +12,7 @@ from utils.texts.rows import (
     FILE_SUFFIXES,
     MissingColumn,
     count_rows,
+    listed,
     read_table,
     say_unread_parts,
     split_files,
@@ -226,8 +227,8 @@ def _lacks(dataset_name: str, split: str, column: str, names: list[str]) -> Usag
             "set that has it"
         )
     return UsageError(
-        f"data set {dataset_name!r} ({split}) lacks column {column!r}: it has {names}, and one "
-        f"whose name {'starts' if is_labelled(dataset_name) else 'does not start'} with "
+        f"data set {dataset_name!r} ({split}) lacks column {column!r}: it has {listed(names)}, "
+        f"and one whose name {'starts' if is_labelled(dataset_name) else 'does not start'} with "
         f"'labelled' needs {list(_columns(dataset_name, None))}; make it by python -m "
         "data.prepare_instructions"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 from utils.cli import UsageError
-from utils.texts.rows import PARTS, TURNS, names_of_table, raw_rows, row_of, text_of
+from utils.texts.rows import PARTS, TURNS, listed, names_of_table, raw_rows, row_of, text_of
 
 # Usual names of columns, in small letters, the preferred first.
 INSTRUCTIONS = ("instruction", "prompt", "question", "query", "text", "message", "content", "input")
@@ -115,7 +115,7 @@ def recognise(file: Path, choice: Choice, reader: str | None = None) -> Form | N
     named = (choice.text, choice.answer, *(choice.parts or ()), choice.messages)
     for name in named:
         if name not in (None, NO_COLUMN, *columns):
-            raise UsageError(f"{file} has no column {name!r}, only {_listed(columns)}")
+            raise UsageError(f"{file} has no column {name!r}, only {listed(columns)}")
     if all(isinstance(row, str) for row in first):
         return Form(name="texts", columns=())
     form = Form(name="", columns=columns)
@@ -165,14 +165,12 @@ def exchanges(
             value = row.get(form.messages)
             turns = _turns(value)
             if value and not turns and not _is_tree(value):
-                raise UsageError(f"{place} holds no list of turns: {str(value)[:40]}")
+                raise UsageError(
+                    f"{place} holds no list of turns, which are objects with {' or '.join(ROLES)} "
+                    f"and {' or '.join(WORDS)}, but is of type {type(value).__name__}"
+                )
             spoken = list(_spoken(turns, place))
             yield place, row, {"first": spoken[:1], "last": spoken[-1:]}.get(turn, spoken)
-
-
-def _listed(columns: Iterable[str]) -> str:
-    """Names of columns for a message; a table without a header has texts there."""
-    return ", ".join(name if len(name) <= 40 else name[:40] + "..." for name in columns) or "texts"
 
 
 def _conversations(form: Form, rows: list[dict], chosen: str | None, file: Path) -> Form | None:
@@ -192,7 +190,7 @@ def _conversations(form: Form, rows: list[dict], chosen: str | None, file: Path)
     if column is None and with_turns and not form.column(INSTRUCTIONS):
         if len(with_turns) > 1:
             raise UsageError(
-                f"{file}: the columns {_listed(with_turns)} hold conversations; choose one with "
+                f"{file}: the columns {listed(with_turns)} hold conversations; choose one with "
                 "--messages NAME"
             )
         column = with_turns[0]
@@ -200,8 +198,9 @@ def _conversations(form: Form, rows: list[dict], chosen: str | None, file: Path)
         return None
     roles = {str(_first(turn, ROLES)) for row in rows for turn in _turns(row.get(column))}
     if not {role.casefold() for role in roles} & USERS:
+        shown = ", ".join(role[:40] for role in sorted(roles)[:5])
         raise UsageError(
-            f"{file}, column {column!r}: the roles are {_listed(sorted(roles)[:5])}, and none is "
+            f"{file}, column {column!r}: the roles are {shown}, and none is "
             f"{', '.join(sorted(USERS))}; rename them"
         )
     kinds = {
@@ -226,7 +225,7 @@ def _texts(form: Form, rows: list[dict], choice: Choice, file: Path) -> Form:
         raise UsageError(
             f"{file}: no column has a name that is known to hold instructions; say which does with "
             f"--text_column NAME, or conversations with --messages NAME: it has "
-            f"{_listed(form.columns)}"
+            f"{listed(form.columns)}"
         )
     parts, answer = choice.parts, choice.answer
     if parts is None:

@@ -48,6 +48,8 @@ SHARDS = "shard-*.jsonl"
 # In place of a suffix: a text file is one row.
 WHOLE_TEXT = "whole text"
 JSON_BLOCK, LONGEST_ROW = 1 << 20, 1 << 26  # characters
+# Names of columns that a message shows.
+MOST_NAMES = 20
 TABLE_BLOCK = 1000  # rows
 LFS_POINTER = b"version https://git-lfs"
 
@@ -163,12 +165,23 @@ def pick(
             present = names_of_table(file) or [str(name) for name in row]
             raise MissingColumn(
                 f"{file}, entry {number} has no column {' or '.join(map(repr, alternatives))}, "
-                f"only {', '.join(present)}",
+                f"only {listed(present)}",
                 column,
                 present,
             )
         texts[column] = text_of(row[name], f"{file}, entry {number}, column {name!r}")
     return texts
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of columns for a message; of a table without a header they are a private row."""
+    names = [str(name) for name in names]
+    shown = [name if len(name) <= 40 else name[:40] + "..." for name in names[:MOST_NAMES]]
+    if more := len(names) - len(shown):
+        shown.append(f"{more} more")
+    is_row = any(len(name) > 40 or len(name.split()) > 3 for name in names)
+    hint = " (does the first line of the file name the columns?)" if is_row else ""
+    return (", ".join(shown) or "texts") + hint
 
 
 def row_of(value: object, place: str) -> dict:
@@ -188,10 +201,10 @@ def text_of(value: object, place: str) -> str:
     """A value that is a text which can be saved.
 
     Raises:
-        UsageError: it is none; shows the start of what it is.
+        UsageError: it is none.
     """
     if not isinstance(value, str):
-        raise UsageError(f"{place} is of type {type(value).__name__}, not text: {str(value)[:40]}")
+        raise UsageError(f"{place} is of type {type(value).__name__}, not text")
     if not _is_unicode(value):
         raise UsageError(
             f"{place} is not valid Unicode: it has half a surrogate pair; correct it, or leave the "
@@ -274,22 +287,34 @@ def names_of_table(file: Path) -> list[str]:
         if form_of(file) == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_schema(file).names
-        return next(_arrow_batches(file)).schema.names if form_of(file) == ".arrow" else []
+            return _distinct(pyarrow.parquet.read_schema(file).names)
+        if form_of(file) == ".arrow":
+            import pyarrow
+
+            with pyarrow.memory_map(str(file)) as source:
+                return _distinct(pyarrow.ipc.open_stream(source).schema.names)
+        return []
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names of columns as they are, if none stands twice."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two columns have the name {twice[:40]!r}; rename one")
+    return names
 
 
 def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[object]:
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(file)
-    columns = [name for name in table.schema_arrow.names if name in names]
+    columns = [name for name in _distinct(table.schema_arrow.names) if name in names]
     for batch in table.iter_batches(TABLE_BLOCK, columns=columns):
         yield from batch.to_pylist()
 
 
 def _arrow_rows(file: Path, names: Collection[str]) -> Iterator[object]:
     for batch in _arrow_batches(file):
-        part = batch.select([name for name in batch.schema.names if name in names])
+        part = batch.select([name for name in _distinct(batch.schema.names) if name in names])
         for start in range(0, batch.num_rows, TABLE_BLOCK):
             yield from part.slice(start, TABLE_BLOCK).to_pylist()
 
@@ -366,9 +391,7 @@ def _header(file: Path, stream: TextIO) -> tuple["Reader", list[str]]:
     header = [name.strip() for name in header]
     if not header:
         raise ValueError("it has no first line with the names of the columns")
-    if twice := next((name for name in header if header.count(name) > 1), None):
-        raise ValueError(f"two columns have the name {twice!r}; rename one")
-    return reader, header
+    return reader, _distinct(header)
 
 
 def _whole_text(file: Path, _: Collection[str]) -> Iterator[object]:

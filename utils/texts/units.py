@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.cli import UsageError
 from utils.texts.data_sets import find_dataset, train_files
-from utils.texts.rows import MissingColumn, names_of, names_of_table, raw_rows
+from utils.texts.rows import MissingColumn, listed, names_of, names_of_table, raw_rows
 
 if TYPE_CHECKING:
     import pyarrow
@@ -172,8 +172,7 @@ def _owners(data: "str | Dataset | pyarrow.Table", column: str) -> Iterator[obje
 
 def _lacks(column: str, names: list[str]) -> MissingColumn:
     return MissingColumn(
-        f"--unit_column {column}: the train split has no such column, only "
-        f"{', '.join(map(str, names)) or 'texts'}",
+        f"--unit_column {column}: the train split has no such column, only {listed(names)}",
         column,
         names,
     )
