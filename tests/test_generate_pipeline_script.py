@@ -35,7 +35,7 @@ from tests.paths import ROOT
 from tests.resampling import save_tiny_encoder
 from tests.test_readme import GENERATORS, run_script
 from utils.cli import EXIT_FAILED, EXIT_USAGE, UsageError
-from utils.files import read_jsonl
+from utils.files import read_jsonl, write_json
 from utils.privacy.accounting import ADD_REMOVE
 
 CLIENT = """#!/usr/bin/env bash
@@ -253,6 +253,30 @@ def test_a_kill_at_any_command_costs_no_stage_that_is_done(shell, tmp_path, caps
     assert len(killed) > 15
 
 
+def test_figures_that_a_kill_left_half_are_made_again_and_whole_ones_are_not(
+    shell, tmp_path, capsys
+):
+    script = printed(capsys, *flags_of(tmp_path, "M", "d.csv"))
+    results, asked = tmp_path / "projects/mine/evaluation_outputs/instructions", []
+
+    def leave_half(words: list[str]) -> int:
+        if not words[1].startswith("evaluation.") or words[1] == "evaluation.report":
+            return leave_traces(words)
+        tool = words[1].removeprefix("evaluation.")
+        asked.append((tool, (results / "private" / f"{tool}.json").exists()))
+        write_json(results / "private" / f"{tool}.json", {})
+        if tool == "distribution":
+            return EXIT_USAGE  # too few texts
+        is_stopped = tool == "memorisation" and asked.count((tool, False)) == 1
+        return EXIT_FAILED if is_stopped else 0  # before its released file
+
+    with mock.patch(f"{__name__}.run_command", leave_half):
+        assert shell.run(script)[0] == EXIT_FAILED
+        assert shell.run(script)[0] == 0
+    tools = ["perplexity", "distribution", "memorisation", "distribution", "memorisation"]
+    assert asked == [(tool, False) for tool in tools]
+
+
 def test_two_of_a_script_do_not_work_at_once(shell, tmp_path, capsys):
     script, others = printed(capsys, *flags_of(tmp_path, "M", "d.csv")), []
     impatient = script.replace("time.sleep(0.25)", "time.sleep(0)")
@@ -409,13 +433,25 @@ def test_a_file_of_flags_gives_the_same_script(tmp_path, monkeypatch, capsys):
         (["--delta", "small"], "--delta small: must be between .*, and below 1/N; or auto"),
         (["--max_seq_len", "1"], "--max_seq_len 1 leaves no token to learn from"),
         (["--max_cost", "5"], "--max_cost 5 needs --annotator"),
-        (["--turn", "all"], "name whose they are with --unit_column"),
+        (["--turn", "all"], "whose they are with --unit_column, conversation where no column"),
     ],
 )
 def test_what_no_script_can_mean_is_refused(tmp_path, more, message):
     with pytest.raises(UsageError, match=message) as raised:
         generate_pipeline_script.main(flags_of(tmp_path, "M", "d.csv", *more))
     assert "secret" not in str(raised.value)
+
+
+def test_conversations_may_be_what_is_protected(shell, tmp_path, capsys):
+    data = tmp_path / "chats.jsonl"
+    said = [conversation(n, "role", "content", "user", "assistant") for n in range(9)]
+    data.write_text(jsonl({"messages": turns * 2} for turns in said))
+    flags = flags_of(tmp_path, "M", str(data), "--turn", "all", "--unit_column", "conversation")
+    prepare, train, *_ = first_commands(shell, printed(capsys, *flags, "--split", "train=1"))
+    assert run_command(prepare) == 0
+    found = read_jsonl(tmp_path / "projects" / "mine" / "data" / "instructions" / "train.jsonl")
+    assert [*Counter(row["conversation"] for row in found).values()] == [2] * 9
+    assert train[train.index("--unit_column") + 1] == "conversation"
 
 
 # ------------------------------------------------------------------ as it is, at full size
