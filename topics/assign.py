@@ -130,7 +130,7 @@ def assign(settings: Settings) -> None:
     topics = read_topics(settings.topics)
     splits = read_splits(settings.private, settings.unit_column)
     texts = {name: [row["instruction"] for row in rows] for name, rows in splits.items()}
-    require_others(topics, texts["train"])
+    require_others(topics, {text for split in texts.values() for text in split})
     units = None
     if settings.unit_column is not None:
         units = read_units(
@@ -265,13 +265,19 @@ def read_splits(data: str, unit_column: str | None) -> dict[str, list[dict]]:
     return found
 
 
-def require_others(topics: Topics, private: list[str]) -> None:
-    """Refuse topics that were fitted on the private rows themselves."""
+def require_others(topics: Topics, private: set[str]) -> None:
+    """Refuse topics that were fitted on the private rows themselves.
+
+    Args:
+        private: the texts of all splits. A few may be among public ones, too, such as greetings.
+    """
     examples = {text for topic in topics.record["topics"] for text in topic["examples"]}
-    if examples <= {*private}:
+    shown = len(examples & private)
+    if 2 * shown > len(examples):
         raise UsageError(
-            f"{topics.folder}: every text that it shows is a private row, so it was fitted on them "
-            "and is private itself; fit topics on public or on synthetic texts"
+            f"{topics.folder}: {shown:,} of the {len(examples):,} texts that it shows are private "
+            "rows, so it was fitted on them and is private itself; fit topics on public or on "
+            "synthetic texts"
         )
 
 
