@@ -82,7 +82,7 @@ from utils.models.lora import (
 )
 from utils.models.losses import normalise
 from utils.models.memory import PeakMemory, fitting_sequences, use_expandable_segments
-from utils.privacy.guarantee import write_report
+from utils.privacy.guarantee import rounded_up, write_report
 from utils.privacy.mechanism import Mechanism, Plain, Private
 from utils.privacy.plan import UNITS_AT_ONCE, PrivacyPlan, num_steps
 from utils.privacy.unit_sums import Units
@@ -1311,7 +1311,7 @@ def say_end(folder: Path, report: dict, finished: bool, stopped_by: str) -> None
         say(f"stopped by {stopped_by}; the same command with --resume auto continues {folder}")
         return
     if report["guarantee"]:
-        say(f"epsilon {report['epsilon']['upper']:.3f} at delta {report['delta']:g}")
+        say(f"epsilon {rounded_up(report['epsilon']['upper'])} at delta {report['delta']:g}")
     say(f"adapter {folder / 'adapter'}, report {folder / 'privacy_report.md'}")
 
 

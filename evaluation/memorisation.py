@@ -58,7 +58,6 @@ class Settings:
 
 answer_early(__name__, Settings, __doc__)
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -98,10 +97,11 @@ from evaluation.results import (
 )
 from resample_with_dp_histogram.embed import embed_in_memory, load_model
 from utils.cli import UsageError, run_cli, say
+from utils.files import required_object
 from utils.models.adapter_info import read_adapter_info
 from utils.models.loading import load_tokenizer, quiet_libraries, resolve_dtype
 from utils.models.lora import load_adapted
-from utils.runs.run_folder import arguments_of, model_name_of
+from utils.runs.run_folder import BACKUP, arguments_of, model_name_of
 from utils.texts.canaries import canary, secrets
 from utils.texts.prompts import fix_date
 from utils.texts.text_filters import comparison_form
@@ -538,7 +538,7 @@ def read_run(folder: Path, model_name: str | None) -> CanaryRun:
         )
     read_adapter_info(folder / "adapter")
     report = folder / "privacy_report.json"
-    has_guarantee = report.is_file() and json.loads(report.read_text())["guarantee"]
+    has_guarantee = report.is_file() and required_object(report, BACKUP, "guarantee")["guarantee"]
     return CanaryRun(folder, model_name or model_name_of(folder), arguments, has_guarantee)
 
 

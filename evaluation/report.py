@@ -50,6 +50,7 @@ from evaluation.results import PRIVATE_FOLDER, shown
 from utils.cli import UsageError, run_cli, say
 from utils.files import write_atomic
 from utils.folders import claimed, private_folder
+from utils.privacy.guarantee import rounded_up
 
 TEMPLATES = Path(__file__).parent / "page" / "templates"
 ESCAPED: dict[str, Callable[[str], str]] = {".html": escape, ".md": markdown}
@@ -138,6 +139,7 @@ def environment(page: object, suffix: str, escaped: Callable[[str], str]) -> jin
     # Python's format, such as {{ 0.5 | format(".3f") }}.
     made.filters |= {"format": format, "shown": shown, "word": portable_word}
     made.filters |= {"counted": counted, "one_line": one_line, "percent": percent}
+    made.filters |= {"rounded_up": rounded_up}
     return made
 
 

@@ -5,15 +5,16 @@
 Losses come from the run's private/ folder, which no guarantee covers: they are for its owner.
 """
 
-import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UsageError, run_cli
 from utils.command_line.parser import flag, natural_int, read_flags
-from utils.files import read_jsonl
+from utils.files import read_jsonl, required_object
 from utils.printable import printable
+from utils.privacy.guarantee import name_of_unit, rounded_up
+from utils.runs.run_folder import BACKUP
 from utils.sampling.shards import read_samples
 
 
@@ -56,13 +57,13 @@ def guarantee_line(run: Path) -> str:
     file = run / "privacy_report.json"
     if not file.is_file():
         raise UsageError(f"--run {str(run)!r}: no privacy_report.json there; train.py writes one")
-    report = json.loads(file.read_text())
+    report = required_object(file, BACKUP, "guarantee", "epsilon", "unit")
     if not report["guarantee"]:
         return f"NO GUARANTEE     {report['why']}"
     return (
-        f"guarantee        epsilon {report['epsilon']['upper']:.3f} at delta {report['delta']:g}, "
-        f"one example added or removed; {report['steps_taken']} steps, noise multiplier "
-        f"{report['noise_multiplier']:g}"
+        f"guarantee        epsilon {rounded_up(report['epsilon']['upper'])} at delta "
+        f"{report['delta']:g}, one {name_of_unit(report)} added or removed; "
+        f"{report['steps_taken']} steps, noise multiplier {report['noise_multiplier']:g}"
     )
 
 

@@ -24,6 +24,7 @@ from utils.privacy.guarantee import (
     listed,
     not_covered_of,
     person,
+    rounded_up,
     rows_of_one_person,
     unit_of,
 )
@@ -281,9 +282,9 @@ def _above_target(runs: Sequence[_Run], mechanisms: list[dict]) -> list[str]:
         spent = compute_epsilon(events, delta).upper
         if spent > target:
             found.append(
-                f"ABOVE TARGET: together they spend epsilon {spent:.3f} at delta {delta:g}, and "
-                f"{run.folder} was planned for {target:g}. Only the epsilon of all that read the "
-                "private rows may be promised to anybody."
+                f"ABOVE TARGET: together they spend epsilon {rounded_up(spent)} at delta "
+                f"{delta:g}, and {run.folder} was planned for {target:g}. Only the epsilon of all "
+                "that read the private rows may be promised to anybody."
             )
     return found
 

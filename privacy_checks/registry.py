@@ -14,11 +14,14 @@ from privacy_checks.composition import composed_report, why_no_guarantee
 from topics.folder import HISTOGRAM_FILE, LEDGER_FOLDER
 from utils.cli import UsageError
 from utils.files import read_jsonl
+from utils.privacy.guarantee import rounded_up
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE
 from utils.runs.run_folder import holds_run
 
-# Where the documentation's commands write; the folders that hold the given runs are searched, too.
+# Where the documentation's commands write, and the pipeline's script in a project's folder; the
+# folders that hold the given runs are searched, too.
 OUTPUT_FOLDERS = ("outputs", "resampling", "embeddings", "data")
+PROJECTS = "projects"
 # In which `resample` and `topics.histogram` name the ledger that their histogram is in.
 RECORDS = ("resampling_report.json", HISTOGRAM_FILE)
 # Of what is in a private/ folder, the fingerprints of its data set, by file.
@@ -65,7 +68,8 @@ def with_left_out(
         epsilon, unknown = None, str(error)
     cost = f"what all of it spent together is not known: {unknown}"
     if epsilon is not None:
-        bounds = " and ".join(f"{epsilon[name]['upper']:.3f} ({name})" for name in relations)
+        upper = {name: rounded_up(epsilon[name]["upper"]) for name in relations}
+        bounds = " and ".join(f"{bound} ({name})" for name, bound in upper.items())
         cost = f"with it epsilon is {bounds} at delta {report['delta']:g}"
     sentence = f"{', '.join(names)}: of the same private data, and left out here; {cost}"
     return report | {
@@ -153,14 +157,26 @@ def _records(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def _folders_with_private(runs: Sequence[Path]) -> Iterator[Path]:
-    """Folders that have a `private/`, next to the given runs and below `OUTPUT_FOLDERS`."""
+    """Folders that have a `private/`, next to the given runs and below `OUTPUT_FOLDERS`.
+
+    Of this folder, of the project that a run is in, and of every project next to that one or here.
+    """
     places = [run.resolve().parent if run.name == "" else run.parent for run in runs]
+    projects = [place.resolve().parent for place in places if place.name in OUTPUT_FOLDERS]
+    for folder in {Path(PROJECTS), *(each.parent for each in projects if _is_project(each))}:
+        projects += sorted(filter(_is_project, folder.glob("*")))
     seen = set()
-    for place in (*places, *map(Path, OUTPUT_FOLDERS)):
+    below = [folder / name for folder in (Path(), *projects) for name in OUTPUT_FOLDERS]
+    for place in (*places, *below):
         for private in sorted([*place.glob("*/private"), *place.glob("*/*/private")]):
             if private.resolve() not in seen:
                 seen.add(private.resolve())
                 yield private.parent
+
+
+def _is_project(folder: Path) -> bool:
+    """Whether the pipeline's script wrote to a folder."""
+    return (folder / "stages").is_dir()
 
 
 def _fingerprints(folder: Path) -> Iterable[str]:

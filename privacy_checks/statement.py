@@ -66,7 +66,6 @@ class Settings(SpentSettings):
 
 answer_early(__name__, Settings, __doc__)
 
-import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -84,7 +83,7 @@ from utils.cli import EXIT_OK, UsageError, in_one_line, run_cli, say
 from utils.files import open_text, required_object, write_atomic, write_json
 from utils.folders import LOCK_FILE, claimed, locked, require_folder
 from utils.privacy.accounting import ADD_REMOVE, catch_rates, compute_delta
-from utils.privacy.guarantee import claim, conditions, exception, name_of_unit
+from utils.privacy.guarantee import claim, conditions, exception, name_of_unit, rounded_up
 from utils.privacy.ledger import LEDGER_FILE
 from utils.versions import toolkit_commit, versions_of
 
@@ -373,7 +372,7 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
     ]
     versions = ", ".join(f"{name} {number}" for name, number in versions_of(LIBRARIES).items())
     several = [
-        f"all {each['rows']} rows of one person: epsilon {rounded_up(each['epsilon'])}"
+        f"all {each['rows']} rows of one person: epsilon {rounded_up(each['epsilon'], '.4f')}"
         for each in composed["rows_of_one_person"]
         if each["rows"] > 1
     ]
@@ -384,9 +383,10 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
         "privacy_loss": Entry(
             "Privacy loss",
             [
-                f"epsilon {rounded_up(epsilon)} at delta {composed['delta']:g}, an upper bound",
+                f"epsilon {rounded_up(epsilon, '.4f')} at delta {composed['delta']:g}, an upper "
+                "bound",
                 *(
-                    f"epsilon {rounded_up(each['epsilon'])} at delta {each['delta']:g}"
+                    f"epsilon {rounded_up(each['epsilon'], '.4f')} at delta {each['delta']:g}"
                     for each in composed["epsilon_at_other_deltas"][ADD_REMOVE]
                 ),
                 *composed["above_target"],
@@ -444,11 +444,6 @@ def entries_of(composed: dict, declared: dict[str, str]) -> dict[str, Entry]:
 def repeated(times: int) -> str:
     """How often a mechanism ran, in words."""
     return "once" if times == 1 else f"{times} times"
-
-
-def rounded_up(epsilon: float) -> str:
-    """An upper bound with four digits after the point, which is one still."""
-    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
 
 
 def recomputed_by(mechanisms: list[dict], delta: float) -> str:

@@ -35,6 +35,7 @@ from utils.cli import UsageError, run_cli
 from utils.command_line.parser import read_flags
 from utils.files import JsonlAppender, read_jsonl, write_json
 from utils.privacy.accounting import SampledGaussian, compute_delta, compute_epsilon
+from utils.privacy.guarantee import rounded_up
 from utils.privacy.ledger import read_plan, record_histogram
 
 CHROMIUM = "/usr/bin/chromium"
@@ -151,7 +152,7 @@ def test_the_guarantee_is_of_all_runs_and_histograms_together(folders):
     epsilon = compute_epsilon(events, 1e-3).upper
     best = (1 + compute_delta(events, 0.0)) / 2
     for content in (page, text):
-        assert f"({epsilon:.3f}, 0.001)-differentially private" in content
+        assert f"({rounded_up(epsilon)}, 0.001)-differentially private" in content
         assert "The chain has no key: it shows accidents, not a dishonest curator" in content
         found = re.search(r"is right at most ([\d.]+)%", content)
         assert best <= float(found[1]) / 100 <= best + 1.01e-4
@@ -221,7 +222,7 @@ def test_odds_guesses_and_several_rows_are_said_as_they_are(folders):
         assert content.count("rom even odds") >= 2
         assert "N is the published size" in content
     for each in composed["rows_of_one_person"]:
-        assert f"| {each['rows']} | {each['epsilon']:.2f} |" in text
+        assert f"| {each['rows']} | {rounded_up(each['epsilon'], '.2f')} |" in text
     assert len(composed["rows_of_one_person"]) == 5
 
 

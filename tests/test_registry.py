@@ -11,6 +11,7 @@ from tests.resampling import save_embeddings, unit_vectors
 from tests.test_report import PAIRS, PAIRS_PLAN, TRAINING, make_run
 from utils.files import write_json
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
+from utils.privacy.guarantee import rounded_up
 from utils.privacy.ledger import HISTOGRAM_LEDGER_FILE, LEDGER_FILE, head_file, record_histogram
 from utils.texts.data_sets import rows_fingerprint
 
@@ -67,7 +68,7 @@ def test_runs_and_histograms_of_the_same_data_are_named_with_what_all_spent(run,
     assert told["epsilon"][ADD_REMOVE]["upper"] == epsilon(TRAINING)
     sentence = (
         f"{other}, {ledger}: of the same private data, and left out here; with it epsilon is "
-        f"{spent:.3f} ({ADD_REMOVE}) at delta 1e-05"
+        f"{rounded_up(spent)} ({ADD_REMOVE}) at delta 1e-05"
     )
     assert sentence in page
     assert sentence in capsys.readouterr().out
@@ -141,3 +142,24 @@ def test_what_cannot_be_composed_is_named_all_the_same(run):
     told, page = written(run)
     assert (told["left_out"], told["epsilon_with_left_out"]) == ([str(other)], None)
     assert "what all of it spent together is not known: outputs/other/privacy_ledger" in page
+
+
+def test_the_projects_of_the_script_are_searched(tmp_path, monkeypatch):
+    """What another project on the same file spent, and a project's own histogram, from anywhere."""
+    mine = known_run("work/one/outputs/instructions", rows_fingerprint=ROWS)
+    own = count_texts("work/one/resampling/private_data")
+    other = known_run("work/two/outputs/instructions", rows_fingerprint=ROWS)
+    for folder in ("work/one/stages", "work/two/stages"):
+        Path(folder).mkdir()
+    known_run("work/no_project/outputs/instructions", rows_fingerprint=ROWS)
+    found = {str(other.resolve()), str(own.resolve())}
+    shutil.rmtree("outputs")  # which is searched, too
+    assert {*written(mine)[0]["left_out"]} == found
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    mine = tmp_path / mine
+    assert {*written(mine)[0]["left_out"]} == found
+    # And those here, of a run elsewhere.
+    shutil.move(tmp_path / "work", "projects")
+    moved = known_run("../away/run", rows_fingerprint=ROWS)
+    assert len(written(moved)[0]["left_out"]) == 3

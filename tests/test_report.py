@@ -23,7 +23,15 @@ from utils.privacy.accounting import (
     compute_epsilon,
     group_epsilons,
 )
-from utils.privacy.guarantee import as_markdown, build_report, promise, render, write_report
+from utils.privacy.guarantee import (
+    as_markdown,
+    build_report,
+    claim,
+    promise,
+    render,
+    rounded_up,
+    write_report,
+)
 from utils.privacy.ledger import (
     ADAPTER,
     HISTOGRAM,
@@ -149,7 +157,9 @@ def test_lost_steps_are_composed_apart(tmp_path):
     assert unseen == compute_epsilon([TRAINING], 1e-5).upper
     every = compute_epsilon([SampledGaussian(10 / 500, 1.0, 22)], 1e-5).upper
     assert composed["epsilon"][ADD_REMOVE]["upper"] == every
-    assert f"if nobody saw one, it is {unseen:.3f}" in report.render(composed, report.as_text)
+    assert f"if nobody saw one, it is {rounded_up(unseen)}" in report.render(
+        composed, report.as_text
+    )
     own = json.loads((run / "privacy_report.json").read_text())
     assert own["epsilon"]["upper"] == every
     # The claim that lost steps were never seen is not the headline's.
@@ -171,7 +181,9 @@ def test_rows_of_one_person_are_composed_with_histograms(run, histogram):
     events = [TRAINING, SampledGaussian(1.0, 10.0, 1)]
     found = {each["rows"]: each["epsilon"] for each in composed["rows_of_one_person"]}
     assert found == group_epsilons(events, 1e-5)
-    assert f"10  {found[10]:.2f}" in re.sub(" +", "  ", report.render(composed, report.as_text))
+    assert f"10  {rounded_up(found[10], '.2f')}" in re.sub(
+        " +", "  ", report.render(composed, report.as_text)
+    )
 
 
 def test_the_composed_guarantee_of_persons(tmp_path, histogram):
@@ -258,7 +270,10 @@ def test_a_page_of_several_runs_names_each_of_them(run, pairs, capsys, tmp_path)
     assert report.main([str(run), str(pairs), "--output", str(out)]) == 0
     told = capsys.readouterr().out
     epsilon = compute_epsilon([TRAINING, PAIRS], 1e-5).upper
-    assert f"{run} and {pairs} are together ({epsilon:.3f}, 1e-05)-differentially private" in told
+    assert (
+        f"{run} and {pairs} are together ({rounded_up(epsilon)}, 1e-05)-differentially private"
+        in told
+    )
     assert "N = 500 and 400" in told
     assert "clip norm 1 and 0.5" in told
     assert "upper bound" in told
@@ -321,6 +336,15 @@ def test_correlated_noise_composes_with_a_histogram_by_what_a_row_takes_part_in(
     assert composition.curve_by_run(composed, [{"step": 20, "epsilon": 1.0}]) == {
         str(folder): [(20, 1.0)]
     }
+
+
+def test_what_is_printed_of_a_bound_is_one(run):
+    """A claim of 5.889 would be less than an epsilon of 5.88949."""
+    own = json.loads((run / "privacy_report.json").read_text())
+    own["epsilon"] = own["epsilon"] | {"upper": 5.88949}
+    assert claim(own).startswith("(5.890, 1e-05)-differentially private for")
+    assert [rounded_up(bound) for bound in (5.88949, 5.875, 7.0)] == ["5.890", "5.875", "7.000"]
+    assert rounded_up(5.00001e-7, ".3g") == "5.01e-7"
 
 
 def test_lost_steps_count_for_their_group_and_a_claim_that_leaves_them_out_is_refused(tmp_path):
@@ -713,7 +737,9 @@ def test_the_command_prints_and_writes_three_files(run, histogram, tmp_path, cap
     written = json.loads((out / "composed_report.json").read_text())
     page = (out / "composed_report.md").read_text()
     for relation in (ADD_REMOVE, REPLACE):
-        claim = f"({written['epsilon'][relation]['upper']:.3f}, 1e-06)-differentially private"
+        claim = (
+            f"({rounded_up(written['epsilon'][relation]['upper'])}, 1e-06)-differentially private"
+        )
         assert claim in told
         assert claim in page
         assert relation in told

@@ -17,6 +17,7 @@ from utils.cli import UsageError
 from utils.files import write_json
 from utils.folders import LOCK_FILE, locked
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, compute_epsilon
+from utils.privacy.guarantee import rounded_up
 from utils.privacy.ledger import LEDGER_FILE, record_histogram
 
 # Of a tier-3 entry: what a registry asks for, and the entries here that say it.
@@ -76,7 +77,7 @@ def test_it_says_what_the_composed_report_says_in_three_formats(stated):
     assert found["follows"] == "NIST SP 800-226"
     page, text = ((stated / "out" / name).read_text() for name in statement.FILES[:2])
     for shown in (page, text):
-        assert f"({epsilon:.3f}, 1e-05)-differentially private" in shown
+        assert f"({rounded_up(epsilon)}, 1e-05)-differentially private" in shown
         assert "follows NIST SP 800-226" in shown
         assert "conform" not in shown
         assert str(stated) not in shown

@@ -13,8 +13,8 @@ from utils.files import JsonlAppender, write_json
 def run_folder(tmp_path):
     """A finished DP run, as far as the summary reads one."""
     report = {
-        "guarantee": True, "epsilon": {"upper": 7.987}, "delta": 1e-5, "steps_taken": 20,
-        "noise_multiplier": 0.541, "why": "",
+        "guarantee": True, "epsilon": {"upper": 7.9861}, "delta": 1e-5, "steps_taken": 20,
+        "noise_multiplier": 0.541, "why": "", "unit": "one example: a row of the train split",
     }  # fmt: skip
     write_json(tmp_path / "run" / "privacy_report.json", report)
     with JsonlAppender(tmp_path / "run" / "private" / "metrics.jsonl") as log:
@@ -32,7 +32,8 @@ def test_guarantee_losses_and_samples_are_shown(run_folder, tmp_path, capsys):
             )
     main(["--run", str(run_folder), "--samples", str(tmp_path / "samples"), "--num_shown", "3"])
     shown = capsys.readouterr().out
-    assert "epsilon 7.987 at delta 1e-05" in shown
+    # An upper bound, rounded up.
+    assert "epsilon 7.987 at delta 1e-05, one example added or removed; 20 steps" in shown
     assert "train loss       4.500 -> 4.100" in shown
     assert "validation loss  4.200 -> 4.000" in shown
     assert "4 samples" in shown
@@ -64,6 +65,16 @@ def test_a_run_without_guarantee_says_so(run_folder, capsys):
     write_json(file, json.loads(file.read_text()) | changes)
     main(["--run", str(run_folder)])
     assert "NO GUARANTEE     trained without differential privacy" in capsys.readouterr().out
+
+
+def test_the_unit_is_the_report_s_and_a_damaged_report_is_a_line(run_folder, capsys):
+    file = run_folder / "privacy_report.json"
+    write_json(file, json.loads(file.read_text()) | {"unit": "one person: all rows of a user_id"})
+    main(["--run", str(run_folder)])
+    assert "one person added or removed" in capsys.readouterr().out
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(UsageError, match="privacy_report.json is not a JSON object; restore it"):
+        main(["--run", str(run_folder)])
 
 
 def test_what_is_not_there_is_named(run_folder, tmp_path):

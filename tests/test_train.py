@@ -44,6 +44,7 @@ from utils.files import sha256_of, write_json
 from utils.models.adapter_info import adapter_sha256
 from utils.models.lora import load_adapted, use_row_dropout
 from utils.privacy import mechanism, plan
+from utils.privacy.guarantee import rounded_up
 from utils.privacy.ledger import LEDGER_FILE, adapter_in, read_ledger, read_plan, steps_in
 from utils.row_dropout import RowMasks
 from utils.runs.run_folder import LAST_ADAPTER, RELEASABLE, model_name_of
@@ -307,8 +308,8 @@ def test_the_report_holds_the_guarantee_and_agrees_with_the_ledger(copied):
     assert epsilon["lower"] <= epsilon["estimate"] <= epsilon["upper"] <= epsilon["target"] == 8
     assert epsilon["pld"] == pytest.approx(epsilon["estimate"], abs=0.02)
     page = (folder / "privacy_report.md").read_text()
-    assert f"({epsilon['upper']:.3f}, 0.001)-differentially private" in page
-    assert f"{epsilon['upper']:.3f}" in (folder / "adapter" / "README.md").read_text()
+    assert f"({rounded_up(epsilon['upper'])}, 0.001)-differentially private" in page
+    assert rounded_up(epsilon["upper"]) in (folder / "adapter" / "README.md").read_text()
     first, last = (
         [m["validation_loss"] for m in metrics(folder) if "validation_loss" in m][i]
         for i in (0, -1)

@@ -28,7 +28,7 @@ from privacy_checks.composition import curve_by_run
 from query_gpt35_for_annotation.job import MAX_TOKENS_NAMES, VENDOR_URL, JobSettings
 from utils.command_line.parser import parser_of, to_argv
 from utils.command_line.sampling_flags import SamplingSettings
-from utils.privacy.guarantee import claim, conditions, exception, name_of_unit
+from utils.privacy.guarantee import claim, conditions, exception, name_of_unit, rounded_up
 from utils.versions import toolkit_commit
 
 # The section of a tool's results; each other tool has one of its own.
@@ -163,7 +163,7 @@ class Page:
             "lines": dict(zip(names if len(runs) > 1 else ["epsilon"], runs.values())),
         }  # fmt: skip
         return {
-            "epsilon": f"{epsilon:.3f}",
+            "epsilon": rounded_up(epsilon),
             "rounded_up": f"{math.ceil(epsilon * 100) / 100:g}",
             "is_large": epsilon > LARGE_EPSILON,
             "delta": delta,

@@ -8,6 +8,7 @@ that out. No torch.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from decimal import ROUND_CEILING, Context, Decimal, localcontext
 from pathlib import Path
 
 from utils.files import write_atomic, write_json
@@ -327,7 +328,7 @@ def conditions(report: dict) -> list[str]:
             "are in no released model. Epsilon counts them, since a checkpoint with them may have "
             "been shared; if nobody saw one, it is "
             + " and ".join(
-                f"{bounds['upper']:.3f}" + (f" ({relation})" if len(without) > 1 else "")
+                rounded_up(bounds["upper"]) + (f" ({relation})" if len(without) > 1 else "")
                 for relation, bounds in without.items()
             )
             + "."
@@ -348,6 +349,16 @@ def exception(report: dict, relation: str | None = None) -> str:
     return f"except with probability about {more:.2g}, that of a privacy loss above epsilon"
 
 
+def rounded_up(bound: float, digits: str = ".3f") -> str:
+    """An upper bound as it is printed, which is one still.
+
+    Args:
+        digits: how many of them, as `format` takes it.
+    """
+    with localcontext(Context(rounding=ROUND_CEILING)):
+        return format(Decimal(bound), digits)
+
+
 def claim(report: dict, relation: str | None = None) -> str:
     """(epsilon, delta) and what it is for, as the end of a sentence.
 
@@ -358,7 +369,7 @@ def claim(report: dict, relation: str | None = None) -> str:
     epsilon = _by_relation(report, "epsilon")[relation]["upper"]
     unit = name_of_unit(report)
     return (
-        f"({epsilon:.3f}, {report['delta']:g})-differentially private for "
+        f"({rounded_up(epsilon)}, {report['delta']:g})-differentially private for "
         f"{NEIGHBOURS[relation].replace('example', unit)}, "
         + report["unit"].removeprefix(f"one {unit}: ")
     )
@@ -380,7 +391,8 @@ def _by_relation(report: dict, key: str) -> dict[str, dict]:
 
 
 def _several_rows(report: dict) -> Section:
-    rows = [[f"{each['rows']}", f"{each['epsilon']:.2f}"] for each in report["rows_of_one_person"]]
+    people = report["rows_of_one_person"]
+    rows = [[f"{each['rows']}", rounded_up(each["epsilon"], ".2f")] for each in people]
     return Section(
         "Several rows of one person",
         [
@@ -415,16 +427,18 @@ def _composed_figures(report: dict) -> list[Section]:
     deltas, at_epsilon = [["relation", "delta", "epsilon"]], [["relation", "epsilon", "delta"]]
     for name in relations_of(report):
         entry = report["epsilon"][name]
-        numbers = [entry[key] for key in ("lower", "estimate", "upper", "pld", "prv")]
-        epsilons.append(
-            [name, *("-" if n is None else f"{n:.3f}" for n in numbers), entry["accountant"]]
-        )
+        around = [f"{entry[key]:.3f}" for key in ("lower", "estimate")]
+        above = [entry[key] for key in ("upper", "pld", "prv")]
+        epsilons.append([
+            name, *around, *("-" if bound is None else rounded_up(bound) for bound in above),
+            entry["accountant"],
+        ])  # fmt: skip
         deltas += [
-            [name, f"{point['delta']:g}", f"{point['epsilon']:.3f}"]
+            [name, f"{point['delta']:g}", rounded_up(point["epsilon"])]
             for point in report["epsilon_at_other_deltas"][name]
         ]
         point = report["delta_at_epsilon"][name]
-        at_epsilon.append([name, f"{point['epsilon']:g}", f"{point['delta']:.3g}"])
+        at_epsilon.append([name, f"{point['epsilon']:g}", rounded_up(point["delta"], ".3g")])
     return [
         Section("Composed in one accountant", table=composed),
         Section(f"Epsilon at delta {report['delta']:g}", table=epsilons),
