@@ -226,7 +226,8 @@ def script(settings: Settings, folder: Path) -> str:
     recipe = words(clip=settings.clip or CLIP, total_bs=settings.total_bs, lr=settings.lr)
     rows = to_argv(parser_of(RowSettings, None), settings) + words(split=settings.split)
     owner = words(unit_column=settings.unit_column) if units else []
-    owner_flags = owner + ["--unowned_rows_are_units"] * settings.unowned_rows_are_units
+    owner_flags = owner + words(owner=settings.owner)
+    owner_flags += ["--unowned_rows_are_units"] * settings.unowned_rows_are_units
     encoder = settings.embedding_model and located(settings.embedding_model)
     annotator = settings.annotator and words(
         base_url=settings.annotator[0], model=settings.annotator[1], max_cost=settings.max_cost

@@ -545,6 +545,8 @@ class Preparation:
             words.append(
                 f"--unit_column {shlex.quote(self.unit_column)} --max_rows_per_unit {most}"
             )
+            # So that reports say for whom of them the guarantee is not.
+            words += [f"--owner {self.settings.owner}"] if self.settings.owner else []
             if self.settings.unowned_rows_are_units:
                 words.append("--unowned_rows_are_units")
         words.append(f"--prompt_style {'vicuna' if self.pairs else 'uncond_generation'} ...")

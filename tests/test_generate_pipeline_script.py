@@ -354,6 +354,15 @@ def test_a_recipe_is_advised_unless_it_is_given(shell, tmp_path, capsys):
     assert advised[advised.index("--num_epochs") + 1] == "0.5"
 
 
+def test_who_of_several_owners_counts_is_said_wherever_their_rows_are_read(shell, tmp_path, capsys):
+    flags = flags_of(tmp_path, "M", "d.jsonl", "--unit_column", "who", "--owner", "first")
+    script = printed(capsys, *flags, "--max_rows_per_unit", "2")
+    prepare, train, *_ = first_commands(shell, script)
+    assert all(words[words.index("--owner") + 1] == "first" for words in (prepare, train))
+    # In the record of its command, too, and where rows are embedded.
+    assert script.count("--unit_column who --owner first") == 4
+
+
 def without(flags: list[str], *names: str) -> list[str]:
     """Flags but for some that have one value each."""
     places = {place for name in names for place in (flags.index(name), flags.index(name) + 1)}

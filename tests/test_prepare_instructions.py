@@ -320,13 +320,15 @@ def test_rows_without_an_owner_stay_when_told_and_are_not_capped(prepare, tmp_pa
     assert len(set(units)) == 22
 
 
-def test_owners_may_be_lists_or_numbers_and_are_written_as_texts(prepare):
+def test_owners_may_be_lists_or_numbers_and_are_written_as_texts(prepare, capsys):
     rows = [{"text": "a", "who": [7, 8]}, {"text": "b", "who": "8"}, {"text": "c", "who": 8.0}]
     flags = ("--unit_column", "who", "--split", "train=1")
     with pytest.raises(UsageError, match="entry 1: --unit_column who has a list of 2 owners"):
         prepare(rows, *flags)
     splits = prepare(rows, *flags, "--owner", "last")
     assert [row["who"] for row in splits["train"]] == ["8"] * 3
+    # Training says then for whom of them its guarantee is not.
+    assert "--unit_column who --max_rows_per_unit K --owner last" in capsys.readouterr().err
 
 
 def test_the_output_is_for_its_owner_alone_from_the_start(prepare, tmp_path, monkeypatch):
