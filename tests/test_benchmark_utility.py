@@ -303,7 +303,9 @@ def test_too_small_a_pool_is_refused(tmp_path, tiny_model_dir):
     write_json(tmp_path / "texts.json", TEXTS[:50])
     flags = [f"--instructions={tmp_path / 'texts.json'}", f"--work_dir={tmp_path / 'work'}"]
     own = [*flags, f"--model_name={tiny_model_dir}", "--num_test=30", "--num_public=0"]
-    with pytest.raises(UsageError, match="50 distinct instructions fit .* too few"):
+    with pytest.raises(
+        UsageError, match="50 distinct instructions fit .* than 4 x --num_test = 120"
+    ):
         utility.main([*own, "--only", "unconditioned"])
     with pytest.raises(UsageError, match="--num_public 0: topics are found in public rows"):
         utility.main(own)
@@ -315,7 +317,10 @@ def test_too_small_a_pool_is_refused(tmp_path, tiny_model_dir):
         (["--num_selected=5"], "--num_selected 5, --num_test 20: coverage looks at the 5 nearest"),
         (["--num_public=200"], "0 distinct instructions are left besides --num_public 200"),
         (["--num_private=5000"], "144 distinct instructions are left .* together .5,020"),
-        (["--row_tokens=100", "--max_seq_len=4"], "too few for --num_test 20"),
+        (
+            ["--row_tokens=100", "--max_seq_len=4"],
+            "fewer than 4 x --num_test = 80",
+        ),
         (["--num_selected=125"], "20 held-out rows .* and 124 private ones are too few"),
         (["--num_other_topics=21", "--num_selected=10"], "are too few for --num_other_topics 21"),
     ],

@@ -13,7 +13,7 @@ from utils.command_line.training_flags import (
     plan_of,
 )
 from utils.privacy.accounting import compute_epsilon, group_epsilons
-from utils.privacy.guarantee import as_markdown, build_report, render, write_report
+from utils.privacy.guarantee import as_markdown, build_report, render, rounded_up, write_report
 from utils.privacy.ledger import Ledger, read_plan
 from utils.privacy.plan import PrivacyPlan, num_steps
 
@@ -107,7 +107,7 @@ def test_the_report_says_what_the_contract_asks(tmp_path):
     write_report(tmp_path, report)
     assert json.loads((tmp_path / "privacy_report.json").read_text()) == report
     page = (tmp_path / "privacy_report.md").read_text()
-    assert f"({epsilon['upper']:.3f}, {plan.delta:g})-differentially private" in page
+    assert f"({rounded_up(epsilon['upper'])}, {plan.delta:g})-differentially private" in page
 
 
 def test_lost_steps_are_counted_apart_and_cost_what_they_would():
@@ -119,8 +119,8 @@ def test_lost_steps_are_counted_apart_and_cost_what_they_would():
     every = compute_epsilon(plan.events(plan.steps + 5), plan.delta).upper
     assert report["epsilon"]["upper"] == every
     page = render(report, as_markdown)
-    assert f"if nobody saw one, it is {unwatched:.3f}" in page
-    assert f"is ({every:.3f}, 1e-05)-differentially private" in page
+    assert f"if nobody saw one, it is {rounded_up(unwatched)}" in page
+    assert f"is ({rounded_up(every)}, 1e-05)-differentially private" in page
 
 
 def whole_report(**changes) -> dict:
@@ -147,7 +147,7 @@ def test_epsilon_of_several_rows_of_one_person_is_in_json_and_page(tmp_path):
     write_report(tmp_path, report)
     page = (tmp_path / "privacy_report.md").read_text()
     assert f"## Several rows of one person\n\n{'Epsilon at delta 1e-05'}" in page
-    assert f"| 2 | {several[1]['epsilon']:.2f} |" in page
+    assert f"| 2 | {rounded_up(several[1]['epsilon'], '.2f')} |" in page
 
 
 def test_what_public_n_means_is_said():
