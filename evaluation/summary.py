@@ -57,7 +57,7 @@ def guarantee_line(run: Path) -> str:
     file = run / "privacy_report.json"
     if not file.is_file():
         raise UsageError(f"--run {str(run)!r}: no privacy_report.json there; train.py writes one")
-    report = required_object(file, BACKUP, "guarantee", "epsilon", "unit")
+    report = required_object(file, BACKUP, "guarantee")
     if not report["guarantee"]:
         return f"NO GUARANTEE     {report['why']}"
     return (

@@ -7,6 +7,7 @@ import pytest
 from evaluation.summary import main
 from utils.cli import UsageError
 from utils.files import JsonlAppender, write_json
+from utils.privacy.guarantee import build_report
 
 
 @pytest.fixture
@@ -60,9 +61,7 @@ def test_what_the_base_writes_stands_next_to_each_sample(run_folder, tmp_path, c
 
 
 def test_a_run_without_guarantee_says_so(run_folder, capsys):
-    file = run_folder / "privacy_report.json"
-    changes = {"guarantee": False, "why": "trained without differential privacy"}
-    write_json(file, json.loads(file.read_text()) | changes)
+    write_json(run_folder / "privacy_report.json", build_report(None))
     main(["--run", str(run_folder)])
     assert "NO GUARANTEE     trained without differential privacy" in capsys.readouterr().out
 
