@@ -128,9 +128,9 @@ from utils.folders import save_dataset
 from utils.privacy.accounting import ADD_REMOVE, SampledGaussian, calibrate_noise_multiplier
 from utils.privacy.ledger import head_file
 from utils.privacy.plan import num_steps
-from utils.sampling.shards import FINISHED, read_samples
+from utils.sampling.shards import read_samples
 from utils.texts.prompts import TOPIC, TOPIC_TEMPLATE, UNCONDITIONAL
-from utils.texts.text_inputs import read_entries
+from utils.texts.text_inputs import FINISHED, read_entries
 from utils.versions import versions_of
 
 BEFORE, AFTER = "before", "after"

@@ -14,7 +14,6 @@ from utils.files import read_jsonl
 from utils.folders import LOCK_FILE, locked, require_same_settings
 
 MANIFEST_FILE = "manifest.json"
-FINISHED = "stop"  # the finish_reason of a text that has an end
 
 
 def shards_of(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from utils.texts.rows import (
 # The preferred name first.
 COLUMNS = {"instruction": ("instruction", "text")}
 # The finish_reason of a sampled text that has an end.
-_FINISHED = "stop"
+FINISHED = "stop"
 
 
 class Origin(NamedTuple):
@@ -51,7 +51,7 @@ def read_instructions(path: str, split: str | None = None) -> list[str]:
 def say_cut(count: int) -> None:
     """Tell how many sampled texts are left out, since they were cut before their end."""
     if count:
-        say(f"{count:,} sampled texts left out: their finish_reason is not {_FINISHED!r}")
+        say(f"{count:,} sampled texts left out: their finish_reason is not {FINISHED!r}")
 
 
 def read_entries(path: str, split: str | None = None) -> list[str | None]:
@@ -124,7 +124,7 @@ def _origin(row: object, file: Path) -> Origin:
 
 
 def _is_cut(row: object) -> bool:
-    return isinstance(row, dict) and row.get("finish_reason", _FINISHED) != _FINISHED
+    return isinstance(row, dict) and row.get("finish_reason", FINISHED) != FINISHED
 
 
 def files_of(path: str, split: str | None = None) -> list[Path]:
