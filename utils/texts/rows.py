@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -298,7 +299,7 @@ def names_of_table(file: Path) -> list[str]:
 
 def _distinct(names: list[str]) -> list[str]:
     """Names of columns as they are, if none stands twice."""
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise ValueError(f"two columns have the name {twice[:40]!r}; rename one")
     return names
 
