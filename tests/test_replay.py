@@ -117,6 +117,24 @@ def test_rows_that_move_by_one_another_fail(monkeypatch, capsys, free):
 
 
 @pytest.mark.usefixtures("_few_rows")
+@pytest.mark.parametrize("loose", [1, 1.4])
+def test_no_row_moves_by_another_where_noise_is_correlated(monkeypatch, tiny_model_dir, loose):
+    clipped = replay.Private.add
+
+    def add(self, total):
+        norms = clipped(self, total)
+        total.mul_(loose)
+        return norms
+
+    monkeypatch.setattr(replay.Private, "add", add)
+    banded = ["--noise=banded", "--bands=2", "--total_bs=12", "--num_epochs=1"]
+    moves = replay.replay_rows(tiny_model_dir, "float32", flags=banded)
+    assert len(moves.total) == 2
+    assert moves.passed is (loose == 1)
+    assert max(moves.others) == 0
+
+
+@pytest.mark.usefixtures("_few_rows")
 def test_a_model_that_is_given_is_the_one_that_is_replayed(tiny_model_dir, capsys):
     assert replay.main([f"--model={tiny_model_dir}"]) == 0
     assert f"{tiny_model_dir}, float32 on cpu, 1 thread(s)" in capsys.readouterr().out
